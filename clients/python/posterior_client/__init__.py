@@ -1,0 +1,36 @@
+"""Client of Posterior Server: the official `openai` SDK plus posterior predictive distributions."""
+
+from posterior_client._client import AsyncPosteriorClient, PosteriorClient
+from posterior_client._exceptions import (
+    AuthenticationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PosteriorClientError,
+    ResponseError,
+    ServerError,
+    StatusError,
+    UnreachableError,
+)
+from posterior_client._types import Answer, Entropy, Prediction, PredictiveResponse, Uncertainty, Usage, Variance
+from posterior_client._uncertainty import uncertainty_of
+
+__all__ = [
+    "Answer",
+    "AsyncPosteriorClient",
+    "AuthenticationError",
+    "Entropy",
+    "InvalidRequestError",
+    "ModelNotFoundError",
+    "PosteriorClient",
+    "PosteriorClientError",
+    "Prediction",
+    "PredictiveResponse",
+    "ResponseError",
+    "ServerError",
+    "StatusError",
+    "Uncertainty",
+    "UnreachableError",
+    "Usage",
+    "Variance",
+    "uncertainty_of",
+]

@@ -1,0 +1,101 @@
+"""What the server says about an answer, as frozen values. Entropies are in nats; C answers, K particles."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PredictiveName = Literal["mixture", "linearized", "map"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One candidate answer: its posterior predictive probability and how far the weights leave it open.
+
+    `variance` and `std` are those of p(answer | weights) under the posterior; `interval` is its
+    central credible interval at the requested coverage.
+    """
+
+    answer: str
+    probability: float
+    variance: float
+    std: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entropy:
+    """Entropy of the predictive in nats: total = aleatoric + epistemic (mutual information with the weights)."""
+
+    total: float
+    aleatoric: float
+    epistemic: float
+
+    @property
+    def epistemic_share(self) -> float:
+        """epistemic / total, in [0, 1]: the part of the doubt that more training data could remove."""
+        return self.epistemic / self.total if self.total > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variance:
+    """Variance of the chosen answer's indicator: total = p (1 - p), of which `epistemic` is due to the weights."""
+
+    epistemic: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """What every answer of a posterior carries; alone, it is text by the MAP, without a distribution.
+
+    `posterior` is name@hash. `calibrated` is true only when a calibration record matches the request.
+    """
+
+    posterior: str
+    predictive: PredictiveName
+    calibrated: bool
+    calibration: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction(Uncertainty):
+    """The posterior predictive over a set of answers.
+
+    `answers` [C] are in the order asked; `covariance` [C, C] is that of p(answer | weights);
+    `per_particle` [K, C] is there when asked for; `mc_error` is the Monte-Carlo standard error of `confidence`.
+    """
+
+    answer: str
+    confidence: float
+    logprob: float
+    answers: tuple[Answer, ...]
+    covariance: tuple[tuple[float, ...], ...]
+    entropy: Entropy
+    variance: Variance
+    particles: int
+    effective_particles: float
+    mc_error: float
+    per_particle: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictiveResponse:
+    """Answer of `POST /v1/predictive`: one `Prediction` for each input, in order. `created` is Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    posterior: str
+    predictive: PredictiveName
+    particles: int
+    data: tuple[Prediction, ...]
+    usage: Usage

@@ -1,0 +1,142 @@
+"""A small server that answers like Posterior Server, on a real socket, for what is the client's own."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+POSTERIOR = "sentiment@0123456789ab"
+RECORD: dict[str, Any] = {
+    "answer": " positive",
+    "confidence": 0.75,
+    "calibrated": False,
+    "calibration": None,
+    "logprob": -0.2876820724517809,
+    "answers": [
+        {"answer": " negative", "probability": 0.25, "variance": 0.01, "std": 0.1, "interval": [0.125, 0.5]},
+        {"answer": " positive", "probability": 0.75, "variance": 0.01, "std": 0.1, "interval": [0.5, 0.875]},
+    ],
+    "covariance": [[0.01, -0.01], [-0.01, 0.01]],
+    "entropy": {"total": 0.5623351446, "aleatoric": 0.5, "epistemic": 0.0623351446},
+    "variance": {"epistemic": 0.01, "total": 0.1875},
+    "effective_particles": 8.0,
+    "mc_error": 0.0,
+}
+LAW = {"posterior": POSTERIOR, "predictive": "linearized", "particles": 8}
+MAP_TEXT = {"posterior": POSTERIOR, "predictive": "map", "calibrated": False}
+
+
+@dataclass
+class Stub:
+    """The running server: where it is, and what it was asked."""
+
+    url: str = ""
+    key: str | None = None
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+
+def error(status: int, kind: str, message: str, code: str | None = None, **headers: str) -> JSONResponse:
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(body, status, headers)
+
+
+def build(stub: Stub) -> FastAPI:
+    """The routes a client reads, with the answers and errors of the contract."""
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def authenticate(request: Request, call_next: Any) -> Response:
+        stub.headers.append(dict(request.headers))
+        if stub.key and request.headers.get("authorization") != f"Bearer {stub.key}":
+            return error(401, "authentication_error", "a valid API key is needed")
+        response: Response = await call_next(request)
+        return response
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        names = {"base": None, "sentiment/map": "base", "sentiment": "base"}
+        cards = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "posterior", "parent": parent}
+            for name, parent in names.items()
+        ]
+        return {"object": "list", "data": cards}
+
+    @app.post("/v1/predictive")
+    async def predictive(request: Request) -> Any:
+        body = await request.json()
+        stub.bodies.append(body)
+        if body["model"] == "busy" and len(stub.bodies) < 3:
+            return error(503, "server_error", "warming up", **{"Retry-After": "0.01"})
+        if body["model"] == "broken":
+            return {"data": [{"answer": " positive"}]}
+        if body["model"] not in ("sentiment", "busy"):
+            return error(404, "invalid_request_error", f"no model `{body['model']}` is served", "model_not_found")
+        rows = body.get("inputs") or body.get("prompts") or body.get("messages") or []
+        for row in rows:
+            if isinstance(row, dict) and "text" not in row:
+                return error(400, "invalid_request_error", f"unknown field {[*row]}; the task has the field `text`")
+        extra = {"per_particle": [[0.2, 0.8]] * 8} if body.get("per_particle") else {}
+        data = [{"index": i, **RECORD, **extra} for i in range(len(rows))]
+        usage = {"prompt_tokens": 7 * len(rows), "completion_tokens": 0, "total_tokens": 7 * len(rows)}
+        head = {"id": "pred-1", "object": "predictive", "created": 1, "model": "sentiment"}
+        return {**head, **LAW, "data": data, "usage": usage}
+
+    def choice(body: dict[str, Any]) -> dict[str, Any]:
+        if body["model"] == "base":
+            return {}
+        return {"uncertainty": {**LAW, **RECORD} if body.get("uncertainty", {}).get("answers") else MAP_TEXT}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        body = await request.json()
+        head = {"id": "cmpl-1", "created": 1, "model": body["model"], "object": "text_completion"}
+        base = {"index": 0, "logprobs": None}
+        last = {**base, "text": " positive", "finish_reason": "stop", **choice(body)}
+        if not body.get("stream"):
+            return {**head, "choices": [last]}
+        first = {**base, "text": "", "finish_reason": None}
+        return events([{**head, "choices": [one]} for one in (first, last)])
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
+        message = {"role": "assistant", "content": " positive"}
+        base = {"index": 0, "logprobs": None}
+        if not body.get("stream"):
+            done = {**base, "message": message, "finish_reason": "stop", **choice(body)}
+            return {**head, "object": "chat.completion", "choices": [done]}
+        first = {**base, "delta": message, "finish_reason": None}
+        last = {**base, "delta": {}, "finish_reason": "stop", **choice(body)}
+        return events([{**head, "object": "chat.completion.chunk", "choices": [one]} for one in (first, last)])
+
+    return app
+
+
+def events(chunks: list[dict[str, Any]]) -> StreamingResponse:
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+    return StreamingResponse(iter(lines), media_type="text/event-stream")
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """A running stub; the environment points no client elsewhere."""
+    for name in ("POSTERIOR_API_KEY", "POSTERIOR_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    running = Stub()
+    server = uvicorn.Server(uvicorn.Config(build(running), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    running.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    yield running
+    server.should_exit = True
+    thread.join()

@@ -1,0 +1,71 @@
+"""`posterior ask`, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from posterior_client import Answer
+from posterior_client.ask import ASCII, WIDTH, bar
+
+SHOWN = """\
+positive  (confidence 0.75, not calibrated)
+
+  positive  0.750  ████████████████▓▓▓▓▓▓▓▓░░░░····  [0.500, 0.875]
+  negative  0.250  ████▓▓▓▓░░░░░░░░················  [0.125, 0.500]
+
+entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
+sentiment@0123456789ab, linearized predictive
+"""
+
+
+def ask(*arguments: str, url: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "POSTERIOR_BASE_URL": url, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "posterior_client.ask", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+
+
+def test_the_answer_is_shown_as_bars(stub: Any) -> None:
+    done = ask("the food was great", url=stub.url)
+    assert (done.stdout, done.stderr, done.returncode) == (SHOWN, "", 0)
+    # The first posterior served: neither the base nor a MAP.
+    assert stub.bodies == [{"model": "sentiment", "inputs": [{"text": "the food was great"}]}]
+
+
+def test_a_terminal_without_utf8_gets_ascii(stub: Any) -> None:
+    done = ask("good", url=stub.url, encoding="ascii")
+    assert done.stdout == SHOWN.translate(str.maketrans("█▓░·", ASCII))
+
+
+def test_json(stub: Any) -> None:
+    shown = json.loads(ask("good", "--json", url=stub.url).stdout)
+    assert shown["data"][0]["answers"][1]["probability"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--field", "review"], "unknown field ['review']; the task has the field `text`"),
+        (["--model", "other"], "no model `other` is served"),
+    ],
+)
+def test_the_server_s_refusal_is_one_line(stub: Any, arguments: list[str], line: str) -> None:
+    done = ask("good", *arguments, url=stub.url)
+    assert (done.stdout, done.stderr, done.returncode) == ("", f"posterior: {line}\n", 2)
+
+
+def test_no_server_is_one_line() -> None:
+    done = ask("good", url="http://127.0.0.1:9/v1")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "posterior: no server answers at http://127.0.0.1:9/v1: "
+        "start one with `posterior serve`, or `make serve` in the project's folder\n"
+    )
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.3), (0.0, 0.01), (0.5, 0.6)])
+def test_a_bar_is_always_as_wide(interval: tuple[float, float]) -> None:
+    answer = Answer(answer="a", probability=0.3, variance=0.0, std=0.0, interval=interval)
+    assert len(bar(answer, ASCII)) == WIDTH
