@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from tests.clients.exporter import exporter
 
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
@@ -79,6 +82,8 @@ def build(stub: Stub) -> FastAPI:
         if body["model"] not in ("sentiment", "busy"):
             return error(404, "invalid_request_error", f"no model `{body['model']}` is served", "model_not_found")
         rows = body.get("inputs") or body.get("prompts") or body.get("messages") or []
+        if body.get("answers") and len(set(body["answers"])) < len(body["answers"]):
+            return error(400, "invalid_request_error", "two answers are the same")
         for row in rows:
             if isinstance(row, dict) and "text" not in row:
                 return error(400, "invalid_request_error", f"unknown field {[*row]}; the task has the field `text`")
@@ -125,18 +130,31 @@ def events(chunks: list[dict[str, Any]]) -> StreamingResponse:
     return StreamingResponse(iter(lines), media_type="text/event-stream")
 
 
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Run an app on a free port; yields its API's base URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join()
+
+
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     """A running stub; the environment points no client elsewhere."""
     for name in ("POSTERIOR_API_KEY", "POSTERIOR_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     running = Stub()
-    server = uvicorn.Server(uvicorn.Config(build(running), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-    running.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    yield running
-    server.should_exit = True
-    thread.join()
+    with serving(build(running)) as running.url:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served_url() -> Iterator[str]:
+    """A server that exposes the dashboard's metrics."""
+    with serving(exporter(build(Stub()))) as url:
+        yield url

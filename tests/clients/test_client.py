@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import inspect
+import re
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import posterior_client
@@ -92,7 +94,10 @@ def test_only_what_was_said_is_sent(call: Call, stub: Any) -> None:
     call({"base_url": stub.url}, model="sentiment", prompts=["a"])
     options = {"answers": [" a", " b"], "predictive": "mixture", "particles": 4, "per_particle": True, "coverage": 0.5}
     response = call({"base_url": stub.url}, model="sentiment", messages=[CHAT], **options)
-    assert stub.bodies == [{"model": "sentiment", "prompts": ["a"]}, {"model": "sentiment", "messages": [CHAT]} | options]
+    assert stub.bodies == [
+        {"model": "sentiment", "prompts": ["a"]},
+        {"model": "sentiment", "messages": [CHAT]} | options,
+    ]
     assert response.data[0].per_particle == ((0.2, 0.8),) * 8
 
 
@@ -202,3 +207,11 @@ def test_the_client_s_openai_is_the_stock_client(stub: Any) -> None:
             return [model.id async for model in client.openai.models.list()]
 
     assert asyncio.run(names()) == ["base", "sentiment/map", "sentiment"]
+
+
+def test_the_readme_s_code_runs(stub: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("POSTERIOR_BASE_URL", stub.url)
+    readme = (Path(__file__).parents[2] / "clients" / "python" / "README.md").read_text()
+    [block] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith(" positive 0.75 0.06")

@@ -1,0 +1,105 @@
+"""The dashboard on a real Prometheus: it scrapes the running server, and every panel's query returns data."""
+
+import json
+import math
+import re
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from posterior_client import InvalidRequestError, PosteriorClient
+
+from tests.clients.grafana import GRAFANA, PANELS, expression, promtool, tool
+
+ANSWERS = [" negative", " positive"]
+
+
+@pytest.fixture(scope="module")
+def prometheus(served_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prometheus with our scrape config, but this server as target, a token file that is there, and 1 s scrapes."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    (folder / "key").write_text("none")
+    config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    [job] = config["scrape_configs"]
+    job["authorization"]["credentials_file"] = str(folder / "key")
+    job["static_configs"] = [{"targets": [urllib.parse.urlsplit(served_url).netloc]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    promtool("check", "config", folder / "prometheus.yml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = {"config.file": "prometheus.yml", "storage.tsdb.path": "data", "web.listen-address": address}
+    command = [tool("prometheus"), *(f"--{name}={value}" for name, value in options.items())]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 30
+        while not reachable(f"http://{address}/-/ready"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def reachable(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def query(prometheus: str, expression: str) -> list[tuple[dict[str, str], float]]:
+    """The finite samples of an instant query, with their labels, by Prometheus's own HTTP API."""
+    url = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    with urllib.request.urlopen(url, timeout=5) as response:
+        found: list[dict[str, Any]] = json.load(response)["data"]["result"]
+    samples = [(one["metric"], float(one["value"][1])) for one in found]
+    return [(labels, value) for labels, value in samples if math.isfinite(value)]
+
+
+def has_data(prometheus: str, target: dict[str, Any]) -> bool:
+    """Some sample is there, with every label that the panel's legend shows."""
+    shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+    return any(shown <= labels.keys() for labels, _ in query(prometheus, expression(target)))
+
+
+def traffic(base_url: str) -> None:
+    """One of everything the dashboard counts: both predictives, text by the MAP, and a refusal."""
+    with PosteriorClient(base_url) as client:
+        model = next(m.id for m in client.openai.models.list() if getattr(m, "parent", None) and "/" not in m.id)
+        for predictive in ("linearized", "mixture"):
+            client.predictive(model=model, prompts=["It was"], answers=ANSWERS, predictive=predictive, particles=2)
+        client.openai.completions.create(model=model, prompt="It was", max_tokens=2)
+        with pytest.raises(InvalidRequestError):
+            client.predictive(model=model, prompts=["It was"], answers=[" same", " same"])
+
+
+def test_every_panel_has_data(prometheus: str, served_url: str) -> None:
+    waiting = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
+    deadline = time.monotonic() + 90
+    while waiting and time.monotonic() < deadline:  # a rate needs traffic between two scrapes
+        traffic(served_url)
+        time.sleep(1)
+        waiting = [(title, target) for title, target in waiting if not has_data(prometheus, target)]
+    assert not waiting
+
+
+def test_the_numbers_are_the_server_s(prometheus: str, served_url: str) -> None:
+    with urllib.request.urlopen(served_url.removesuffix("/v1") + "/metrics", timeout=5) as response:
+        lines = response.read().decode().splitlines()
+    counted = [({}, sum(float(line.split()[-1]) for line in lines if line.startswith("posterior_answers_total{")))]
+    deadline = time.monotonic() + 10
+    while (seen := query(prometheus, "sum(posterior_answers_total)")) != counted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert seen == counted
+    assert [value for _, value in query(prometheus, "up")] == [1.0]
