@@ -78,7 +78,7 @@ def traffic(base_url: str) -> None:
     with PosteriorClient(base_url) as client:
         model = next(m.id for m in client.openai.models.list() if getattr(m, "parent", None) and "/" not in m.id)
         for predictive in ("linearized", "mixture"):
-            client.predictive(model=model, prompts=["It was"], answers=ANSWERS, predictive=predictive, particles=2)
+            client.predictive(model=model, prompts=["It was"], answers=ANSWERS, predictive=predictive)
         client.openai.completions.create(model=model, prompt="It was", max_tokens=2)
         with pytest.raises(InvalidRequestError):
             client.predictive(model=model, prompts=["It was"], answers=[" same", " same"])

@@ -48,10 +48,11 @@ class Variance:
 class Uncertainty:
     """What every answer of a posterior carries; alone, it is text by the MAP, without a distribution.
 
-    `posterior` is name@hash. `calibrated` is true only when a calibration record matches the request.
+    `posterior` is name@hash, None for the base model. `calibrated` is true only when a calibration record
+    matches the request.
     """
 
-    posterior: str
+    posterior: str | None
     predictive: PredictiveName
     calibrated: bool
     calibration: Mapping[str, Any] | None = None
@@ -94,7 +95,7 @@ class PredictiveResponse:
     id: str
     created: int
     model: str
-    posterior: str
+    posterior: str | None
     predictive: PredictiveName
     particles: int
     data: tuple[Prediction, ...]

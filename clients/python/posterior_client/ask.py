@@ -54,7 +54,7 @@ def render(prediction: Prediction, glyphs: str = UNICODE) -> str:
             "",
             f"entropy {entropy.total:.3f} nats = {entropy.aleatoric:.3f} aleatoric + {entropy.epistemic:.3f} epistemic"
             f" ({entropy.epistemic_share:.0%} epistemic)",
-            f"{prediction.posterior}, {prediction.predictive} predictive",
+            f"{prediction.posterior or 'base model'}, {prediction.predictive} predictive",
         ]
     )
 
