@@ -1,0 +1,1 @@
+"""Posterior Server: OpenAI's API over a posterior on LoRA weights."""

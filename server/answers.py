@@ -1,0 +1,241 @@
+"""Chat and completion requests: text by vLLM, or one of the candidate answers with its distribution."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from server.engine import Usage
+from server.errors import as_api_error, bad_request, from_validation
+from server.metrics import Observation
+from server.predictive import Answer, Question, Service, plain_messages, usage_record
+from server.registry import Served
+from server.schemas import MAX_CHOICES, MAX_PROMPTS, Uncertainty
+
+Kind = Literal["chat", "completion"]
+Reply = dict[str, Any] | AsyncIterator[str]
+
+
+async def reply(
+    service: Service, kind: Kind, body: dict[str, Any], request: Request, observation: Observation
+) -> Reply:
+    """The answer to a chat or completion request: a JSON object, or server-sent events."""
+    served = service.find(body.get("model"))
+    observation.posterior = "none" if served.posterior is None else served.posterior.name
+    options = _options(body)
+    if kind == "chat":
+        plain_messages(body.get("messages"))
+    if options.answers is not None:
+        return await _choose(service, kind, served, options, body, observation)
+    return await _write(service, kind, served, options, body, request, observation)
+
+
+def _options(body: dict[str, Any]) -> Uncertainty:
+    given = body.pop("uncertainty", None)
+    try:
+        return Uncertainty.model_validate({} if given is None else given)
+    except ValidationError as error:
+        raise from_validation(error, "uncertainty") from error
+
+
+# Text by the MAP
+
+
+async def _write(
+    service: Service,
+    kind: Kind,
+    served: Served,
+    options: Uncertainty,
+    body: dict[str, Any],
+    request: Request,
+    observation: Observation,
+) -> Reply:
+    if options.predictive not in (None, "map"):
+        raise bad_request(
+            f"text under the {options.predictive!r} predictive is not served yet: "
+            "leave 'predictive' out for text by the MAP, or give 'answers' for a distribution over them",
+            "uncertainty.predictive",
+        )
+    observation.predictive = "map"
+    generate = service.engine.chat if kind == "chat" else service.engine.complete
+    result = await generate(body, request)
+    note = (
+        {"predictive": "map", "posterior": served.label, "calibrated": False} if served.posterior is not None else None
+    )
+
+    def count() -> None:
+        usage = service.engine.usage(request)
+        if usage is not None:
+            service.metrics.count_tokens(observation.posterior, usage)
+
+    if not isinstance(result, dict):
+        return _annotated(result, note, count)
+    count()
+    return _with_note(result, note)
+
+
+def _with_note(record: dict[str, Any], note: dict[str, Any] | None) -> dict[str, Any]:
+    if note is not None:
+        for choice in record["choices"]:
+            choice["uncertainty"] = note
+    return record
+
+
+async def _annotated(
+    events: AsyncIterator[str], note: dict[str, Any] | None, count: Callable[[], None]
+) -> AsyncIterator[str]:
+    """vLLM's server-sent events, with our note on each choice's last chunk and our form of errors."""
+    try:
+        async for event in events:
+            if event.startswith('data: {"error"'):
+                yield _event(as_api_error(RuntimeError(event)).body())
+            elif note is not None and '"finish_reason":"' in event:
+                yield _event(_with_note(json.loads(event.removeprefix("data: ")), note))
+            else:
+                yield event
+    finally:
+        count()
+
+
+# One of the candidate answers
+
+
+@dataclass(frozen=True)
+class _Choice:
+    text: str
+    record: dict[str, Any]
+
+
+async def _choose(
+    service: Service, kind: Kind, served: Served, options: Uncertainty, body: dict[str, Any], observation: Observation
+) -> Reply:
+    n = _number(body, "n", int, 1, 1, MAX_CHOICES)
+    temperature = _number(body, "temperature", float, 0.0, 0.0, 100.0)
+    seed = _number(body, "seed", int, None, -(2**63), 2**63 - 1)
+    prompts = await asyncio.to_thread(_chat_prompts if kind == "chat" else _completion_prompts, service, body)
+    question = service.question(served, prompts, options.answers or (), options)
+    observation.predictive = question.predictive
+    answers = await service.answer(question)
+    generator = random.Random(seed)
+    choices = [_draw(service, question, answer, temperature, generator) for answer in answers for _ in range(n)]
+    tokens = {answer: len(ids) for answer, ids in zip(question.answers, question.candidates, strict=True)}
+    usage = Usage(sum(map(len, prompts)), sum(tokens[choice.text] for choice in choices))
+    service.metrics.count_tokens(observation.posterior, usage)
+    head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
+    head["model"] = served.label or served.name
+    if body.get("stream"):
+        with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        return _events(kind, head, choices, usage if with_usage else None)
+    wrap = _chat_choice if kind == "chat" else _completion_choice
+    name = "chat.completion" if kind == "chat" else "text_completion"
+    return {
+        "object": name,
+        **head,
+        "choices": [wrap(i, c) for i, c in enumerate(choices)],
+        "usage": usage_record(usage),
+    }
+
+
+def _draw(
+    service: Service, question: Question, answer: Answer, temperature: float, generator: random.Random
+) -> _Choice:
+    """The most probable answer, or a draw from p^(1/temperature)."""
+    p = answer.predictive.probability
+    if temperature > 0:
+        weights = (p.log() / temperature).softmax(0).tolist()
+        chosen = generator.choices(range(len(weights)), weights)[0]
+    else:
+        chosen = int(p.argmax())
+    return _Choice(question.answers[chosen], service.record(question, answer, chosen))
+
+
+def _chat_prompts(service: Service, body: dict[str, Any]) -> list[list[int]]:
+    return [service.conversation(body.get("messages"))]
+
+
+def _completion_prompts(service: Service, body: dict[str, Any]) -> list[list[int]]:
+    """A prompt is a text or token ids; a request holds one or a list of them."""
+    prompt = body.get("prompt")
+    single = isinstance(prompt, str) or (
+        isinstance(prompt, list) and bool(prompt) and all(_is_token(item) for item in prompt)
+    )
+    prompts = [prompt] if single else prompt
+    if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise bad_request(
+            f"'prompt' must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of them", "prompt"
+        )
+    return [_tokens(service, item) for item in prompts]
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _tokens(service: Service, item: Any) -> list[int]:
+    if isinstance(item, str):
+        return service.tokenizer.encode(item)
+    if isinstance(item, list) and all(_is_token(token) for token in item):
+        return item
+    raise bad_request("every item of 'prompt' must be a text or a list of token ids", "prompt")
+
+
+def _number(body: dict[str, Any], field: str, kind: type, default: Any, low: float, high: float) -> Any:
+    """A number of the request within [low, high]. Raises ApiError 400."""
+    value = body.get(field)
+    if value is None:
+        return default
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+        raise bad_request(
+            f"{field} must be {'an integer' if kind is int else 'a number'} between {low} and {high}", field
+        )
+    return value
+
+
+def _chat_choice(index: int, choice: _Choice) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.text}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": "stop", "uncertainty": choice.record}
+
+
+def _completion_choice(index: int, choice: _Choice) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": choice.text,
+        "logprobs": None,
+        "finish_reason": "stop",
+        "uncertainty": choice.record,
+    }
+
+
+async def _events(kind: Kind, head: dict[str, Any], choices: list[_Choice], usage: Usage | None) -> AsyncIterator[str]:
+    """The same choices as server-sent events: the text, then a last chunk with its distribution."""
+    head = {"object": "chat.completion.chunk" if kind == "chat" else "text_completion", **head}
+
+    def chunk(index: int, text: str | None, **last: Any) -> str:
+        body: dict[str, Any] = (
+            {"text": text or ""} if kind == "completion" else {"delta": {"content": text} if text is not None else {}}
+        )
+        if kind == "chat" and text is not None:
+            body["delta"]["role"] = "assistant"
+        choice = {"index": index, **body, "logprobs": None, "finish_reason": None, **last}
+        return _event({**head, "choices": [choice]})
+
+    for index, choice in enumerate(choices):
+        yield chunk(index, choice.text)
+        yield chunk(index, None, finish_reason="stop", uncertainty=choice.record)
+    if usage is not None:
+        yield _event({**head, "choices": [], "usage": usage_record(usage)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(record: dict[str, Any]) -> str:
+    return f"data: {json.dumps(record, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -1,0 +1,39 @@
+"""The API key: default-deny, compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Awaitable, Callable
+
+from fastapi import Request
+
+from posterior.errors import PosteriorError
+from server.errors import ApiError
+
+
+def require_key(key: str | None) -> Callable[[Request], Awaitable[None]]:
+    """A FastAPI dependency: only `Authorization: Bearer <key>` passes (anything if `key` is None)."""
+
+    async def check(request: Request) -> None:
+        if key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+            raise ApiError(401, "missing or wrong API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+
+    return check
+
+
+def check_exposure(host: str, key: str | None) -> None:
+    """Raises PosteriorError if `host` is reachable from other machines and no key protects it."""
+    if key is not None or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise PosteriorError(
+            f"refusing to listen on {host} without a key: set --api-key (or POSTERIOR_API_KEY), or use --host 127.0.0.1"
+        )

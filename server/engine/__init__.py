@@ -1,0 +1,66 @@
+"""The engine: everything that touches vLLM, and nothing else does.
+
+The rest of the server sees the protocol below; tests put a fake behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from fastapi import Request
+
+from posterior.candidates import Candidates
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA folder. vLLM keys its prefix cache by `name`, so `name` holds the posterior's content hash."""
+
+    name: str
+    path: Path
+    number: int  # vLLM's id of the adapter, from 1, unique in the server
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens a request read and wrote."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine(Protocol):
+    """Scores candidates under many adapters at once, and generates text as vLLM's OpenAI server does."""
+
+    max_model_len: int
+    vocab_size: int
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+    ) -> torch.Tensor:
+        """log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]; adapter None is the bare base."""
+        ...
+
+    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        """An OpenAI chat completion, or its server-sent events."""
+        ...
+
+    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        """An OpenAI completion, or its server-sent events."""
+        ...
+
+    async def warm_up(self, prompt: list[int]) -> None:
+        """Generate a little, so that nobody waits for what the first request compiles."""
+        ...
+
+    def usage(self, request: Request) -> Usage | None:
+        """Tokens of a chat or completion request that has ended; None if it never reached the engine."""
+        ...
+
+    def alive(self) -> bool: ...
+
+    def stop(self) -> None: ...

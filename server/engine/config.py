@@ -1,0 +1,63 @@
+"""How the engine is started: our few settings as vLLM's command-line arguments, and its environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+CPU_KV_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share."""
+
+    model: Path
+    served_name: str
+    device: str  # "cpu" or "cuda"
+    dtype: str
+    particles: int
+    adapters: int
+    lora_rank: int
+    max_model_len: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+
+    def arguments(self) -> list[str]:
+        """The command line of vLLM's own server that this corresponds to."""
+        rank = next((r for r in LORA_RANKS if r >= self.lora_rank), LORA_RANKS[-1])
+        arguments = [
+            *("--model", str(self.model), "--served-model-name", self.served_name, "--dtype", self.dtype),
+            *("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)),
+            *("--enable-lora", "--max-lora-rank", str(rank)),
+            # K particles and the MAP of a text request can share one batch
+            *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
+            *("--enable-prefix-caching", "--no-async-scheduling"),
+            *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
+        ]
+        if self.device == "cpu":
+            # A seeded request cut into chunks kills vLLM 0.32's CPU runner (torch.Generator.set_offset).
+            arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(self.max_model_len, 2048))]
+            # Blocks of 32 tokens, not 128, so that short prompts too share their prefix.
+            arguments += ["--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
+        else:
+            arguments += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
+        return arguments
+
+
+def set_environment(device: str) -> None:
+    """Must run before the first import of vLLM; the engine's processes inherit it."""
+    if device == "cpu":
+        # vLLM would compile its log-probability ranks on the first request: 23 s, and it needs a C++ compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the sampler we mend and the V1 interfaces we use
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning OpenMP threads make shared cores ten times slower
+        "GOMP_SPINCOUNT": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }.items():
+        os.environ.setdefault(name, value)

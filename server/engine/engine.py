@@ -1,0 +1,191 @@
+"""vLLM behind the protocol of `server.engine`: candidates scored in one go, text by vLLM's own serving classes."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import State
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from posterior.candidates import Candidates
+from server.engine import Adapter, Usage
+from server.engine.config import EngineConfig
+from server.engine.fields import check_fields
+from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
+from server.errors import ApiError, bad_request, from_validation, internal_error, model_not_found, unavailable
+
+
+class VllmEngine:
+    """One AsyncLLM and the serving classes vLLM builds on it."""
+
+    def __init__(self, llm: AsyncLLM, state: State) -> None:
+        self._llm = llm
+        self._state = state
+        self.max_model_len: int = llm.model_config.max_model_len
+        self.vocab_size: int = llm.model_config.get_vocab_size()
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, public: Mapping[str, Adapter], adapters: Sequence[Adapter]
+    ) -> VllmEngine:
+        """Load the base and every adapter; `public` maps the model names that generate text to their adapters."""
+        parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+        args = parser.parse_args(config.arguments())
+        engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        llm = AsyncLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+        try:
+            state = State()
+            await init_app_state(llm, state, args, await llm.get_supported_tasks())
+            for adapter in adapters:
+                await llm.add_lora(_lora(adapter))
+            state.openai_serving_models.lora_requests.update({name: _lora(adapter) for name, adapter in public.items()})
+        except BaseException:
+            llm.shutdown()
+            raise
+        return cls(llm, state)
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+    ) -> torch.Tensor:
+        tree = prefix_tree(candidates)
+        try:
+            async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
+                reads = [
+                    [
+                        {
+                            prefix: group.create_task(self._read([*prompt, *prefix], children, adapter))
+                            for prefix, children in tree.items()
+                        }
+                        for adapter in adapters
+                    ]
+                    for prompt in prompts
+                ]
+        except ExceptionGroup as errors:
+            raise _first(errors) from errors
+        return torch.stack([torch.stack([_joint(candidates, read) for read in row]) for row in reads])
+
+    async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> dict[int, float]:
+        """Log-probabilities over the whole vocabulary of the tokens `children` right after `tokens`."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=children,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._llm.generate(
+            tokens_input(tokens), params, f"read-{uuid.uuid4().hex}", lora_request=_lora(adapter) if adapter else None
+        )
+        try:
+            async for output in outputs:
+                logprobs = output.outputs[0].logprobs
+                if output.finished and logprobs:
+                    return {token: logprobs[0][token].logprob for token in children}
+        except EngineDeadError as error:
+            raise unavailable("the engine has stopped; the server needs a restart") from error
+        except (VLLMClientError, GracefulHTTPError) as error:
+            raise _refusal(error) from error
+        raise internal_error()  # a read without result is never averaged away
+
+    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        return await self._serve(
+            ChatCompletionRequest, self._state.openai_serving_chat.create_chat_completion, body, request
+        )
+
+    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        return await self._serve(
+            CompletionRequest, self._state.openai_serving_completion.create_completion, body, request
+        )
+
+    async def _serve(
+        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        check_fields(body, frozenset(model.model_fields))
+        try:
+            answer = await create(model.model_validate(body), request)
+        except ValidationError as error:
+            raise from_validation(error) from error
+        except EngineDeadError as error:
+            raise unavailable("the engine has stopped; the server needs a restart") from error
+        except (
+            VLLMClientError,
+            GracefulHTTPError,
+            ValueError,
+        ) as error:  # vLLM also raises bare ValueErrors for bad requests
+            raise _refusal(error) from error
+        if isinstance(answer, ErrorResponse):
+            raise _from_response(answer, body)
+        return answer.model_dump() if isinstance(answer, BaseModel) else answer
+
+    async def warm_up(self, prompt: list[int]) -> None:
+        """Two tokens of the bare base with log-probabilities."""
+        params = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=2, ignore_eos=True)
+        async for _ in self._llm.generate(tokens_input(prompt), params, "warm-up"):
+            pass
+
+    def usage(self, request: Request) -> Usage | None:
+        final = getattr(getattr(request.state, "request_metadata", None), "final_usage_info", None)
+        return None if final is None else Usage(final.prompt_tokens, final.completion_tokens or 0)
+
+    def alive(self) -> bool:
+        return not self._llm.errored
+
+    def stop(self) -> None:
+        self._llm.shutdown()
+
+
+def _lora(adapter: Adapter) -> LoRARequest:
+    return LoRARequest(adapter.name, adapter.number, str(adapter.path))
+
+
+def _joint(candidates: Candidates, tasks: Mapping[Prefix, asyncio.Task[dict[int, float]]]) -> torch.Tensor:
+    return sum_over_tokens(candidates, {prefix: task.result() for prefix, task in tasks.items()})
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    """The first leaf of a group: one cause is what a client can use."""
+    error: BaseException = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _refusal(error: Exception) -> ApiError:
+    """vLLM's complaint about a request, one line of it."""
+    if isinstance(error, GracefulHTTPError):
+        return unavailable("the engine's queue is full; try again later")
+    return bad_request(_line(str(error)), getattr(error, "parameter", None))
+
+
+def _from_response(answer: ErrorResponse, body: dict[str, Any]) -> ApiError:
+    error = answer.error
+    if error.code == 404:
+        return model_not_found(body.get("model"))
+    if error.code >= 500:
+        return (
+            unavailable("the engine could not take this request; try again later")
+            if error.code == 503
+            else internal_error()
+        )
+    return ApiError(error.code, _line(error.message), param=error.param)
+
+
+def _line(message: str) -> str:
+    return message.strip().splitlines()[0] if message.strip() else "the request is not valid"

@@ -1,0 +1,54 @@
+"""A fault of vLLM 0.32.0, mended from outside, in the process that samples.
+
+When a batch holds a row that asks for `logprob_token_ids` (a candidate score of ours) and a row that asks for plain
+`logprobs`, `Sampler.forward` returns only the tensors of the first kind: the plain row receives padding. Here every plain
+row is given the ids of its own most probable tokens, so that the one gather serves both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+import vllm
+from vllm.v1.sample.sampler import Sampler
+
+MENDED_VERSION = "0.32.0"
+
+
+def with_plain_rows(
+    logits: torch.Tensor, logprob_token_ids: dict[int, list[int]], num_logprobs: int
+) -> dict[int, list[int]]:
+    """`logprob_token_ids` plus the `num_logprobs` most probable tokens of every other row of `logits` [rows, vocabulary]."""
+    plain = [row for row in range(logits.shape[0]) if row not in logprob_token_ids]
+    top = logits[plain].topk(num_logprobs, dim=-1).indices.tolist()
+    return {**logprob_token_ids, **dict(zip(plain, top, strict=True))}
+
+
+def _mended(original: Any) -> Any:
+    def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        specific, plain = sampling_metadata.logprob_token_ids, sampling_metadata.max_num_logprobs
+        if specific and plain is not None and plain > 0:  # the metadata outlives the step: copy, never change it
+            ids = with_plain_rows(logits, specific, plain)
+            sampling_metadata = dataclasses.replace(sampling_metadata, logprob_token_ids=ids)
+        return original(self, logits, sampling_metadata, *args, **kwargs)
+
+    return forward
+
+
+def install() -> None:
+    """Mend `Sampler` of this process, if it is the version we know."""
+    if vllm.__version__ == MENDED_VERSION:
+        Sampler.forward = _mended(Sampler.forward)  # type: ignore[method-assign]
+    else:
+        logger = logging.getLogger("posterior.server")
+        logger.warning("vLLM %s is not %s: its sampler is left as it is", vllm.__version__, MENDED_VERSION)
+
+
+class WorkerExtension:
+    """Named in vLLM's `worker_extension_cls`: importing this module in a worker installs the mend."""
+
+
+install()

@@ -1,0 +1,214 @@
+"""`posterior serve`: load everything, listen, warm up, serve, drain, stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import posterior
+from posterior.base import Base, load_tokenizer, resolve
+from posterior.errors import PosteriorError
+from server import auth, registry
+from server.engine.config import EngineConfig, set_environment
+from server.linearized import Linearizer
+from server.metrics import Metrics
+from server.registry import Registry
+
+if TYPE_CHECKING:
+    from server.predictive import Service
+
+SHIPPED = Path(posterior.__file__).parent / "shipped"
+DRAIN_SECONDS = 30
+LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "base model: a local HF folder, a .gguf file, or a Hugging Face id@revision (default: SmolLM2-135M-Instruct)"
+    add("--base", help=text)
+    text = "folder of posterior folders; each is served under its folder's name (default: the shipped ones)"
+    add("--posteriors", type=Path, default=SHIPPED, help=text)
+    text = (
+        "samples of each Laplace posterior for the mixture: more mean less Monte-Carlo error and more work (default: 8)"
+    )
+    add("--particles", type=int, default=8, help=text)
+    add("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
+    add("--api-key", default=os.environ.get("POSTERIOR_API_KEY"), help=text)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, default="auto", help="precision of vLLM (default: auto, the base's own)")
+    text = f"longest prompt plus answer in tokens (default: the base's own, at most {LONGEST_DEFAULT})"
+    add("--max-model-len", type=int, help=text)
+    text = "sequences in one batch of vLLM; a mixture takes one a particle (default: 64)"
+    add("--max-num-seqs", type=int, default=64, help=text)
+    text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
+    add("--gpu-memory-utilization", type=float, default=0.7, help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can mend."""
+    if args.particles < 2:
+        raise PosteriorError("--particles must be at least 2: one sample has no spread")
+    auth.check_exposure(args.host, args.api_key)
+    signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(args))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    from server.app import create_app
+    from server.predictive import Service
+
+    start = time.monotonic()
+    listener = _bind(args.host, args.port)
+    device = _device(args.device)
+    set_environment(device)
+    base = resolve(args.base)
+    _say(f"base {base.id} on {device}")
+    cache = Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+    served = registry.load(args.posteriors, base, particles=args.particles, cache=cache)
+    _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
+    metrics = Metrics()
+    metrics.describe(served)
+    with contextlib.ExitStack() as stack:
+        laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
+        linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
+        if linearizer is not None:
+            stack.callback(linearizer.stop)
+        _say("starting vLLM (up to a minute)")
+        engine = await _start_engine(args, base, device, served)
+        stack.callback(engine.stop)
+        service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
+        app = create_app(service, args.api_key)
+        await _listen(app, listener, service, args, start)
+
+
+async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
+    from server.engine.engine import VllmEngine
+
+    config = EngineConfig(
+        model=base.path,
+        served_name=base.id,
+        device=device,
+        dtype=args.dtype,
+        particles=max(len(entry.particles) for entry in served.served.values()),
+        adapters=len(served.adapters),
+        lora_rank=max(int(item.lora["rank"]) for item in served.posteriors),
+        max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
+        max_num_seqs=args.max_num_seqs,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    try:
+        return await VllmEngine.start(config, served.public, served.adapters)
+    except (RuntimeError, ValueError) as error:
+        raise PosteriorError(f"vLLM did not start: {_line(error)}") from error
+
+
+async def _listen(app: Any, listener: socket.socket, service: Service, args: argparse.Namespace, start: float) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # uvicorn would raise the signal again after the drain; the loop's handlers below do not
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    warming = asyncio.create_task(_warm_up(service))
+    await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
+    if warming.done() and not serving.done():
+        if (error := warming.exception()) is not None:
+            server.should_exit = True
+            await serving
+            raise PosteriorError(f"the warm-up failed: {_line(error)}") from error
+        app.state.ready = True
+        service.metrics.ready.set(1)
+        _say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, args)}\n")
+    await serving
+    warming.cancel()
+
+
+async def _warm_up(service: Service) -> None:
+    """What the first requests would otherwise wait for: the worker loads the base, vLLM pages its adapters in."""
+    from posterior.candidates import encode
+
+    if service.linearizer is not None:
+        await service.linearizer.start()
+    prompt = service.tokenizer.encode("Warm up.")
+    for name, served in service.registry.served.items():
+        task = served.posterior.task if served.posterior is not None else None
+        candidates = encode(service.tokenizer, (task and task.answers) or (" no", " yes"))
+        await service.engine.score([prompt], candidates, served.particles or [served.map])
+        if service.linearizer is not None and served.predictives[0] == "linearized":
+            await service.linearizer.moments(name, [prompt], candidates)
+    await service.engine.warm_up(prompt)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the port but does not answer yet: a taken port is found out before minutes of loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise PosteriorError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise PosteriorError("--device cuda: torch sees no GPU here; use --device cpu")
+    return wanted
+
+
+def _own_length(base: Base) -> int:
+    """The context length the base was made for, in tokens."""
+    length = json.loads((base.path / "config.json").read_text()).get("max_position_embeddings")
+    return length if isinstance(length, int) else LONGEST_DEFAULT
+
+
+def _curl(served: Registry, args: argparse.Namespace) -> str:
+    item = served.posteriors[0]
+    key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key else ""
+    fields = {field: "The food was good, the service was slow." for field in item.task.fields}
+    body = {"model": item.name, "inputs": [fields]}
+    if item.task.answers is None:
+        body["answers"] = [" yes", " no"]
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    data = shlex.quote(json.dumps(body))
+    return f"  curl http://{host}:{args.port}/v1/predictive{key} -H 'Content-Type: application/json' -d {data}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _say(line: str) -> None:
+    print(f"posterior: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""Prometheus metrics of ours, labelled by posterior and never by particle; vLLM's own stand beside them."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from posterior.predictive import Predictive
+from server.engine import Usage
+from server.registry import Registry
+
+SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+BATCH = (1, 2, 4, 8, 16, 32)
+
+
+class Metrics:
+    """One registry of ours, so that a process may hold more than one server (tests do)."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        request, answer = ("posterior", "endpoint", "predictive"), ("posterior", "predictive")
+        self.requests = Counter("posterior_requests", "Requests by outcome.", (*request, "status"), registry=own)
+        self.duration = Histogram(
+            "posterior_request_duration_seconds", "From request to last byte.", request, registry=own, buckets=SECONDS
+        )
+        self.prompt_tokens = Counter("posterior_prompt_tokens", "Prompt tokens read.", ("posterior",), registry=own)
+        self.generated_tokens = Counter("posterior_generated_tokens", "Tokens written.", ("posterior",), registry=own)
+        self.answers = Counter("posterior_answers", "Answers with a distribution.", answer, registry=own)
+        self.confidence = Histogram(
+            "posterior_confidence", "Probability of the answer.", answer, registry=own, buckets=SHARES
+        )
+        self.epistemic = Histogram(
+            "posterior_epistemic_entropy_nats",
+            "Mutual information of answer and weights.",
+            answer,
+            registry=own,
+            buckets=NATS,
+        )
+        self.total = Histogram(
+            "posterior_total_entropy_nats", "Entropy of the predictive.", answer, registry=own, buckets=NATS
+        )
+        self.batch_size = Histogram(
+            "posterior_linearized_batch_size", "Prompts in one linearised batch.", registry=own, buckets=BATCH
+        )
+        self.queue = Histogram(
+            "posterior_linearized_queue_seconds", "Wait before a linearised batch.", registry=own, buckets=SECONDS
+        )
+        self.ready = Gauge("posterior_ready", "1 after the warm-up.", registry=own)
+        self.info = Gauge(
+            "posterior_info", "The posteriors served.", ("posterior", "hash", "family", "base"), registry=own
+        )
+
+    def describe(self, registry: Registry) -> None:
+        for item in registry.posteriors:
+            self.info.labels(item.name, item.hash, item.family, registry.base.id).set(1)
+
+    def count_answer(self, posterior: str, predictive: str, result: Predictive, confidence: float) -> None:
+        self.answers.labels(posterior, predictive).inc()
+        self.confidence.labels(posterior, predictive).observe(confidence)
+        self.epistemic.labels(posterior, predictive).observe(result.epistemic)
+        self.total.labels(posterior, predictive).observe(result.total)
+
+    def count_tokens(self, posterior: str, usage: Usage) -> None:
+        self.prompt_tokens.labels(posterior).inc(usage.prompt_tokens)
+        self.generated_tokens.labels(posterior).inc(usage.completion_tokens)
+
+    def text(self) -> bytes:
+        """Ours and vLLM's, in Prometheus' text format."""
+        return generate_latest(self.registry) + generate_latest(REGISTRY)
+
+
+class Observation:
+    """One request on its way: its labels are filled in as they become known; `end` counts it once."""
+
+    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+        self._metrics = metrics
+        self._endpoint = endpoint
+        self._start = time.monotonic()
+        self._ended = False
+        self.posterior = "none"  # never a name a client made up
+        self.predictive = "none"
+
+    def end(self, status: int) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        labels = (self.posterior, self._endpoint, self.predictive)
+        self._metrics.requests.labels(*labels, str(status)).inc()
+        self._metrics.duration.labels(*labels).observe(time.monotonic() - self._start)

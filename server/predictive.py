@@ -1,0 +1,281 @@
+"""From tokens to the posterior predictive distribution over candidate answers, and its record in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from posterior import candidates as candidate_answers
+from posterior.base import Base
+from posterior.candidates import Candidates
+from posterior.errors import PosteriorError
+from posterior.predictive import Predictive, from_gaussian, from_particles
+from posterior.task import Tokenizer, chat_ids
+from server.engine import Engine, Usage
+from server.engine.scoring import prefix_tree
+from server.errors import bad_request, from_validation, model_not_found
+from server.linearized import Linearizer
+from server.metrics import Metrics, Observation
+from server.registry import Registry, Served
+from server.schemas import MAX_SEQUENCES, PredictiveName, PredictiveRequest, Uncertainty
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one posterior: prompts as token ids, and the candidates that may follow them."""
+
+    served: Served
+    predictive: PredictiveName
+    prompts: list[list[int]]
+    answers: tuple[str, ...]
+    candidates: Candidates
+    options: Uncertainty
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any."""
+
+    predictive: Predictive
+    particles: torch.Tensor | None
+
+
+class Service:
+    """Everything one server process answers with."""
+
+    def __init__(
+        self, registry: Registry, engine: Engine, linearizer: Linearizer | None, tokenizer: Tokenizer, metrics: Metrics
+    ) -> None:
+        self.registry = registry
+        self.engine = engine
+        self.linearizer = linearizer
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+
+    @property
+    def base(self) -> Base:
+        return self.registry.base
+
+    def find(self, name: object) -> Served:
+        """The model `name`. Raises ApiError 404."""
+        served = self.registry.served.get(name) if isinstance(name, str) else None
+        if served is None:
+            raise model_not_found(name)
+        return served
+
+    def question(
+        self, served: Served, prompts: list[list[int]], answers: Sequence[str], options: Uncertainty
+    ) -> Question:
+        """Check everything that can be checked before any work is done. Raises ApiError 400."""
+        try:
+            candidates = candidate_answers.encode(self.tokenizer, answers)
+        except PosteriorError as error:
+            raise bad_request(str(error), "answers") from error
+        predictive = _predictive(served, options)
+        longest = max(map(len, candidates))
+        for index, prompt in enumerate(prompts):
+            self._check_prompt(index, prompt, longest)
+        passes = (
+            len(candidates)
+            if predictive == "linearized"
+            else len(prefix_tree(candidates)) * _particles(served, predictive, options)
+        )
+        if len(prompts) * passes > MAX_SEQUENCES:
+            raise bad_request(
+                f"{len(prompts)} prompts x {passes} evaluations exceed the limit of {MAX_SEQUENCES} a request; "
+                "send fewer prompts"
+            )
+        return Question(served, predictive, prompts, tuple(answers), candidates, options)
+
+    def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
+        limit = self.engine.max_model_len
+        if not prompt:
+            raise bad_request(f"prompt {index} is empty")
+        if len(prompt) + answer_tokens > limit:
+            raise bad_request(
+                f"prompt {index} has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
+            raise bad_request(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
+
+    async def answer(self, question: Question) -> list[Answer]:
+        """The predictive of each prompt, in order."""
+        served, options = question.served, question.options
+        if question.predictive == "linearized":
+            if self.linearizer is None or served.posterior is None:
+                raise RuntimeError(f"{served.name} has no linearised predictive")
+            moments = await self.linearizer.moments(served.name, question.prompts, question.candidates)
+            return await asyncio.to_thread(
+                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage), None) for mean, cov in moments]
+            )
+        if question.predictive == "map":
+            adapters, weights = [served.map], torch.ones(1)
+        else:
+            k = _particles(served, "mixture", options)
+            adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
+        scores = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
+        log_p = scores.log_softmax(-1)
+        return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
+
+    def record(self, question: Question, answer: Answer, chosen: int | None = None) -> dict[str, Any]:
+        """The JSON of one answer, about candidate `chosen` (None: the most probable one). In nats."""
+        p = answer.predictive
+        best = int(p.probability.argmax()) if chosen is None else chosen
+        confidence = float(p.probability[best])
+        self.metrics.count_answer(_label(question.served), question.predictive, p, confidence)
+        record: dict[str, Any] = {
+            "posterior": question.served.label,
+            "predictive": question.predictive,
+            "particles": p.particles,
+            "answer": question.answers[best],
+            "confidence": confidence,
+            "calibrated": False,
+            "calibration": None,
+            "logprob": math.log(max(confidence, 1e-300)),
+            "answers": [
+                {
+                    "answer": text,
+                    "probability": float(p.probability[c]),
+                    "variance": float(p.variance[c]),
+                    "std": float(p.std[c]),
+                    "interval": p.interval[c].tolist(),
+                }
+                for c, text in enumerate(question.answers)
+            ],
+            "covariance": p.covariance.tolist(),
+            "entropy": {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic},
+            "variance": {"epistemic": float(p.variance[best]), "total": float(p.total_variance[best])},
+            "effective_particles": p.effective_particles,
+            "mc_error": float(p.mc_error[best]),
+        }
+        if question.options.per_particle and answer.particles is not None:
+            record["per_particle"] = answer.particles.tolist()
+        return record
+
+    async def predict(self, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
+        """POST /v1/predictive."""
+        try:
+            request = PredictiveRequest.model_validate(body)
+        except ValidationError as error:
+            raise from_validation(error) from error
+        served = self.find(request.model)
+        observation.posterior = _label(served)
+        question = await asyncio.to_thread(self._question, served, request)
+        observation.predictive = question.predictive
+        answers = await self.answer(question)
+        usage = Usage(sum(map(len, question.prompts)), 0)
+        self.metrics.count_tokens(_label(served), usage)
+        data = [{"index": i, **self.record(question, answer)} for i, answer in enumerate(answers)]
+        return {
+            "id": f"pred-{uuid.uuid4().hex}",
+            "object": "predictive",
+            "created": int(time.time()),
+            "model": served.name,
+            "posterior": served.label,
+            "predictive": question.predictive,
+            "particles": answers[0].predictive.particles,
+            "data": data,
+            "usage": usage_record(usage),
+        }
+
+    def _question(self, served: Served, request: PredictiveRequest) -> Question:
+        task = None if served.posterior is None else served.posterior.task
+        answers = request.answers or (task.answers if task is not None else None)
+        if answers is None:
+            raise bad_request(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
+        if request.inputs is not None:
+            if task is None:
+                raise bad_request("the base model has no template; give 'prompts' or 'messages'", "inputs")
+            prompts = [
+                _rendered(i, lambda row=row: task.prompt_ids(self.tokenizer, row, exact=True))
+                for i, row in enumerate(request.inputs)
+            ]
+        elif request.prompts is not None:
+            prompts = [self.tokenizer.encode(text) for text in request.prompts]
+        else:
+            prompts = [self.conversation(messages) for messages in request.messages or []]
+        return self.question(served, prompts, answers, request)
+
+    def conversation(self, messages: Any) -> list[int]:
+        """Token ids of chat messages up to where the assistant answers. Raises ApiError 400."""
+        plain = plain_messages(messages)
+        try:
+            return chat_ids(self.tokenizer, plain)
+        except Exception as error:  # a Jinja template may raise anything about the order of roles
+            raise bad_request("the base model's chat template does not accept these messages", "messages") from error
+
+
+def plain_messages(messages: Any) -> list[dict[str, str]]:
+    """Messages of role and text; parts of type text are joined. Raises ApiError 400 for anything else."""
+    if not isinstance(messages, list) or not messages:
+        raise bad_request("'messages' must be a list of at least one message", "messages")
+    return [{"role": _role(message), "content": _text(message.get("content"))} for message in messages]
+
+
+def _role(message: Any) -> str:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise bad_request("every message needs a 'role' and a 'content'", "messages")
+    return role
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise bad_request("the 'content' of a message must be text", "messages")
+
+
+def usage_record(usage: Usage) -> dict[str, int]:
+    total = usage.prompt_tokens + usage.completion_tokens
+    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
+
+
+def _label(served: Served) -> str:
+    """The label `posterior` of metrics."""
+    return "none" if served.posterior is None else served.posterior.name
+
+
+def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
+    """The predictive to use. Raises ApiError 400 for one this model cannot give, or options it does not take."""
+    name = options.predictive or served.predictives[0]
+    if name not in served.predictives:
+        raise bad_request(
+            f"the model {served.name!r} has no {name!r} predictive; it has {list(served.predictives)}", "predictive"
+        )
+    if name != "mixture" and options.particles is not None:
+        raise bad_request(f"'particles' belongs to the predictive 'mixture'; this is {name!r}", "particles")
+    if name == "mixture" and options.particles is not None and options.particles > len(served.particles):
+        raise bad_request(
+            f"particles is {options.particles}; this server holds {len(served.particles)} of {served.name!r}",
+            "particles",
+        )
+    if name == "linearized" and options.per_particle:
+        raise bad_request(
+            "the linearised predictive has no particles; use the predictive 'mixture' for 'per_particle'",
+            "per_particle",
+        )
+    return name
+
+
+def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:
+    return 1 if predictive == "map" else options.particles or len(served.particles)
+
+
+def _rendered(index: int, render: Any) -> list[int]:
+    try:
+        ids: list[int] = render()
+    except PosteriorError as error:
+        raise bad_request(f"input {index}: {error}", "inputs") from error
+    return ids

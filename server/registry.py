@@ -1,0 +1,133 @@
+"""The posteriors of one folder, verified, with their particles on disk and their names in the API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from posterior.artefact import Posterior
+
+from posterior import artefact
+from posterior.base import Base
+from posterior.errors import PosteriorError
+from server.engine import Adapter
+from server.schemas import PredictiveName
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HASH_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model name of the API.
+
+    `posterior` and `map` are None for the bare base; `particles` is empty for it and for "<name>/map".
+    """
+
+    name: str
+    posterior: Posterior | None = None
+    map: Adapter | None = None
+    particles: tuple[Adapter, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str | None:
+        """name@hash of the posterior."""
+        return None if self.posterior is None else _label(self.posterior)
+
+    @property
+    def predictives(self) -> tuple[PredictiveName, ...]:
+        """The predictives this name can give for candidate answers, its default first."""
+        if self.posterior is None or not self.particles:
+            return ("map",)
+        return ("linearized", "mixture", "map") if self.posterior.family == "laplace" else ("mixture", "map")
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything the server serves, by model name."""
+
+    base: Base
+    served: Mapping[str, Served]
+
+    @property
+    def posteriors(self) -> list[Posterior]:
+        """Each posterior once, in order of its name."""
+        return [entry.posterior for entry in self.served.values() if entry.posterior is not None and entry.particles]
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Each adapter once."""
+        every = (
+            adapter
+            for entry in self.served.values()
+            for adapter in (entry.map, *entry.particles)
+            if adapter is not None
+        )
+        return list(dict.fromkeys(every))
+
+    @property
+    def public(self) -> dict[str, Adapter]:
+        """Model names that generate text with an adapter."""
+        return {name: entry.map for name, entry in self.served.items() if entry.map is not None}
+
+
+def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
+    """Verify every posterior folder in `root` and write `particles` samples of each Laplace posterior under `cache`.
+
+    Raises PosteriorError for a folder that is damaged, of another base, badly named or outside `root`, and for none.
+    """
+    served = {base.id: Served(base.id)}
+    numbers = count(1)
+    for folder in _folders(root):
+        posterior = artefact.load(folder)
+        posterior.check_base(base.hash)
+        entry = _serve(folder.name, posterior, numbers, particles, cache)
+        for name, item in {
+            entry.name: entry,
+            f"{entry.name}/map": Served(f"{entry.name}/map", posterior, entry.map),
+        }.items():
+            if name in served:
+                raise PosteriorError(f"the posterior {name!r} has the name of the base; rename its folder")
+            served[name] = item
+    if len(served) == 1:
+        raise PosteriorError(
+            f"no posterior in {root}: expected folders that hold a posterior.json; `posterior fit` makes one"
+        )
+    return Registry(base, served)
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise PosteriorError(f"the posteriors folder {root} does not exist; name one with --posteriors")
+    inside = root.resolve()
+    folders = sorted(path.parent for path in root.glob("*/posterior.json"))
+    for folder in folders:
+        if not folder.resolve().is_relative_to(inside):
+            raise PosteriorError(f"the posterior {folder} lies outside {root}; copy it into that folder")
+        if not NAME.fullmatch(folder.name):
+            raise PosteriorError(
+                f"the folder {folder.name!r} cannot be a model name; use letters, digits, '.', '_' and '-'"
+            )
+    return folders
+
+
+def _serve(name: str, posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
+    wanted = len(posterior.weights) if posterior.family == "particles" else particles
+    paths = posterior.adapters(wanted, cache / "adapters" / posterior.hash[:HASH_DIGITS])
+    label = _label(posterior, name)
+    weights = tuple(posterior.weights) if posterior.family == "particles" else (1 / wanted,) * wanted
+    return Served(
+        name=name,
+        posterior=posterior,
+        map=Adapter(label, posterior.map_dir, next(numbers)),
+        particles=tuple(Adapter(f"{label}/{k:03d}", path, next(numbers)) for k, path in enumerate(paths)),
+        weights=weights,
+    )
+
+
+def _label(posterior: Posterior, name: str | None = None) -> str:
+    return f"{name or posterior.name}@{posterior.hash[:HASH_DIGITS]}"

@@ -1,0 +1,43 @@
+"""What clients may send: our own objects, strict, with their limits. OpenAI's own fields are vLLM's to check."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
+MAX_PROMPTS = 256  # per request
+MAX_CHOICES = 128  # `n`, as OpenAI has it
+MAX_SEQUENCES = 8192  # forward passes one request may cause: prompts x particles x candidate prefixes
+MAX_BODY_BYTES = 4 * 2**20
+
+PredictiveName = Literal["mixture", "linearized", "map"]
+
+
+class Uncertainty(BaseModel):
+    """The object `uncertainty` of chat and completion requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    predictive: PredictiveName | None = None
+    particles: Annotated[int, Field(ge=1)] | None = None
+    answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = None
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    per_particle: bool = False
+
+
+class PredictiveRequest(Uncertainty):
+    """The body of POST /v1/predictive."""
+
+    model: str
+    inputs: Annotated[list[dict[str, str]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    messages: Annotated[list[list[dict[str, Any]]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> PredictiveRequest:
+        given = [name for name in ("inputs", "prompts", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {given or 'none'}")
+        return self
