@@ -1,0 +1,247 @@
+"""The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary PEFT folder.
+
+    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file, calibration records
+    map/                  PEFT adapter theta*
+    particles/000/ ...    PEFT adapters (family "particles")
+    laplace.safetensors   Kronecker factors and prior precisions (family "laplace")
+
+`hash` names the distribution: sha256 of posterior.json without its calibration records, which may be added later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posterior import laplace, lora
+from posterior.errors import PosteriorError
+from posterior.kfac import Factor, Kronecker
+from posterior.task import Task
+
+FORMAT = 1
+Family = Literal["laplace", "particles"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A verified posterior folder. base: {"id", "revision", "hash"}; weights: one per particle; prior, fit: as recorded."""
+
+    path: Path
+    hash: str
+    family: Family
+    base: dict[str, Any]
+    task: Task
+    lora: dict[str, Any]
+    prior: dict[str, Any]
+    fit: dict[str, Any]
+    weights: tuple[float, ...]
+    calibration: list[dict[str, Any]]
+    curvature: dict[str, Kronecker] = field(default_factory=dict, repr=False)
+    precision: dict[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def map_dir(self) -> Path:
+        return self.path / "map"
+
+    def check_base(self, base_hash: str) -> None:
+        """Raises PosteriorError when the weights that were loaded are not the ones this posterior was fitted on."""
+        if base_hash != self.base["hash"]:
+            raise PosteriorError(
+                f"posterior {self.name!r} was fitted on {self.base['id']} ({self.base['hash'][:19]}...), "
+                f"but the loaded base has weights {base_hash[:19]}...; serve it with its own base or refit it"
+            )
+
+    def adapters(self, k: int, out: Path, seed: int = 0) -> list[Path]:
+        """k particles as PEFT folders: those in the folder, or k Laplace draws written once under `out`.
+
+        Raises PosteriorError when more particles are asked for than the folder has.
+        """
+        if k < 1:
+            raise PosteriorError(f"{k} particles asked for; at least 1 is needed")
+        if self.family == "particles":
+            if k > len(self.weights):
+                raise PosteriorError(f"posterior {self.name!r} has {len(self.weights)} particles, {k} were asked for")
+            return [self.path / "particles" / f"{index:03d}" for index in range(k)]
+        target = out / f"{self.hash[:12]}-k{k}-s{seed}"
+        if not target.exists():
+            mean, config = lora.read_adapter(self.map_dir), lora.read_config(self.map_dir)
+            generator = torch.Generator().manual_seed(seed)
+            with lora.atomic_folder(target) as work:
+                for index in range(k):
+                    draw = laplace.sample(self.curvature, self.precision, mean, generator)
+                    lora.write_adapter(work / f"{index:03d}", draw, config)
+        return [target / f"{index:03d}" for index in range(k)]
+
+
+def save(
+    folder: Path,
+    *,
+    family: Family,
+    base: Mapping[str, Any],
+    task: Task,
+    lora_config: Mapping[str, Any],
+    prior: Mapping[str, Any],
+    fit: Mapping[str, Any],
+    mean: lora.Theta,
+    curvature: Mapping[str, Kronecker] | None = None,
+    precision: Mapping[str, float] | None = None,
+    particles: Sequence[lora.Theta] = (),
+    weights: Sequence[float] = (),
+) -> Posterior:
+    """Write a posterior folder atomically (a crash or a full disk leaves what was there before) and load it back."""
+    with lora.atomic_folder(folder) as work:
+        lora.write_adapter(work / "map", mean, lora_config)
+        for index, theta in enumerate(particles):
+            lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
+        if family == "laplace":
+            save_file(_pack(curvature or {}, precision or {}), work / "laplace.safetensors")
+        files = {str(path.relative_to(work)): _file_hash(path) for path in sorted(work.rglob("*")) if path.is_file()}
+        record = {
+            "format": FORMAT,
+            "family": family,
+            "base": dict(base),
+            "task": task.to_json(),
+            "lora": {key: lora_config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout")},
+            "prior": dict(prior),
+            "fit": dict(fit),
+            "weights": list(weights),
+            "files": files,
+            "calibration": [],
+        }
+        (work / "posterior.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return load(folder)
+
+
+def load(folder: Path | str) -> Posterior:
+    """Read and verify a posterior folder. Every mismatch raises PosteriorError with one clear line."""
+    folder = Path(folder).resolve()
+    record = _read_record(folder)
+    if record.get("format") != FORMAT:
+        raise PosteriorError(f"{folder} has posterior format {record.get('format')!r}; this version reads format {FORMAT}; upgrade or refit")
+    try:
+        _verify_files(folder, record["files"])
+        family = record["family"]
+        if family not in ("laplace", "particles"):
+            raise PosteriorError(f"{folder} has family {family!r}; this version knows 'laplace' and 'particles'")
+        curvature, precision = _unpack(folder / "laplace.safetensors") if family == "laplace" else ({}, {})
+        posterior = Posterior(
+            path=folder,
+            hash=_record_hash(record),
+            family=family,
+            base=dict(record["base"]),
+            task=Task.from_json(record["task"]),
+            lora=dict(record["lora"]),
+            prior=dict(record["prior"]),
+            fit=dict(record["fit"]),
+            weights=tuple(map(float, record["weights"])),
+            calibration=list(record["calibration"]),
+            curvature=curvature,
+            precision=precision,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PosteriorError(f"{folder}/posterior.json is damaged: {type(error).__name__} at {error}; restore it or refit") from None
+    _verify_tensors(posterior)
+    return posterior
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "posterior.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise PosteriorError(f"{folder} is no posterior folder: it has no readable posterior.json; make one with `posterior fit`") from None
+    except ValueError:
+        raise PosteriorError(f"{folder}/posterior.json is not JSON; restore it or refit") from None
+    if not isinstance(record, dict):
+        raise PosteriorError(f"{folder}/posterior.json is not a JSON object; restore it or refit")
+    return record
+
+
+def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise PosteriorError(f"{folder}/posterior.json names {name!r}, which is outside the folder; refused")
+        if not path.is_file():
+            raise PosteriorError(f"{folder} is incomplete: {name} is missing; copy the whole folder or refit")
+        if _file_hash(path) != expected:
+            raise PosteriorError(f"{folder}/{name} is not the file that was fitted (its sha256 differs); restore it or refit")
+    for needed in ("map/adapter_config.json", "map/adapter_model.safetensors"):
+        if needed not in files:
+            raise PosteriorError(f"{folder}/posterior.json does not list {needed}; refit")
+
+
+def _verify_tensors(posterior: Posterior) -> None:
+    mean = lora.read_adapter(posterior.map_dir)
+    folders = [posterior.map_dir]
+    if posterior.family == "laplace":
+        laplace.check(posterior.curvature, posterior.precision, mean)
+    else:
+        if not posterior.weights or min(posterior.weights) < 0 or not math.isclose(sum(posterior.weights), 1.0, abs_tol=1e-6):
+            raise PosteriorError(f"{posterior.path} needs particle weights that are non-negative and sum to 1; refit")
+        folders += posterior.adapters(len(posterior.weights), posterior.path)
+    shapes = {name: value.shape for name, value in mean.items()}
+    for folder in folders:
+        theta = lora.read_adapter(folder)
+        if {name: value.shape for name, value in theta.items()} != shapes:
+            raise PosteriorError(f"{folder} has other matrices than map/; refit")
+        _finite(folder, theta)
+
+
+def _finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise PosteriorError(f"{where} holds a value in {name} that is not finite; refit with a lower learning rate")
+
+
+def _pack(curvature: Mapping[str, Kronecker], precision: Mapping[str, float]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, block in curvature.items():
+        parts = {
+            "small.basis": block.small.basis,
+            "small.values": block.small.values,
+            "large.basis": block.large.basis,
+            "large.values": block.large.values,
+            "large.rest": torch.tensor([block.large.rest], dtype=torch.float64),
+            "precision": torch.tensor([precision[name]], dtype=torch.float64),
+        }
+        tensors |= {f"{name}/{part}": value.cpu().contiguous() for part, value in parts.items()}
+    return tensors
+
+
+def _unpack(path: Path) -> tuple[dict[str, Kronecker], dict[str, float]]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        raise PosteriorError(f"{path} is missing or no safetensors file; restore it or refit") from None
+    _finite(path, tensors)
+    curvature, precision = {}, {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
+        small = Factor(tensors[f"{name}/small.basis"], tensors[f"{name}/small.values"], 0.0)
+        large = Factor(tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0]))
+        curvature[name] = Kronecker(small, large)
+        precision[name] = float(tensors[f"{name}/precision"][0])
+    return curvature, precision
+
+
+def _record_hash(record: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in record.items() if key != "calibration"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,169 @@
+"""Rows of JSONL as token sequences: a prompt, its possible continuations, and which one is true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posterior import candidates
+from posterior.errors import PosteriorError
+from posterior.task import Task, Tokenizer, chat_ids
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true one."""
+
+    prompt: tuple[int, ...]
+    continuations: candidates.Candidates
+    label: int
+
+    @property
+    def single(self) -> bool:
+        """Scored by the LM head's rows at the last prompt position; otherwise by teacher forcing."""
+        return len(self.continuations) > 1 and candidates.single_token(self.continuations)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + (0 if self.single else max(map(len, self.continuations)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded sequences of B examples; S = B rows (single-token choices) or B * C rows (teacher forcing).
+
+    tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; target: [S, L] ids with -100 where the
+    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B].
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    positions: Tensor
+    answer: Tensor | None
+    target: Tensor | None
+    label: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        fields = (self.tokens, self.mask, self.positions, self.answer, self.target, self.label)
+        return Batch(*(None if field is None else field.to(device) for field in fields))  # type: ignore[arg-type]
+
+
+def read_jsonl(path: Path | str) -> list[Row]:
+    """All rows of a JSONL file; the error names the line. Raises PosteriorError."""
+    path = Path(path)
+    if not path.is_file():
+        raise PosteriorError(f"no data file at {path}; give a JSONL file with one JSON object a line")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PosteriorError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise PosteriorError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    if not rows:
+        raise PosteriorError(f"{path} has no rows; at least one is needed")
+    return rows
+
+
+def data_hash(rows: Sequence[Row]) -> str:
+    """sha256 of the rows' canonical JSON: how an artefact refers to data it does not copy."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return "sha256:" + digest.hexdigest()
+
+
+def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, max_length: int = 1024) -> list[Example]:
+    """Examples of all rows. A bad row is an error that names its number; nothing is cut silently."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        try:
+            example = _choice(task, tokenizer, row) if task.kind == "choice" else _text(task, tokenizer, row)
+        except PosteriorError as error:
+            raise PosteriorError(f"row {number}: {error}") from None
+        if example.length > max_length:
+            raise PosteriorError(f"row {number} has {example.length} tokens, more than --max-length {max_length}; shorten or drop it")
+        examples.append(example)
+    return examples
+
+
+def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
+    answers = task.answers or row.get("choices")
+    if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+        raise PosteriorError("the task has no answers and the row no list 'choices'; give --answers or add 'choices'")
+    label = row.get("label")
+    if isinstance(label, str):
+        stripped = [answer.strip() for answer in answers]
+        label = stripped.index(label.strip()) if label.strip() in stripped else label
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):
+        raise PosteriorError(f"label {row.get('label')!r} is neither one of the answers {list(answers)} nor an index below {len(answers)}")
+    prompt = task.prompt_ids(tokenizer, row)
+    if not prompt:
+        raise PosteriorError("the prompt is empty")
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+
+
+def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
+    """Rows of OpenAI fine-tuning `messages`, or the template's fields with a `response`."""
+    end = [tokenizer.eos_token_id]  # type: ignore[attr-defined]
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
+            raise PosteriorError("'messages' must be a list that ends with the assistant's message")
+        prompt, response = chat_ids(tokenizer, messages[:-1]), messages[-1].get("content")
+    else:
+        prompt, response = task.prompt_ids(tokenizer, row), row.get("response")
+    if not isinstance(response, str) or not response:
+        raise PosteriorError("no response text; add an assistant message or a field 'response'")
+    return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
+
+
+def batches(examples: Sequence[Example], size: int, *, order: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+    """(indices, batch) pairs. Without `order`, examples of like length share a batch, so that little is padded.
+
+    Examples in a batch have the same number of candidates and the same way of scoring.
+    """
+    kind = [(example.single, len(example.continuations)) for example in examples]
+    indices = list(order) if order is not None else sorted(range(len(examples)), key=lambda i: (kind[i], examples[i].length))
+    start = 0
+    while start < len(indices):
+        stop = start
+        while stop < len(indices) and stop - start < size and kind[indices[stop]] == kind[indices[start]]:
+            stop += 1
+        chosen = indices[start:stop]
+        yield chosen, collate([examples[i] for i in chosen])
+        start = stop
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """One left-padded batch; pad positions are masked and their token is 0."""
+    single = examples[0].single
+    if single:
+        sequences = [example.prompt for example in examples]
+        answer = torch.tensor([[tokens[0] for tokens in example.continuations] for example in examples])
+        target = None
+    else:
+        pairs = [(example.prompt, tokens) for example in examples for tokens in example.continuations]
+        sequences = [prompt + tokens for prompt, tokens in pairs]
+        answer = None
+        longest = max(len(tokens) for _, tokens in pairs)
+        target = torch.tensor([[-100] * (longest - len(tokens)) + list(tokens) for _, tokens in pairs])
+    width = max(map(len, sequences))
+    tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(tokens, mask, positions, answer, target, torch.tensor([example.label for example in examples]))

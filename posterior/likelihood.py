@@ -1,0 +1,99 @@
+"""Scores of the candidate answers, and the gradients of those scores at every LoRA matrix.
+
+A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is one
+token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both differ from
+log p(y|x) by at most a constant per prompt, which the softmax removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posterior.data import Batch
+
+
+def scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Scores f [B, C] in float32 (or float64 for a float64 model); p(y|x) = softmax(f) over C."""
+    if batch.answer is not None:
+        return _upcast(_logits(model, batch, 1)[:, -1]).gather(1, batch.answer)
+    log_p, _ = _continuations(model, batch)
+    return log_p.view(len(batch.label), -1)
+
+
+def log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
+    """log p(y_n|x_n, theta) [B] in nats: over the candidates (choice), or of the response's tokens (text)."""
+    f = scores(model, batch)
+    if f.shape[1] == 1:
+        return f[:, 0]
+    return f.log_softmax(1).gather(1, batch.label[:, None])[:, 0]
+
+
+def sampled_score(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Sum over response tokens of log p(y_t|y_<t), with y_t drawn from the model itself (for a text task's Fisher)."""
+    _, log_p = _continuations(model, batch)
+    assert batch.target is not None
+    flat = log_p.detach().flatten(0, 1).exp()
+    drawn = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device).view(log_p.shape[:2])
+    drawn_log_p = log_p.gather(2, drawn[..., None])[..., 0]
+    return drawn_log_p.masked_fill(batch.target < 0, 0.0).sum()
+
+
+def _continuations(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(summed log-probabilities [S], token log-probabilities [S, L, V]) of the continuations."""
+    assert batch.target is not None
+    logits = _logits(model, batch, batch.target.shape[1] + 1)[:, :-1]
+    log_p = _upcast(logits).log_softmax(-1)
+    chosen = log_p.gather(2, batch.target.clamp(min=0)[..., None])[..., 0]
+    return chosen.masked_fill(batch.target < 0, 0.0).sum(1), log_p
+
+
+def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+    """Logits [S, keep, V] at the last `keep` positions, through the model's own head (so soft-capping and the like hold)."""
+    out = model(
+        input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, logits_to_keep=keep
+    )
+    return out.logits[:, -keep:]  # type: ignore[no-any-return]
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass
+class Tape:
+    """What one forward pass left behind: for each LoRA matrix its input a [S, T, in] and output z [S, T, out]."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def gradients(self, target: Tensor, cotangent: Tensor, *, keep: bool) -> dict[str, Tensor]:
+        """d(cotangent . target)/dz [S, T, out] of every matrix, in one backward pass."""
+        grads = torch.autograd.grad(target, list(self.outputs.values()), grad_outputs=cotangent, retain_graph=keep)
+        return dict(zip(self.outputs, grads, strict=True))
+
+
+@contextmanager
+def record(matrices: dict[str, nn.Linear]) -> Iterator[Tape]:
+    """Record inputs and outputs of the LoRA matrices during a forward pass (of a model whose parameters need no gradient)."""
+    tape = Tape()
+
+    def hook(name: str) -> object:
+        def remember(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            tape.inputs[name] = args[0].detach()
+            tape.outputs[name] = output if output.requires_grad else output.requires_grad_()
+            return tape.outputs[name]
+
+        return remember
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in matrices.items()]  # type: ignore[arg-type]
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()

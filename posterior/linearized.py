@@ -1,0 +1,93 @@
+"""The linearised predictive: f(x) ~ N(f*(x), J P^-1 J^T) over the candidates' scores, exact under the Laplace covariance.
+
+The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward passes when
+all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base weights ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from posterior import laplace, lora
+from posterior.artefact import Posterior
+from posterior.base import Base, load_model
+from posterior.candidates import Candidates
+from posterior.data import Batch, Example, batches
+from posterior.errors import PosteriorError
+from posterior.likelihood import record, scores
+
+
+def moments(
+    model: nn.Module,
+    matrices: Mapping[str, nn.Linear],
+    curvature: laplace.Curvature,
+    precision: Mapping[str, float],
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
+    """Mean [B, C] of the scores and covariance [B, C, C] of the scores relative to the first candidate's (row and column 0 are 0)."""
+    with record(dict(matrices)) as tape:
+        f = scores(model, batch)
+        count, width = f.shape
+        if batch.answer is None:
+            gradients = [tape.gradients(f, torch.ones_like(f), keep=False)]
+        else:
+            gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
+    covariance = f.new_zeros(count, width - 1, width - 1)
+    mask = batch.mask[..., None]
+    for name, block in curvature.items():
+        a = tape.inputs[name] * mask.to(tape.inputs[name])
+        jacobian = torch.stack([laplace.orient(name, g.mT @ a.to(g)) for g in (grads[name] for grads in gradients)], 1)
+        if batch.answer is None:
+            jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
+            jacobian = jacobian[:, 1:] - jacobian[:, :1]
+        covariance += laplace.quadratic(block, precision[name], jacobian)
+    full = torch.nn.functional.pad(covariance, (1, 0, 1, 0))
+    return f.detach().double(), full.double()
+
+
+def _difference(f: Tensor, c: int) -> Tensor:
+    cotangent = torch.zeros_like(f)
+    cotangent[:, c], cotangent[:, 0] = 1.0, -1.0
+    return cotangent
+
+
+class LinearizedModel:
+    """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores."""
+
+    def __init__(
+        self, base: Base, posteriors: Mapping[str, Posterior], *, dtype: torch.dtype = torch.float32, device: str = "cpu", batch_tokens: int = 4096
+    ):
+        model: nn.Module | None = None
+        self.batch_tokens, self.device = batch_tokens, device
+        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Curvature, Mapping[str, float]]] = {}
+        for number, (name, posterior) in enumerate(posteriors.items()):
+            adapter = f"p{number}"
+            if model is None:
+                model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
+            else:
+                model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
+            self.parts[name] = (lora.matrices(model, adapter), posterior.curvature, posterior.precision)
+        if model is None:
+            raise PosteriorError("no Laplace posterior was given to linearise")
+        self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
+        self.model = model.eval().requires_grad_(False)
+
+    def logits(self, name: str, prompts: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[tuple[Tensor, Tensor]]:
+        """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order."""
+        self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
+        self.model.requires_grad_(False)
+        examples = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
+        matrices, curvature, precision = self.parts[name]
+        results: dict[int, tuple[Tensor, Tensor]] = {}
+        for indices, batch in batches(examples, self._batch_size(examples)):
+            mean, covariance = moments(self.model, matrices, curvature, precision, batch.to(self.device))
+            results.update({index: (mean[row].cpu(), covariance[row].cpu()) for row, index in enumerate(indices)})
+        return [results[index] for index in range(len(examples))]
+
+    def _batch_size(self, examples: Sequence[Example]) -> int:
+        """Prompts a batch, so that its tokens (times the candidates when those are sequences) stay within `batch_tokens`."""
+        longest = max(example.length * (1 if example.single else len(example.continuations)) for example in examples)
+        return max(1, min(32, self.batch_tokens // longest))

@@ -1,0 +1,118 @@
+"""MAP LoRA: theta* = argmin - sum_n log p(y_n|x_n, theta) + sum_m (lambda_m / 2) |theta_m - theta_0,m|^2.
+
+The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay, which is
+another objective. A training state is saved after each epoch and resumed exactly: data order and dropout depend on (seed, epoch) only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from posterior import lora
+from posterior.data import Example, batches
+from posterior.errors import PosteriorError
+from posterior.likelihood import log_likelihood
+
+
+@dataclass(frozen=True)
+class Training:
+    """learning_rate: peak of a linear warm-up (5 %) and decay to zero; steps: stop after so many instead of whole epochs."""
+
+    learning_rate: float = 1e-3
+    epochs: int = 8
+    steps: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def total_steps(self, rows: int) -> int:
+        return self.steps if self.steps is not None else self.epochs * math.ceil(rows / self.batch_size)
+
+
+class Trainer:
+    """MAP training that can be advanced epoch by epoch, so that the prior precision can be updated in between."""
+
+    def __init__(self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training):
+        self.model, self.examples, self.training = model, examples, training
+        self.precision = dict(precision)
+        self.matrices = lora.matrices(model)
+        self.origin = lora.get(model)
+        self.optimizer = torch.optim.Adam([module.weight for module in self.matrices.values()], lr=training.learning_rate)
+        self.step = 0
+        self.epoch = 0
+        self.total = training.total_steps(len(examples))
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total
+
+    def run_epoch(self, progress: Callable[[float], object] = lambda loss: None) -> float:
+        """One pass over the data (or up to the last step); returns the mean negative log-likelihood per example in nats."""
+        generator = torch.Generator().manual_seed(self.training.seed * 100_003 + self.epoch)
+        torch.manual_seed(self.training.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        for module in self.matrices.values():
+            module.weight.requires_grad_(True)
+        self.model.train()
+        total, seen = 0.0, 0
+        try:
+            for indices, batch in batches(self.examples, self.training.batch_size, order=order):
+                if self.done:
+                    break
+                nll = self._update(batch.to(next(iter(self.matrices.values())).weight.device))
+                total, seen = total + nll * len(indices), seen + len(indices)
+                progress(nll)
+        finally:
+            self.model.eval().requires_grad_(False)
+        self.epoch += 1
+        return total / max(1, seen)
+
+    def _update(self, batch) -> float:  # type: ignore[no-untyped-def]
+        rate = self.training.learning_rate * min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total)) * (1 - self.step / self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        nll = -log_likelihood(self.model, batch).mean()
+        (nll + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
+        value = float(nll.detach())
+        if not math.isfinite(value):
+            raise PosteriorError(f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate})")
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def penalty(self) -> Tensor:
+        """Negative log prior up to a constant: sum_m (lambda_m / 2) |theta_m - theta_0,m|^2."""
+        terms = [self.precision[name] / 2 * (module.weight - self.origin[name]).square().sum() for name, module in self.matrices.items()]
+        return torch.stack(terms).sum()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; a crash leaves the previous one."""
+        tensors = {f"theta/{name}": value for name, value in lora.get(self.model).items()}
+        tensors |= {f"origin/{name}": value for name, value in self.origin.items()}
+        for (name, module), key in ((item, key) for item in self.matrices.items() for key in ("exp_avg", "exp_avg_sq")):
+            tensors[f"{key}/{name}"] = self.optimizer.state[module.weight][key]
+        with lora.atomic_folder(folder) as work:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work / "state.safetensors")
+            state = {"step": self.step, "epoch": self.epoch, "precision": self.precision}
+            (work / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint written by `save`."""
+        tensors = load_file(folder / "state.safetensors")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.step, self.epoch, self.precision = state["step"], state["epoch"], state["precision"]
+        lora.put(self.model, {name: tensors[f"theta/{name}"] for name in self.matrices})
+        self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
+        for name, module in self.matrices.items():
+            self.optimizer.state[module.weight] = {
+                "step": torch.tensor(float(self.step)),
+                **{key: tensors[f"{key}/{name}"].to(module.weight) for key in ("exp_avg", "exp_avg_sq")},
+            }
