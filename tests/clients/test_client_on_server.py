@@ -1,0 +1,98 @@
+"""The client against the server's own HTTP code (with a fake engine): what one sends, the other reads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from posterior_client import (
+    AuthenticationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PosteriorClient,
+    Prediction,
+    ServerError,
+    uncertainty_of,
+)
+
+from server.app import create_app
+from server.metrics import Metrics
+from server.predictive import Service
+from tests.clients.conftest import serving
+from tests.server import fakes
+
+CHAT: list[Any] = [{"role": "user", "content": "was it good?"}]
+ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    parts: Any = (fakes.Engine(), fakes.Linearizer(), fakes.Tokenizer())
+    app = create_app(Service(fakes.registry(), *parts, Metrics()), "right")
+    app.state.ready = True
+    return app
+
+
+@pytest.fixture(scope="module")
+def url(app: Any) -> Iterator[str]:
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[PosteriorClient]:
+    with PosteriorClient(url, "right", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("model", "predictive"), [("mood", "linearized"), ("gang", "mixture"), ("mood/map", "map")])
+def test_every_predictive_is_read(client: PosteriorClient, model: str, predictive: str) -> None:
+    response = client.predictive(model=model, inputs=[{"text": "good"}, {"text": "bad"}], coverage=0.5)
+    assert (response.predictive, len(response.data)) == (predictive, 2)
+    first = response.data[0]
+    assert first.posterior == response.posterior
+    assert first.confidence == max(one.probability for one in first.answers)
+    assert first.entropy.total == pytest.approx(first.entropy.aleatoric + first.entropy.epistemic)
+
+
+def test_the_base_model_has_no_posterior(client: PosteriorClient) -> None:
+    response = client.predictive(model="tiny-base", prompts=["it was"], answers=[" no", " yes"])
+    assert response.posterior is None and response.data[0].predictive == "map"
+
+
+def test_particles(client: PosteriorClient) -> None:
+    response = client.predictive(model="gang", messages=[CHAT], particles=2, per_particle=True, answers=[" no", " yes"])
+    assert response.particles == 2 and len(response.data[0].per_particle or ()) == 2
+
+
+def test_uncertainty_of_every_kind_of_response(client: PosteriorClient) -> None:
+    chat, text = client.openai.chat.completions, client.openai.completions
+    responses = [
+        chat.create(model="gang", messages=CHAT, extra_body=ANSWERS),
+        text.create(model="gang", prompt="it was", extra_body=ANSWERS),
+        [*chat.create(model="gang", messages=CHAT, extra_body=ANSWERS, stream=True)][-1],
+        [*text.create(model="gang", prompt="it was", extra_body=ANSWERS, stream=True)][-1],
+    ]
+    for response in responses:
+        [found] = uncertainty_of(response)
+        assert isinstance(found, Prediction) and [one.answer for one in found.answers] == [" no", " yes"]
+
+
+def test_text_by_the_map(client: PosteriorClient) -> None:
+    [found] = uncertainty_of(client.openai.completions.create(model="mood", prompt="it was"))
+    assert (found.posterior, found.predictive, found.calibrated) == ("mood@abcdef012345", "map", False)
+    assert uncertainty_of(client.openai.completions.create(model="tiny-base", prompt="it was")) == []
+
+
+def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:
+    with pytest.raises(InvalidRequestError, match="text"):
+        client.predictive(model="mood", inputs=[{"review": "good"}])
+    with pytest.raises(InvalidRequestError, match="exactly one"):
+        client.predictive(model="mood")
+    with pytest.raises(ModelNotFoundError, match="'other' is not served here"):
+        client.predictive(model="other", prompts=["a"])
+    with pytest.raises(AuthenticationError, match="^missing or wrong API key"), PosteriorClient(url, "wrong") as wrong:
+        wrong.predictive(model="mood", prompts=["a"])
+    app.state.ready = False
+    with pytest.raises(ServerError, match="warming up"):
+        client.predictive(model="mood", prompts=["a"])
+    app.state.ready = True
