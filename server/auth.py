@@ -19,7 +19,8 @@ def require_key(key: str | None) -> Callable[[Request], Awaitable[None]]:
         if key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        # Starlette reads header bytes as Latin-1; the way back gives the client's bytes
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
             raise ApiError(401, "missing or wrong API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
 
     return check

@@ -110,7 +110,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         dtype=args.dtype,
         particles=max(len(entry.particles) for entry in served.served.values()),
         adapters=len(served.adapters),
-        lora_rank=max(int(item.lora["rank"]) for item in served.posteriors),
+        lora_rank=max(int(item.lora["r"]) for item in served.posteriors),
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
         max_num_seqs=args.max_num_seqs,
         gpu_memory_utilization=args.gpu_memory_utilization,

@@ -24,7 +24,7 @@ def check_fields(body: dict[str, Any], known: frozenset[str]) -> None:
     """Raises ApiError 400 for a field of vLLM's (`known`) that is not served here, or a request too large.
 
     Not served are those that reach into the server (templates, media, transfer parameters), cost without bound (beam
-    search), or crash the engine (prompt log-probabilities under LoRA, on CPU). Fields that vLLM does not know are ignored.
+    search), or crash the engine (prompt log-probabilities under LoRA, on CPU). Fields unknown to vLLM are ignored.
     """
     for field in body.keys() & known - SERVED:
         if body[field] is not None and body[field] is not False:  # clients may spell out a default

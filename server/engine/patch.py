@@ -1,13 +1,14 @@
 """A fault of vLLM 0.32.0, mended from outside, in the process that samples.
 
 When a batch holds a row that asks for `logprob_token_ids` (a candidate score of ours) and a row that asks for plain
-`logprobs`, `Sampler.forward` returns only the tensors of the first kind: the plain row receives padding. Here every plain
-row is given the ids of its own most probable tokens, so that the one gather serves both.
+`logprobs`, `Sampler.forward` returns only the tensors of the first kind: the plain row receives padding. Here every
+plain row is given the ids of its own most probable tokens, so that the one gather serves both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -21,13 +22,14 @@ MENDED_VERSION = "0.32.0"
 def with_plain_rows(
     logits: torch.Tensor, logprob_token_ids: dict[int, list[int]], num_logprobs: int
 ) -> dict[int, list[int]]:
-    """`logprob_token_ids` plus the `num_logprobs` most probable tokens of every other row of `logits` [rows, vocabulary]."""
+    """`logprob_token_ids` plus the `num_logprobs` most probable tokens of every other row of `logits` [rows, words]."""
     plain = [row for row in range(logits.shape[0]) if row not in logprob_token_ids]
     top = logits[plain].topk(num_logprobs, dim=-1).indices.tolist()
     return {**logprob_token_ids, **dict(zip(plain, top, strict=True))}
 
 
 def _mended(original: Any) -> Any:
+    @functools.wraps(original)
     def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         specific, plain = sampling_metadata.logprob_token_ids, sampling_metadata.max_num_logprobs
         if specific and plain is not None and plain > 0:  # the metadata outlives the step: copy, never change it

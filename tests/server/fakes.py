@@ -1,0 +1,144 @@
+"""An engine, a tokenizer and a posterior without weights: the server's semantics in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import Request
+
+from posterior.base import Base
+from posterior.candidates import Candidates
+from posterior.task import Task
+from server.engine import Adapter, Usage
+from server.registry import Registry, Served
+
+BASE = Base(Path("/nowhere"), "tiny-base", None, "sha256:00")
+SPECIAL = "<|im_end|>"
+VOCABULARY = 300
+
+
+class Tokenizer:
+    """Bytes as token ids, and one special token, as real tokenizers parse it out of a prompt."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        parts = [list(part.encode()) for part in text.split(SPECIAL)]
+        return [token for i, part in enumerate(parts) for token in ([256] if i else []) + part]
+
+    def apply_chat_template(self, conversation: Any, **_: Any) -> list[int]:
+        if conversation[0]["role"] not in ("system", "user"):
+            raise ValueError("roles must alternate")
+        return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in conversation) + "assistant:")
+
+
+@dataclass
+class Posterior:
+    """What the server reads of posterior.artefact.Posterior."""
+
+    name: str
+    family: str
+    hash: str = "abcdef0123456789"
+    task: Task = field(default_factory=lambda: Task("choice", "{text}\nSentiment:", (" negative", " positive")))
+
+
+def particle_logits(number: int, candidates: int) -> torch.Tensor:
+    """Scores of the candidates under the adapter `number` (0: the base)."""
+    return torch.randn(candidates, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+@dataclass
+class Engine:
+    """Scores by adapter number only; text is always "hello"."""
+
+    max_model_len: int = 64
+    vocab_size: int = VOCABULARY
+    delay: float = 0.0
+    failure: Exception | None = None
+    living: bool = True
+    scored: list[tuple[int, int]] = field(default_factory=list)  # (prompts, adapters) of each call
+    cancelled: int = 0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+    ) -> torch.Tensor:
+        try:
+            await asyncio.sleep(self.delay)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failure is not None:
+            raise self.failure
+        self.scored.append((len(prompts), len(adapters)))
+        rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) for a in adapters])
+        return rows.expand(len(prompts), *rows.shape)
+
+    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        return self._reply(
+            body, {"message": {"role": "assistant", "content": "hello"}}, {"delta": {"content": "hello"}}
+        )
+
+    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+        return self._reply(body, {"text": "hello"}, {"text": "hello"})
+
+    def _reply(self, body: dict[str, Any], whole: dict[str, Any], part: dict[str, Any]) -> Any:
+        self.bodies.append(body)
+        if self.failure is not None:
+            raise self.failure
+        if body.get("stream"):
+            return self._stream(part)
+        return {"id": "x", "choices": [{"index": 0, **whole, "finish_reason": "stop"}], "usage": {}}
+
+    async def _stream(self, part: dict[str, Any]) -> AsyncIterator[str]:
+        import json
+
+        for finish in (None, "stop"):
+            choice = {"index": 0, **part, "finish_reason": finish}
+            yield f"data: {json.dumps({'choices': [choice]}, separators=(',', ':'))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def warm_up(self, prompt: list[int]) -> None: ...
+
+    def usage(self, request: Request) -> Usage | None:
+        return Usage(3, 2)
+
+    def alive(self) -> bool:
+        return self.living
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Linearizer:
+    """One Gaussian for every prompt."""
+
+    failure: Exception | None = None
+
+    async def moments(self, name: str, prompts: Any, candidates: Candidates) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if self.failure is not None:
+            raise self.failure
+        c = len(candidates)
+        covariance = torch.diag(torch.cat([torch.zeros(1), torch.ones(c - 1)])).double()
+        return [(torch.arange(c).double(), covariance) for _ in prompts]
+
+
+def registry() -> Registry:
+    """The base, a Laplace posterior "mood" with 8 particles and a particle posterior "gang" with 3 unequal ones."""
+    served = {BASE.id: Served(BASE.id)}
+    number = 1
+    for posterior, weights in (
+        (Posterior("mood", "laplace"), (1 / 8,) * 8),
+        (Posterior("gang", "particles"), (0.5, 0.3, 0.2)),
+    ):
+        count = len(weights)
+        name, label = posterior.name, f"{posterior.name}@{posterior.hash[:12]}"
+        map_adapter = Adapter(label, Path("/nowhere/map"), number)
+        particles = tuple(Adapter(f"{label}/{k:03d}", Path(f"/nowhere/{k}"), number + 1 + k) for k in range(count))
+        number += 1 + count
+        served[name] = Served(name, posterior, map_adapter, particles, weights)  # type: ignore[arg-type]
+        served[f"{name}/map"] = Served(f"{name}/map", posterior, map_adapter)  # type: ignore[arg-type]
+    return Registry(BASE, served)
