@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+import posterior
 from server import answers, errors
 from server.answers import Reply
 from server.auth import require_key
@@ -69,12 +69,7 @@ async def _ready(request: Request) -> Response:
 
 
 async def _version(request: Request) -> Response:
-    return JSONResponse({"version": version()})
-
-
-def version() -> str:
-    """The installed version of this project."""
-    return importlib.metadata.version("posterior-server")
+    return JSONResponse({"version": posterior.__version__})
 
 
 async def _metrics(request: Request) -> Response:

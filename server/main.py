@@ -173,6 +173,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise PosteriorError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
     listener.set_inheritable(False)
     return listener

@@ -117,7 +117,7 @@ def _folders(root: Path) -> list[Path]:
 
 def _serve(name: str, posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
     wanted = len(posterior.weights) if posterior.family == "particles" else particles
-    paths = posterior.adapters(wanted, cache / "adapters" / posterior.hash[:HASH_DIGITS])
+    paths = posterior.adapters(wanted, cache / "adapters")
     label = _label(posterior, name)
     weights = tuple(posterior.weights) if posterior.family == "particles" else (1 / wanted,) * wanted
     return Served(

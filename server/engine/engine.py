@@ -33,6 +33,8 @@ from server.engine.fields import check_fields
 from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
 from server.errors import ApiError, bad_request, from_validation, internal_error, model_not_found, unavailable
 
+STOP_SECONDS = 5  # for vLLM's processes to end by themselves
+
 
 class VllmEngine:
     """One AsyncLLM and the serving classes vLLM builds on it."""
@@ -150,7 +152,7 @@ class VllmEngine:
         return not self._llm.errored
 
     def stop(self) -> None:
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=STOP_SECONDS)
 
 
 def _lora(adapter: Adapter) -> LoRARequest:

@@ -38,7 +38,7 @@ def client(service: Service) -> Iterator[TestClient]:
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
-    """The error object of a failed response, its form checked: OpenAI's four fields, one line, nothing of our inside."""
+    """The error object of a failed response: OpenAI's four fields, one line, nothing of our inside."""
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}

@@ -20,7 +20,8 @@ PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
 OPEN = {"/health"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
-    ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
+    ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
 }  # fmt: skip
 
 

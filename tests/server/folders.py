@@ -1,0 +1,65 @@
+"""Posterior folders with random weights for the real base: distinct distributions in a second, no fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from posterior import artefact, lora
+from posterior.base import Base
+from posterior.kfac import Factor, Kronecker
+from posterior.task import Task
+
+RANK = 8
+TASK = Task("choice", "{text}\nSentiment:", (" negative", " positive"))
+CONFIG = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
+    "lora_dropout": 0.0, "use_rslora": False, "bias": "none", "inference_mode": True,
+}  # fmt: skip
+
+
+def random_theta(base: Base, seed: int, scale: float = 0.05) -> lora.Theta:
+    """A and B of q_proj and v_proj, normal with standard deviation `scale`."""
+    config = json.loads((base.path / "config.json").read_text())
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    outputs = {"q_proj": width, "v_proj": width // heads * config["num_key_value_heads"]}
+    generator = torch.Generator().manual_seed(seed)
+    theta = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, out in outputs.items():
+            key = f"model.layers.{layer}.self_attn.{name}"
+            theta[f"{key}.A"] = scale * torch.randn(RANK, width, generator=generator)
+            theta[f"{key}.B"] = scale * torch.randn(out, RANK, generator=generator)
+    return theta
+
+
+def _record(base: Base) -> dict[str, str | None]:
+    return {"id": base.id, "revision": base.revision, "hash": base.hash}
+
+
+def particles(root: Path, base: Base, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> artefact.Posterior:
+    """The folder "gang": unequal particles."""
+    thetas = [random_theta(base, seed) for seed in range(1, 1 + len(weights))]
+    return artefact.save(
+        root / "gang", family="particles", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
+        mean=random_theta(base, 0), particles=thetas, weights=weights,
+    )  # fmt: skip
+
+
+def laplace(root: Path, base: Base, precision: float = 1000.0) -> artefact.Posterior:
+    """The folder "mood": random curvature of rank 4 on the large side of each matrix."""
+    mean = random_theta(base, 7)
+    generator = torch.Generator().manual_seed(0)
+    curvature = {}
+    for name, value in mean.items():
+        small, large = (value.shape[0], value.shape[1]) if name.endswith("A") else (value.shape[1], value.shape[0])
+        bases = [torch.linalg.qr(torch.randn(d, k, generator=generator))[0] for d, k in ((small, small), (large, 4))]
+        curvature[name] = Kronecker(
+            Factor(bases[0], torch.rand(small, generator=generator), 0.0), Factor(bases[1], torch.ones(4), 0.1)
+        )
+    return artefact.save(
+        root / "mood", family="laplace", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
+        mean=mean, curvature=curvature, precision=dict.fromkeys(mean, precision),
+    )  # fmt: skip

@@ -1,0 +1,370 @@
+"""One real server (real vLLM in float32, the real base, real HTTP) against transformers + peft, and the stock OpenAI client."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from posterior import base as base_models
+from posterior import lora
+from posterior.artefact import Posterior
+from posterior.base import Base
+from posterior.linearized import LinearizedModel
+from posterior.predictive import from_gaussian
+from posterior.task import chat_ids
+from tests.server import folders
+
+PARTICLES = 3
+KEY = "test-key"
+TEXTS = [
+    "The food was wonderful.",
+    "I waited an hour and left hungry.",
+    "It is a restaurant <|im_end|> of sorts.",
+    "ok",
+]
+LONG = [" New York", " New York City", " Paris", " the very small town of Ely"]
+MESSAGES = [{"role": "user", "content": "Say hello."}]
+
+
+@dataclass(frozen=True)
+class Running:
+    """The server, what it serves, and where its adapters lie."""
+
+    url: str
+    base: Base
+    base_name: str
+    mood: Posterior
+    gang: Posterior
+    cache: Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, **body: Any) -> Any:
+        response = httpx.post(f"{self.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def predict(self, **body: Any) -> Any:
+        return self.post("/v1/predictive", **body)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name with labels."""
+        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def running_requests(self) -> float:
+        return sum(
+            v
+            for k, v in self.metrics().items()
+            if k.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("serving")
+    base = base_models.resolve()
+    (root / "posteriors").mkdir()
+    gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--base",
+        str(base.path),
+        "--posteriors",
+        str(root / "posteriors"),
+    ]
+    command += ["--particles", str(PARTICLES), "--dtype", "float32", "--max-model-len", "1024", "--port", str(port)]
+    environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}", process, root / "log")
+        yield Running(f"http://127.0.0.1:{port}", base, base.path.name, mood, gang, root / "cache", process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (root / "log").read_text()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="session")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference(server: Running) -> Any:
+    """(adapter folder or None, prompts, candidates) -> log-probabilities [prompts, candidates] by transformers + peft."""
+    tokenizer = base_models.load_tokenizer(server.base)
+
+    def log_probabilities(folder: Path | None, prompts: list[list[int]], answers: list[str]) -> torch.Tensor:
+        model = base_models.load_model(server.base, torch.float32, "cpu")
+        model = model if folder is None else lora.load_peft(model, folder)
+        rows = []
+        for prompt in prompts:
+            row = []
+            for answer in answers:
+                tokens = tokenizer.encode(answer, add_special_tokens=False)
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1)
+                row.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)))
+            rows.append(torch.tensor(row, dtype=torch.float64).log_softmax(0))
+        return torch.stack(rows)
+
+    return log_probabilities
+
+
+@pytest.fixture(scope="session")
+def prompts(server: Running) -> list[list[int]]:
+    tokenizer = base_models.load_tokenizer(server.base)
+    return [folders.TASK.prompt_ids(tokenizer, {"text": text}) for text in TEXTS]
+
+
+INPUTS = [{"text": text} for text in TEXTS]
+
+
+# Agreement with transformers + peft
+
+
+@pytest.mark.parametrize("name", ["gang", "mood"])
+def test_each_particle_equals_transformers_and_peft(
+    server: Running, reference: Any, prompts: list[list[int]], name: str
+) -> None:
+    posterior = server.gang if name == "gang" else server.mood
+    data = server.predict(model=name, inputs=INPUTS, predictive="mixture", per_particle=True)["data"]
+    answers = list(folders.TASK.answers or ())
+    for k, folder in enumerate(posterior.adapters(PARTICLES, server.cache / "adapters")):
+        expected = reference(folder, prompts, answers).exp()
+        served = torch.tensor([item["per_particle"][k] for item in data])
+        assert torch.allclose(served.double(), expected, atol=1e-3), (served, expected)
+    spread = torch.tensor([item["per_particle"] for item in data]).std(1).max(1).values
+    assert bool((spread > 1e-3).all()), "distinct adapters give distinct answers, with the prefix cache on"
+
+
+def test_the_map_and_the_base_equal_transformers(server: Running, reference: Any, prompts: list[list[int]]) -> None:
+    answers = list(folders.TASK.answers or ())
+    texts = [folders.TASK.render(row) for row in INPUTS]
+    for model, folder in (("mood/map", server.mood.map_dir), (server.base_name, None)):
+        data = server.predict(model=model, prompts=texts, answers=answers)["data"]
+        served = torch.tensor([[a["probability"] for a in item["answers"]] for item in data]).double()
+        assert torch.allclose(served, reference(folder, prompts, answers).exp(), atol=1e-3)
+
+
+def test_answers_of_several_tokens_equal_teacher_forcing(server: Running, reference: Any) -> None:
+    """Candidates that share prefixes, one the beginning of another; log-probabilities within 5e-3 nats, however unlikely."""
+    text = "The city I love most is"
+    ids = [base_models.load_tokenizer(server.base).encode(text)]
+    item = server.predict(model="mood", prompts=[text], answers=LONG, predictive="map")["data"][0]
+    served = [math.log(a["probability"]) for a in item["answers"]]
+    assert served == pytest.approx(reference(server.mood.map_dir, ids, LONG)[0].tolist(), abs=5e-3)
+
+
+def test_linearized_equals_the_model_in_this_process(server: Running, prompts: list[list[int]]) -> None:
+    tokenizer = base_models.load_tokenizer(server.base)
+    candidates = tuple((tokenizer.encode(answer)[0],) for answer in folders.TASK.answers or ())
+    model = LinearizedModel(server.base, {"mood": server.mood}, dtype=torch.float32, device="cpu")
+    data = server.predict(model="mood", inputs=INPUTS)["data"]
+    for item, (mean, covariance) in zip(data, model.logits("mood", prompts, [candidates] * len(prompts)), strict=True):
+        expected = from_gaussian(mean, covariance)
+        assert item["predictive"] == "linearized"
+        assert [a["probability"] for a in item["answers"]] == pytest.approx(expected.probability.tolist(), abs=1e-5)
+        assert item["entropy"]["epistemic"] == pytest.approx(expected.epistemic, abs=1e-5)
+
+
+def test_the_same_request_gives_the_same_numbers(server: Running) -> None:
+    """Linearised: bit for bit. Mixture: within 1e-5, as vLLM may batch and reuse its prefix cache differently."""
+    for predictive, tolerance in (("linearized", 0.0), ("mixture", 1e-5)):
+        first, second = (
+            [
+                a["probability"]
+                for item in server.predict(model="mood", inputs=INPUTS, predictive=predictive)["data"]
+                for a in item["answers"]
+            ]
+            for _ in range(2)
+        )
+        assert first == pytest.approx(second, abs=tolerance, rel=0.0)
+
+
+# The stock OpenAI client
+
+
+def test_models_list(client: openai.OpenAI, server: Running) -> None:
+    cards = {card.id: card for card in client.models.list()}
+    assert list(cards) == [server.base_name, "gang", "gang/map", "mood", "mood/map"]
+    assert client.models.retrieve("mood").model_extra["parent"] == server.base_name  # type: ignore[index]
+
+
+def test_chat_equals_generation_by_transformers(client: openai.OpenAI, server: Running) -> None:
+    answer = client.chat.completions.create(model="mood", messages=MESSAGES, temperature=0, max_tokens=8)  # type: ignore[call-overload]
+    tokenizer = base_models.load_tokenizer(server.base)
+    model = lora.load_peft(base_models.load_model(server.base, torch.float32, "cpu"), server.mood.map_dir)
+    prompt = torch.tensor([chat_ids(tokenizer, MESSAGES)])
+    expected = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    choice = answer.choices[0]
+    assert choice.message.content == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer.model == choice.model_extra["uncertainty"]["posterior"] == f"mood@{server.mood.hash[:12]}"
+    assert answer.usage.completion_tokens == len(expected) and answer.usage.prompt_tokens == prompt.shape[1]
+
+
+def test_streams_give_the_same_text(client: openai.OpenAI) -> None:
+    options: Any = {"model": "gang", "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(messages=MESSAGES, **options).choices[0].message.content
+    chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    assert chunks[-1].choices[0].model_extra["uncertainty"]["predictive"] == "map"
+    text = client.completions.create(prompt="Once upon", **options).choices[0].text
+    parts = list(client.completions.create(prompt="Once upon", stream=True, **options))
+    assert "".join(part.choices[0].text for part in parts) == text
+    assert parts[-1].choices[0].model_extra["uncertainty"]["predictive"] == "map"
+
+
+def test_answers_through_the_stock_client(client: openai.OpenAI, server: Running) -> None:
+    options: Any = {"extra_body": {"uncertainty": {"answers": [" negative", " positive"], "predictive": "mixture"}}}
+    prompt = folders.TASK.render(INPUTS[0])
+    choice = client.completions.create(model="mood", prompt=prompt, **options).choices[0]
+    item = server.predict(model="mood", inputs=INPUTS[:1], predictive="mixture")["data"][0]
+    assert choice.text == item["answer"]
+    assert choice.model_extra["uncertainty"]["confidence"] == pytest.approx(item["confidence"], abs=1e-5)
+    chat = client.chat.completions.create(model="mood", messages=MESSAGES, **options).choices[0]
+    assert chat.message.content == chat.model_extra["uncertainty"]["answer"]
+    same = server.predict(model="mood", messages=[MESSAGES], answers=[" negative", " positive"], predictive="mixture")[
+        "data"
+    ][0]
+    assert chat.model_extra["uncertainty"]["confidence"] == pytest.approx(same["confidence"], abs=1e-5)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
+    ({"logit_bias": {"9999999": 1}}, "vocab"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"n": 129}, "between 1 and 128"),
+    ({"prompt_logprobs": 0}, "'prompt_logprobs' is not served"),
+    ({"chat_template": "{{ 1 }}"}, "'chat_template' is not served"),
+    ({"use_beam_search": True}, "'use_beam_search' is not served"),
+    ({"stop_token_ids": [10**9]}, "vocab"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_requests_of_text_are_one_clear_line(client: openai.OpenAI, body: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "mood", "messages": MESSAGES, "extra_body": body})
+    assert words in caught.value.message and caught.value.type == "invalid_request_error"
+    assert "\n" not in caught.value.body["message"]  # type: ignore[index]
+
+
+def test_bad_token_ids_and_echoed_log_probabilities(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        client.completions.create(model="mood", prompt=[1, 10**6])
+    with pytest.raises(openai.BadRequestError, match="not served"):
+        client.completions.create(model="mood", prompt="x", echo=True, logprobs=1)
+    with pytest.raises(openai.NotFoundError, match="not served"):
+        client.completions.create(model="nobody", prompt="x")
+
+
+def test_the_key_is_needed(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+# Load
+
+
+def test_log_probabilities_beside_candidate_scores(client: openai.OpenAI, server: Running) -> None:
+    """The fault that server/engine/patch.py mends: without it, plain rows that share a batch with scores lose theirs."""
+
+    def top() -> list[dict[str, float]]:
+        options: Any = {"model": "gang", "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 4}
+        content = client.chat.completions.create(messages=MESSAGES, **options).choices[0].logprobs.content
+        return [{t.token: t.logprob for t in token.top_logprobs} for token in content]
+
+    alone = top()
+    assert all(len(row) == 4 for row in alone)
+    with ThreadPoolExecutor(4) as pool:
+        scores = [pool.submit(server.predict, model="mood", inputs=INPUTS * 3, predictive="mixture") for _ in range(2)]
+        together = list(pool.map(lambda _: top(), range(2)))
+        assert all(score.result()["data"] for score in scores)
+    for rows in together:
+        assert rows == [pytest.approx(row, abs=1e-3) for row in alone]
+
+
+def test_a_seeded_long_prompt_does_not_kill_the_engine(client: openai.OpenAI) -> None:
+    options: Any = {"model": "mood", "max_tokens": 2, "seed": 1, "temperature": 1.0}
+    with ThreadPoolExecutor(3) as pool:
+        texts = list(
+            pool.map(lambda _: client.completions.create(prompt="word " * 900, **options).choices[0].text, range(3))
+        )
+    assert len(set(texts)) == 1
+
+
+def test_clients_that_leave_leave_nothing_running(client: openai.OpenAI, server: Running) -> None:
+    stream = client.completions.create(
+        model="mood", prompt="Once", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert server.running_requests() >= 1
+    stream.close()
+    with pytest.raises(httpx.ReadTimeout):
+        headers = {"Authorization": f"Bearer {KEY}"}
+        body = {
+            "model": "mood",
+            "prompts": [f"{i} " * 300 for i in range(8)],
+            "answers": ["a", "b"],
+            "predictive": "mixture",
+        }
+        httpx.post(f"{server.url}/v1/predictive", json=body, headers=headers, timeout=1.0)
+    deadline = time.monotonic() + 30
+    while server.running_requests() and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert server.running_requests() == 0
+    assert server.predict(model="mood", inputs=INPUTS[:1], predictive="mixture")["data"]
+
+
+def test_one_metrics_page_for_ours_and_vllms(server: Running) -> None:
+    server.predict(model="mood", inputs=INPUTS[:1])
+    samples = server.metrics()
+    assert samples["posterior_ready"] == 1
+    labels = f'base="{server.base_name}",family="laplace",hash="{server.mood.hash}",posterior="mood"'
+    assert samples[f"posterior_info{{{labels}}}"] == 1
+    assert samples['posterior_answers_total{posterior="mood",predictive="linearized"}'] >= 1
+    assert samples["posterior_linearized_batch_size_count"] >= 1
+    assert any(name.startswith("vllm:request_success_total") for name in samples)
+    assert not any("/00" in name for name in samples if name.startswith("posterior_")), "no label per particle"
