@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
-# docker build --target cpu  -t posterior-server:cpu .        docker run -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cpu
-# docker build --target cuda -t posterior-server:cuda .       docker run --gpus all -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cuda
+# docker build --target cpu -t posterior-server:cpu .    docker run -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cpu
+# docker build --target cuda -t posterior-server:cuda .  docker run --gpus all -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cuda
 # Inside a container the server listens on every address, so it starts only with POSTERIOR_API_KEY. /cache keeps converted models:
 # mount a volume there to keep them. The base and the posteriors of your own are mounted and named by --base and --posteriors.
 ARG PYTHON=python:3.11.14-slim-bookworm
