@@ -1,6 +1,8 @@
-"""The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary PEFT folder.
+"""The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary
+PEFT folder.
 
-    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file, calibration records
+    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file,
+    calibration records
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   Kronecker factors and prior precisions (family "laplace")
@@ -34,7 +36,8 @@ Family = Literal["laplace", "particles"]
 
 @dataclass(frozen=True)
 class Posterior:
-    """A verified posterior folder. base: {"id", "revision", "hash"}; weights: one per particle; prior, fit: as recorded."""
+    """A verified posterior folder. base: {"id", "revision", "hash"}; weights: one per particle; prior, fit: as
+    recorded."""
 
     path: Path
     hash: str
@@ -115,7 +118,9 @@ def save(
             "family": family,
             "base": dict(base),
             "task": task.to_json(),
-            "lora": {key: lora_config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout")},
+            "lora": {
+                key: lora_config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout")
+            },
             "prior": dict(prior),
             "fit": dict(fit),
             "weights": list(weights),
@@ -131,7 +136,9 @@ def load(folder: Path | str) -> Posterior:
     folder = Path(folder).resolve()
     record = _read_record(folder)
     if record.get("format") != FORMAT:
-        raise PosteriorError(f"{folder} has posterior format {record.get('format')!r}; this version reads format {FORMAT}; upgrade or refit")
+        raise PosteriorError(
+            f"{folder} has posterior format {record.get('format')!r}; this version reads {FORMAT}; upgrade or refit"
+        )
     try:
         _verify_files(folder, record["files"])
         family = record["family"]
@@ -153,7 +160,9 @@ def load(folder: Path | str) -> Posterior:
             precision=precision,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise PosteriorError(f"{folder}/posterior.json is damaged: {type(error).__name__} at {error}; restore it or refit") from None
+        raise PosteriorError(
+            f"{folder}/posterior.json is damaged: {type(error).__name__} at {error}; restore it or refit"
+        ) from None
     _verify_tensors(posterior)
     return posterior
 
@@ -162,7 +171,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / "posterior.json").read_text(encoding="utf-8"))
     except OSError:
-        raise PosteriorError(f"{folder} is no posterior folder: it has no readable posterior.json; make one with `posterior fit`") from None
+        raise PosteriorError(
+            f"{folder} is no posterior folder: it has no readable posterior.json; make one with `posterior fit`"
+        ) from None
     except ValueError:
         raise PosteriorError(f"{folder}/posterior.json is not JSON; restore it or refit") from None
     if not isinstance(record, dict):
@@ -178,7 +189,9 @@ def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
         if not path.is_file():
             raise PosteriorError(f"{folder} is incomplete: {name} is missing; copy the whole folder or refit")
         if _file_hash(path) != expected:
-            raise PosteriorError(f"{folder}/{name} is not the file that was fitted (its sha256 differs); restore it or refit")
+            raise PosteriorError(
+                f"{folder}/{name} is not the file that was fitted (its sha256 differs); restore it or refit"
+            )
     for needed in ("map/adapter_config.json", "map/adapter_model.safetensors"):
         if needed not in files:
             raise PosteriorError(f"{folder}/posterior.json does not list {needed}; refit")
@@ -190,7 +203,11 @@ def _verify_tensors(posterior: Posterior) -> None:
     if posterior.family == "laplace":
         laplace.check(posterior.curvature, posterior.precision, mean)
     else:
-        if not posterior.weights or min(posterior.weights) < 0 or not math.isclose(sum(posterior.weights), 1.0, abs_tol=1e-6):
+        if (
+            not posterior.weights
+            or min(posterior.weights) < 0
+            or not math.isclose(sum(posterior.weights), 1.0, abs_tol=1e-6)
+        ):
             raise PosteriorError(f"{posterior.path} needs particle weights that are non-negative and sum to 1; refit")
         folders += posterior.adapters(len(posterior.weights), posterior.path)
     shapes = {name: value.shape for name, value in mean.items()}
@@ -204,11 +221,13 @@ def _verify_tensors(posterior: Posterior) -> None:
 def _finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
-            raise PosteriorError(f"{where} holds a value in {name} that is not finite; refit with a lower learning rate")
+            raise PosteriorError(
+                f"{where} holds a value in {name} that is not finite; refit with a lower learning rate"
+            )
 
 
 def _pack(curvature: Mapping[str, Kronecker], precision: Mapping[str, float]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, block in curvature.items():
         parts = {
             "small.basis": block.small.basis,
@@ -231,7 +250,9 @@ def _unpack(path: Path) -> tuple[dict[str, Kronecker], dict[str, float]]:
     curvature, precision = {}, {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
         small = Factor(tensors[f"{name}/small.basis"], tensors[f"{name}/small.values"], 0.0)
-        large = Factor(tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0]))
+        large = Factor(
+            tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0])
+        )
         curvature[name] = Kronecker(small, large)
         precision[name] = float(tensors[f"{name}/precision"][0])
     return curvature, precision

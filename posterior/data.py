@@ -21,7 +21,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true one."""
+    """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true
+    one."""
 
     prompt: tuple[int, ...]
     continuations: candidates.Candidates
@@ -96,7 +97,9 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, max_length:
         except PosteriorError as error:
             raise PosteriorError(f"row {number}: {error}") from None
         if example.length > max_length:
-            raise PosteriorError(f"row {number} has {example.length} tokens, more than --max-length {max_length}; shorten or drop it")
+            raise PosteriorError(
+                f"row {number} has {example.length} tokens, more than --max-length {max_length}; shorten or drop it"
+            )
         examples.append(example)
     return examples
 
@@ -110,7 +113,9 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
         stripped = [answer.strip() for answer in answers]
         label = stripped.index(label.strip()) if label.strip() in stripped else label
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):
-        raise PosteriorError(f"label {row.get('label')!r} is neither one of the answers {list(answers)} nor an index below {len(answers)}")
+        raise PosteriorError(
+            f"label {row.get('label')!r} is neither one of {list(answers)} nor an index below {len(answers)}"
+        )
     prompt = task.prompt_ids(tokenizer, row)
     if not prompt:
         raise PosteriorError("the prompt is empty")
@@ -132,13 +137,17 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
 
 
-def batches(examples: Sequence[Example], size: int, *, order: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+def batches(
+    examples: Sequence[Example], size: int, *, order: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], Batch]]:
     """(indices, batch) pairs. Without `order`, examples of like length share a batch, so that little is padded.
 
     Examples in a batch have the same number of candidates and the same way of scoring.
     """
     kind = [(example.single, len(example.continuations)) for example in examples]
-    indices = list(order) if order is not None else sorted(range(len(examples)), key=lambda i: (kind[i], examples[i].length))
+    indices = (
+        list(order) if order is not None else sorted(range(len(examples)), key=lambda i: (kind[i], examples[i].length))
+    )
     start = 0
     while start < len(indices):
         stop = start

@@ -2,18 +2,25 @@
 
 For a matrix W [out, in] with input a and output gradient g the Fisher is H = sum_n E[vec(sum_t g_t a_t^T) vec(...)^T].
 - expand (Martens & Grosse 2015): H ~ (sum over positions of a a^T) (x) (sum over positions of E[g g^T]);
-- reduce (Eschenhagen et al. 2023, arXiv 2311.00636): H ~ (sum over n of abar abar^T) (x) (sum over n of E[ghat ghat^T]),
+- reduce (Eschenhagen et al. 2023, arXiv 2311.00636): H ~ (sum over n of abar abar^T) (x) (sum over n of E[ghat
+ghat^T]),
   abar the mean and ghat the sum over an example's positions.
-The expectation is over the model's own answers: exact for choices, as Lambda = diag(p) - p p^T factorises into C - 1 columns
+The expectation is over the model's own answers: exact for choices, as Lambda = diag(p) - p p^T factorises into C - 1
+columns
 (so C - 1 backward passes, one for two candidates); sampled tokens for text.
 
-One side of each matrix is r wide ("small"), the other d wide ("large"). The large factor is either kept whole, or in rank k from
-a Nystroem sketch Y = S Omega (Tropp et al. 2017, arXiv 1706.05736): memory O(d k), one pass, and, because the sketch is linear in
+One side of each matrix is r wide ("small"), the other d wide ("large"). The large factor is either kept whole, or in
+rank k from
+a Nystroem sketch Y = S Omega (Tropp et al. 2017, arXiv 1706.05736): memory O(d k), one pass, and, because the sketch
+is linear in
 the data, the same result whatever the batch size. The trace that rank k discards is kept as an isotropic remainder.
 
-A Kronecker product of sums ignores how a and g go together. Each block is therefore scaled to the trace of the exact block,
-sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass. Measured on the default task: the exact
-trace is 0.04 to 6 times the Kronecker one, and the scaling closes most of the distance between KFAC and the exact block in evidence.
+A Kronecker product of sums ignores how a and g go together. Each block is therefore scaled to the trace of the exact
+block,
+sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass. Measured on the default
+task: the exact
+trace is 0.04 to 6 times the Kronecker one, and the scaling closes most of the distance between KFAC and the exact
+block in evidence.
 """
 
 from __future__ import annotations
@@ -143,7 +150,9 @@ def fit(
         progress(len(batch.label))
     if not sums:
         raise PosteriorError("no data to compute the curvature from")
-    return {name: _oriented(name, a.factor(_matched(a, g, traces[name])), g.factor(1.0)) for name, (a, g) in sums.items()}
+    return {
+        name: _oriented(name, a.factor(_matched(a, g, traces[name])), g.factor(1.0)) for name, (a, g) in sums.items()
+    }
 
 
 def _matched(a: _Sum, g: _Sum, trace: float) -> float:
@@ -156,7 +165,9 @@ def _oriented(name: str, a: Factor, g: Factor) -> Kronecker:
     return Kronecker(small=g, large=a) if name.endswith(".A") else Kronecker(small=a, large=g)
 
 
-def _gradients(model: nn.Module, tape: Tape, batch: Batch, samples: int, generator: torch.Generator) -> Iterable[dict[str, Tensor]]:
+def _gradients(
+    model: nn.Module, tape: Tape, batch: Batch, samples: int, generator: torch.Generator
+) -> Iterable[dict[str, Tensor]]:
     """Output gradients whose outer products sum to the Fisher of the batch."""
     if batch.answer is None and batch.target is not None and len(batch.target) == len(batch.label):
         for _ in range(samples):
@@ -173,7 +184,8 @@ def fisher_columns(f: Tensor) -> Tensor:
     """Columns L [B, C, C-1] with L L^T = diag(p) - p p^T, p = softmax(f): the Fisher of the scores."""
     p = f.double().softmax(1)
     values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
-    return (vectors * values.clamp(min=0).sqrt()[:, None, :])[:, :, 1:].to(f)
+    columns: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    return columns[:, :, 1:].to(f)
 
 
 def _exact_trace(a: Tensor, g: Tensor, batch: Batch) -> float:

@@ -1,15 +1,18 @@
-"""Laplace: theta ~ N(theta*, P^-1), P = lambda I + H block by block, H from Kronecker factors (Laplace-LoRA, arXiv 2308.13111).
+"""Laplace: theta ~ N(theta*, P^-1), P = lambda I + H block by block, H from Kronecker factors (Laplace-LoRA, arXiv
+2308.13111).
 
-The prior is N(theta_0, I / lambda) with theta_0 the initialisation (A random, B zero), not zero: the random A is evidence of
+The prior is N(theta_0, I / lambda) with theta_0 the initialisation (A random, B zero), not zero: the random A is
+evidence of
 nothing. A group is a set of matrices that share one lambda. The evidence of a group is, up to a constant,
     log p(D|theta*) - (lambda/2) |theta* - theta_0|^2 - (1/2) [logdet P - D log lambda],
-separable over groups; its stationary point is MacKay's lambda = gamma / |theta* - theta_0|^2, gamma = sum v / (v + lambda).
+separable over groups; its stationary point is MacKay's lambda = gamma / |theta* - theta_0|^2, gamma = sum v / (v +
+lambda).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,10 +31,10 @@ LOG_BOUNDS = (math.log(1e-4), math.log(1e8))
 
 def groups(names: list[str], grouping: Grouping) -> dict[str, list[str]]:
     """Which matrices share a prior precision: all ("scalar"), all A and all B ("side"), or each A,B pair ("layer")."""
-    key = {"scalar": lambda name: "all", "side": lambda name: name[-1], "layer": lambda name: name[:-2]}[grouping]
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(key(name), []).append(name)
+        key = "all" if grouping == "scalar" else name[-1] if grouping == "side" else name[:-2]
+        found.setdefault(key, []).append(name)
     return found
 
 
@@ -44,7 +47,8 @@ def logdet_ratio(block: Kronecker, precision: float) -> float:
 
 def effective_dimension(block: Kronecker, precision: float) -> float:
     """gamma = sum v / (v + lambda): how many of the matrix's parameters the data determine."""
-    kept, rest, multiplicity = (x.double() if isinstance(x, Tensor) else x for x in block.eigenvalues())
+    kept, rest, multiplicity = block.eigenvalues()
+    kept, rest = kept.double(), rest.double()
     return float((kept / (kept + precision)).sum() + multiplicity * (rest / (rest + precision)).sum())
 
 
@@ -53,9 +57,13 @@ def square_distance(theta: Theta, origin: Theta, names: list[str]) -> float:
     return sum(float((theta[name].double() - origin[name].double()).square().sum()) for name in names)
 
 
-def evidence(curvature: Curvature, distance: Mapping[str, float], precision: Mapping[str, float], log_likelihood: float) -> float:
+def evidence(
+    curvature: Curvature, distance: Mapping[str, float], precision: Mapping[str, float], log_likelihood: float
+) -> float:
     """log p(D) in nats. distance and precision by matrix name: |theta* - theta_0|^2 and lambda of each."""
-    penalty = sum(precision[name] * distance[name] + logdet_ratio(block, precision[name]) for name, block in curvature.items())
+    penalty = sum(
+        precision[name] * distance[name] + logdet_ratio(block, precision[name]) for name, block in curvature.items()
+    )
     return log_likelihood - penalty / 2
 
 
@@ -75,12 +83,17 @@ def optimal_precision(curvature: Curvature, distance: Mapping[str, float], group
 
 
 def sample(curvature: Curvature, precision: Mapping[str, float], mean: Theta, generator: torch.Generator) -> Theta:
-    """One draw theta* + P^{-1/2} eps, matrix by matrix in the factors' eigenbasis. Drawn on the CPU: the seed fixes it anywhere."""
-    return {name: mean[name] + unorient(name, _draw(block, precision[name], generator)).to(mean[name]) for name, block in curvature.items()}
+    """One draw theta* + P^{-1/2} eps, matrix by matrix in the factors' eigenbasis. Drawn on the CPU: the seed fixes
+    it anywhere."""
+    return {
+        name: mean[name] + unorient(name, _draw(block, precision[name], generator)).to(mean[name])
+        for name, block in curvature.items()
+    }
 
 
 def _draw(block: Kronecker, precision: float, generator: torch.Generator) -> Tensor:
-    kept, rest, multiplicity = (x.double().cpu() if isinstance(x, Tensor) else x for x in block.eigenvalues())
+    kept, rest, multiplicity = block.eigenvalues()
+    kept, rest = kept.double().cpu(), rest.double().cpu()
     small, large = block.small.basis.double().cpu(), block.large.basis.double().cpu()
     noise = torch.randn(block.shape, generator=generator, dtype=torch.float64)
     inside = noise @ large
@@ -90,16 +103,20 @@ def _draw(block: Kronecker, precision: float, generator: torch.Generator) -> Ten
     return small @ out
 
 
-def quadratic(block: Kronecker, precision: float, jacobian: Tensor) -> Tensor:
-    """J P^-1 J^T [N, C, C] of one matrix; jacobian [N, C, r, d] oriented like the block (see `orient`)."""
+def quadratic(block: Kronecker, precisions: Sequence[float], jacobian: Tensor) -> Tensor:
+    """J P^-1 J^T [M, N, C, C] of one matrix for M prior precisions; jacobian [N, C, r, d] oriented like the block
+    (see `orient`)."""
     kept, rest, multiplicity = block.eigenvalues()
     rotated = torch.einsum("ri,ncrd->ncid", block.small.basis.to(jacobian), jacobian)
     inside = rotated @ block.large.basis.to(jacobian)
-    total = _gram(inside * (precision + kept).to(jacobian).rsqrt())
-    if multiplicity:
-        weight = (precision + rest).to(jacobian).rsqrt()[:, None]
-        total = total + _gram(rotated * weight) - _gram(inside * weight)
-    return total
+    results = []
+    for precision in precisions:
+        total = _gram(inside * (precision + kept).to(jacobian).rsqrt())
+        if multiplicity:
+            weight = (precision + rest).to(jacobian).rsqrt()[:, None]
+            total = total + _gram(rotated * weight) - _gram(inside * weight)
+        results.append(total)
+    return torch.stack(results)
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -121,6 +138,8 @@ def check(curvature: Curvature, precision: Mapping[str, float], mean: Theta) -> 
         raise PosteriorError("the Laplace factors do not cover the MAP adapter's matrices; refit the posterior")
     for name, block in curvature.items():
         if block.shape != tuple(orient(name, mean[name]).shape):
-            raise PosteriorError(f"the Laplace factor of {name} has shape {block.shape}, the adapter {tuple(mean[name].shape)}; refit")
+            raise PosteriorError(
+                f"the Laplace factor of {name} has shape {block.shape}, the adapter {tuple(mean[name].shape)}; refit"
+            )
         if not precision[name] > 0:
             raise PosteriorError(f"the prior precision of {name} is {precision[name]}; it must be positive")

@@ -1,7 +1,9 @@
 """Scores of the candidate answers, and the gradients of those scores at every LoRA matrix.
 
-A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is one
-token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both differ from
+A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is
+one
+token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both
+differ from
 log p(y|x) by at most a constant per prompt, which the softmax removes.
 """
 
@@ -12,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posterior.data import Batch
@@ -54,9 +55,14 @@ def _continuations(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits [S, keep, V] at the last `keep` positions, through the model's own head (so soft-capping and the like hold)."""
+    """Logits [S, keep, V] at the last `keep` positions, through the model's own head (so soft-capping and the like
+    hold)."""
     out = model(
-        input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, logits_to_keep=keep
+        input_ids=batch.tokens,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=keep,
     )
     return out.logits[:, -keep:]  # type: ignore[no-any-return]
 
@@ -80,7 +86,8 @@ class Tape:
 
 @contextmanager
 def record(matrices: dict[str, nn.Linear]) -> Iterator[Tape]:
-    """Record inputs and outputs of the LoRA matrices during a forward pass (of a model whose parameters need no gradient)."""
+    """Record inputs and outputs of the LoRA matrices during a forward pass (of a model whose parameters need no
+    gradient)."""
     tape = Tape()
 
     def hook(name: str) -> object:

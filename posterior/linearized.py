@@ -1,7 +1,10 @@
-"""The linearised predictive: f(x) ~ N(f*(x), J P^-1 J^T) over the candidates' scores, exact under the Laplace covariance.
+"""The linearised predictive: f(x) ~ N(f*(x), J P^-1 J^T) over the candidates' scores, exact under the Laplace
+covariance.
 
-The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward passes when
-all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base weights ever exists.
+The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward
+passes when
+all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base weights ever
+exists.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ def moments(
     model: nn.Module,
     matrices: Mapping[str, nn.Linear],
     curvature: laplace.Curvature,
-    precision: Mapping[str, float],
+    precisions: Sequence[Mapping[str, float]],
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Mean [B, C] of the scores and covariance [B, C, C] of the scores relative to the first candidate's (row and column 0 are 0)."""
+    """Mean [B, C] of the scores and, for each of M prior precisions, covariance [M, B, C, C] of the scores relative
+    to the
+    first candidate's (row and column 0 are 0). float64."""
     with record(dict(matrices)) as tape:
         f = scores(model, batch)
         count, width = f.shape
@@ -35,7 +40,7 @@ def moments(
             gradients = [tape.gradients(f, torch.ones_like(f), keep=False)]
         else:
             gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
-    covariance = f.new_zeros(count, width - 1, width - 1)
+    covariance = f.new_zeros(len(precisions), count, width - 1, width - 1)
     mask = batch.mask[..., None]
     for name, block in curvature.items():
         a = tape.inputs[name] * mask.to(tape.inputs[name])
@@ -43,7 +48,7 @@ def moments(
         if batch.answer is None:
             jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
             jacobian = jacobian[:, 1:] - jacobian[:, :1]
-        covariance += laplace.quadratic(block, precision[name], jacobian)
+        covariance += laplace.quadratic(block, [precision[name] for precision in precisions], jacobian)
     full = torch.nn.functional.pad(covariance, (1, 0, 1, 0))
     return f.detach().double(), full.double()
 
@@ -58,7 +63,13 @@ class LinearizedModel:
     """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores."""
 
     def __init__(
-        self, base: Base, posteriors: Mapping[str, Posterior], *, dtype: torch.dtype = torch.float32, device: str = "cpu", batch_tokens: int = 4096
+        self,
+        base: Base,
+        posteriors: Mapping[str, Posterior],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        batch_tokens: int = 4096,
     ):
         model: nn.Module | None = None
         self.batch_tokens, self.device = batch_tokens, device
@@ -75,7 +86,9 @@ class LinearizedModel:
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
         self.model = model.eval().requires_grad_(False)
 
-    def logits(self, name: str, prompts: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[tuple[Tensor, Tensor]]:
+    def logits(
+        self, name: str, prompts: Sequence[Sequence[int]], candidates: Sequence[Candidates]
+    ) -> list[tuple[Tensor, Tensor]]:
         """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order."""
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
@@ -83,11 +96,12 @@ class LinearizedModel:
         matrices, curvature, precision = self.parts[name]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for indices, batch in batches(examples, self._batch_size(examples)):
-            mean, covariance = moments(self.model, matrices, curvature, precision, batch.to(self.device))
+            mean, (covariance,) = moments(self.model, matrices, curvature, [precision], batch.to(self.device))
             results.update({index: (mean[row].cpu(), covariance[row].cpu()) for row, index in enumerate(indices)})
         return [results[index] for index in range(len(examples))]
 
     def _batch_size(self, examples: Sequence[Example]) -> int:
-        """Prompts a batch, so that its tokens (times the candidates when those are sequences) stay within `batch_tokens`."""
+        """Prompts a batch, so that its tokens (times the candidates when those are sequences) stay within
+        `batch_tokens`."""
         longest = max(example.length * (1 if example.single else len(example.continuations)) for example in examples)
         return max(1, min(32, self.batch_tokens // longest))

@@ -1,4 +1,5 @@
-"""LoRA adapters as matrices: theta is the list of all A [r, in] and B [out, r], named like "model.layers.0.self_attn.q_proj.A"."""
+"""LoRA adapters as matrices: theta is the list of all A [r, in] and B [out, r], named like
+"model.layers.0.self_attn.q_proj.A"."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def attach(
     model: PreTrainedModel,
     *,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: int = 16,
     targets: Sequence[str] = DEFAULT_TARGETS,
     dropout: float = 0.0,
     rslora: bool = False,
@@ -39,25 +40,36 @@ def attach(
     """The base with a fresh adapter (A random, B zero), trainable in float32 whatever the base's dtype."""
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, use_rslora=rslora, bias="none", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise PosteriorError(f"LoRA targets {list(targets)} do not fit this base: {str(error).splitlines()[0]}") from None
+        raise PosteriorError(
+            f"LoRA targets {list(targets)} do not fit this base: {str(error).splitlines()[0]}"
+        ) from None
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_id
-    return peft_model  # type: ignore[return-value]
+    return peft_model
 
 
 def matrices(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Linear]:
-    """The A and B modules by name, in the model's order. Refuses adapters that are more than plain LoRA on linear layers."""
+    """The A and B modules by name, in the model's order. Refuses adapters that are more than plain LoRA on linear
+    layers."""
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and adapter in module.lora_A:  # type: ignore[operator]
+        if hasattr(module, "lora_A") and adapter in module.lora_A:
             short = name.removeprefix("base_model.model.")
-            for side, part in (("A", module.lora_A[adapter]), ("B", module.lora_B[adapter])):  # type: ignore[index]
+            for side, part in (("A", module.lora_A[adapter]), ("B", module.lora_B[adapter])):
                 if not isinstance(part, nn.Linear) or part.bias is not None:
-                    raise PosteriorError(f"the adapter's part {short}.{side} is not a plain linear LoRA matrix; only those are supported")
+                    raise PosteriorError(
+                        f"the adapter's part {short}.{side} is not a plain linear LoRA matrix; only those are supported"
+                    )
                 found[f"{short}.{side}"] = part
     if not found:
         raise PosteriorError("the model has no LoRA matrices")
@@ -83,10 +95,14 @@ def load_peft(model: PreTrainedModel, folder: Path, *, name: str = ADAPTER) -> P
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise PosteriorError(f"the adapter {folder} does not fit the base model: {str(error).splitlines()[0]}") from None
+        raise PosteriorError(
+            f"the adapter {folder} does not fit the base model: {str(error).splitlines()[0]}"
+        ) from None
     shapes = {key: tuple(module.weight.shape) for key, module in matrices(peft_model, name).items()}
     if shapes != {key: tuple(value.shape) for key, value in theta.items()}:
-        raise PosteriorError(f"the adapter {folder} (rank {config.get('r')}) does not fit the base model: its modules or shapes differ")
+        raise PosteriorError(
+            f"the adapter {folder} (rank {config.get('r')}) does not fit the base model: its modules or shapes differ"
+        )
     return peft_model
 
 
@@ -108,16 +124,22 @@ def read_adapter(folder: Path) -> Theta:
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError):
-        raise PosteriorError(f"{folder} has no readable adapter_model.safetensors (pickled adapters are refused)") from None
+        raise PosteriorError(
+            f"{folder} has no readable adapter_model.safetensors (pickled adapters are refused)"
+        ) from None
     return {_short(key): value for key, value in tensors.items()}
 
 
 def write_adapter(folder: Path, theta: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """An ordinary PEFT folder that PEFT and stock vLLM load."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{key[:-2]}.lora_{key[-1]}.weight": value.cpu().contiguous() for key, value in theta.items()}
+    tensors = {
+        f"base_model.model.{key[:-2]}.lora_{key[-1]}.weight": value.cpu().contiguous() for key, value in theta.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def config_of(model: PeftModel) -> dict[str, Any]:

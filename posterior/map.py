@@ -1,7 +1,9 @@
 """MAP LoRA: theta* = argmin - sum_n log p(y_n|x_n, theta) + sum_m (lambda_m / 2) |theta_m - theta_0,m|^2.
 
-The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay, which is
-another objective. A training state is saved after each epoch and resumed exactly: data order and dropout depend on (seed, epoch) only.
+The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay,
+which is
+another objective. A training state is saved after each epoch and resumed exactly: data order and dropout depend on
+(seed, epoch) only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from posterior.likelihood import log_likelihood
 
 @dataclass(frozen=True)
 class Training:
-    """learning_rate: peak of a linear warm-up (5 %) and decay to zero; steps: stop after so many instead of whole epochs."""
+    """learning_rate: peak of a linear warm-up (5 %) and decay to zero; steps: stop after so many instead of whole
+    epochs."""
 
     learning_rate: float = 1e-3
     epochs: int = 8
@@ -39,12 +42,16 @@ class Training:
 class Trainer:
     """MAP training that can be advanced epoch by epoch, so that the prior precision can be updated in between."""
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training):
+    def __init__(
+        self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training
+    ):
         self.model, self.examples, self.training = model, examples, training
         self.precision = dict(precision)
         self.matrices = lora.matrices(model)
         self.origin = lora.get(model)
-        self.optimizer = torch.optim.Adam([module.weight for module in self.matrices.values()], lr=training.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            [module.weight for module in self.matrices.values()], lr=training.learning_rate
+        )
         self.step = 0
         self.epoch = 0
         self.total = training.total_steps(len(examples))
@@ -54,7 +61,8 @@ class Trainer:
         return self.step >= self.total
 
     def run_epoch(self, progress: Callable[[float], object] = lambda loss: None) -> float:
-        """One pass over the data (or up to the last step); returns the mean negative log-likelihood per example in nats."""
+        """One pass over the data (or up to the last step); returns the mean negative log-likelihood per example in
+        nats."""
         generator = torch.Generator().manual_seed(self.training.seed * 100_003 + self.epoch)
         torch.manual_seed(self.training.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
@@ -75,7 +83,11 @@ class Trainer:
         return total / max(1, seen)
 
     def _update(self, batch) -> float:  # type: ignore[no-untyped-def]
-        rate = self.training.learning_rate * min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total)) * (1 - self.step / self.total)
+        rate = (
+            self.training.learning_rate
+            * min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total))
+            * (1 - self.step / self.total)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -83,14 +95,19 @@ class Trainer:
         (nll + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
         value = float(nll.detach())
         if not math.isfinite(value):
-            raise PosteriorError(f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate})")
+            raise PosteriorError(
+                f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate})"
+            )
         self.optimizer.step()
         self.step += 1
         return value
 
     def penalty(self) -> Tensor:
         """Negative log prior up to a constant: sum_m (lambda_m / 2) |theta_m - theta_0,m|^2."""
-        terms = [self.precision[name] / 2 * (module.weight - self.origin[name]).square().sum() for name, module in self.matrices.items()]
+        terms = [
+            self.precision[name] / 2 * (module.weight - self.origin[name]).square().sum()
+            for name, module in self.matrices.items()
+        ]
         return torch.stack(terms).sum()
 
     def save(self, folder: Path) -> None:

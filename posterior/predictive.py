@@ -1,4 +1,5 @@
-"""The posterior predictive of a choice: probabilities, entropies (nats), variances, and the Monte-Carlo error of what is returned.
+"""The posterior predictive of a choice: probabilities, entropies (nats), variances, and the Monte-Carlo error of what
+is returned.
 
 p(y|x) = sum_k w_k p_k(y|x): probabilities are averaged, never logits. total = H[p], aleatoric = sum_k w_k H[p_k],
 epistemic = total - aleatoric (mutual information, >= 0). Epistemic variance of answer y: Var_k[p_k(y)].
@@ -40,13 +41,15 @@ class Predictive:
 
 def entropy(p: Tensor) -> Tensor:
     """-sum p log p over the last dimension, in nats; 0 log 0 = 0."""
-    return -torch.special.xlogy(p, p).sum(-1)
+    result: Tensor = -torch.special.xlogy(p, p).sum(-1)
+    return result
 
 
 def from_particles(log_p: Tensor, weights: Tensor, coverage: float = 0.9) -> Predictive:
     """Predictive of K particles: log_p [K, C] (softmax-normalised here), weights [K] >= 0 (normalised here).
 
-    The covariance is the unbiased weighted one, divided by 1 - sum w^2; one particle has no spread. The Monte-Carlo error is
+    The covariance is the unbiased weighted one, divided by 1 - sum w^2; one particle has no spread. The Monte-Carlo
+    error is
     that of K weighted independent draws, sqrt(variance * sum w^2).
     """
     p = log_p.double().log_softmax(1).exp()
@@ -55,15 +58,20 @@ def from_particles(log_p: Tensor, weights: Tensor, coverage: float = 0.9) -> Pre
     mean = w @ p
     centred = p - mean
     scale = 1 - concentration
-    covariance = (w[:, None] * centred).T @ centred / scale if scale > 1e-12 else torch.zeros(p.shape[1], p.shape[1]).double()
+    covariance = (
+        (w[:, None] * centred).T @ centred / scale if scale > 1e-12 else torch.zeros(p.shape[1], p.shape[1]).double()
+    )
     error = (covariance.diagonal() * concentration).sqrt()
     return _assemble(p, w, mean, covariance, error, coverage, 1 / concentration)
 
 
-def from_gaussian(mean: Tensor, covariance: Tensor, *, samples: int = 1024, seed: int = 0, coverage: float = 0.9) -> Predictive:
+def from_gaussian(
+    mean: Tensor, covariance: Tensor, *, samples: int = 1024, seed: int = 0, coverage: float = 0.9
+) -> Predictive:
     """Predictive of Gaussian scores f ~ N(mean [C], covariance [C, C]): `samples` virtual particles softmax(f).
 
-    f = mean + L xi with Owen-scrambled Sobol points xi: the same numbers for the same seed, and an error far below plain
+    f = mean + L xi with Owen-scrambled Sobol points xi: the same numbers for the same seed, and an error far below
+    plain
     Monte Carlo's; the error is estimated from the spread of independent scrambles.
     """
     noise = _normal_points(len(mean), samples, seed)
@@ -77,7 +85,9 @@ def from_gaussian(mean: Tensor, covariance: Tensor, *, samples: int = 1024, seed
     return _assemble(p, weights, average, spread, error, coverage, float(len(p)))
 
 
-def _assemble(p: Tensor, w: Tensor, mean: Tensor, covariance: Tensor, error: Tensor, coverage: float, effective: float) -> Predictive:
+def _assemble(
+    p: Tensor, w: Tensor, mean: Tensor, covariance: Tensor, error: Tensor, coverage: float, effective: float
+) -> Predictive:
     variance = covariance.diagonal().clamp(min=0).clone()
     total, aleatoric = float(entropy(mean)), float(w @ entropy(p))
     return Predictive(
@@ -97,23 +107,33 @@ def _assemble(p: Tensor, w: Tensor, mean: Tensor, covariance: Tensor, error: Ten
 
 
 def _interval(p: Tensor, w: Tensor, coverage: float) -> Tensor:
-    """Central interval [C, 2]: weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2 (the inverse of the weighted CDF)."""
+    """Central interval [C, 2]: weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2 (the inverse of the
+    weighted CDF)."""
     values, order = p.sort(0)
     cdf = w[order].cumsum(0)
     levels = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=torch.float64)
-    index = torch.searchsorted(cdf.T.contiguous(), levels.expand(p.shape[1], 2).contiguous() - 1e-12).clamp(max=len(p) - 1)
+    index = torch.searchsorted(cdf.T.contiguous(), levels.expand(p.shape[1], 2).contiguous() - 1e-12).clamp(
+        max=len(p) - 1
+    )
     return values.T.gather(1, index)
 
 
 def _normal_points(dimension: int, samples: int, seed: int) -> Tensor:
-    """Standard normal points [samples rounded up to SCRAMBLES powers of two, dimension] from scrambled Sobol sequences."""
+    """Standard normal points [samples rounded up to SCRAMBLES powers of two, dimension] from scrambled Sobol
+    sequences."""
     each = 1 << max(0, math.ceil(math.log2(samples / SCRAMBLES)))
-    points = [torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed * SCRAMBLES + s).draw(each, dtype=torch.float64) for s in range(SCRAMBLES)]
+    points = [_sobol(dimension, each, seed * SCRAMBLES + scramble) for scramble in range(SCRAMBLES)]
     uniform = torch.cat(points).clamp(1e-12, 1 - 1e-12)
     return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+
+
+def _sobol(dimension: int, count: int, seed: int) -> Tensor:
+    engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    return engine.draw(count, dtype=torch.float64)
 
 
 def _root(covariance: Tensor) -> Tensor:
     """A square root of a positive semi-definite matrix (which may be singular, so no Cholesky)."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root

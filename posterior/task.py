@@ -39,7 +39,9 @@ class Task:
         if self.kind not in ("choice", "text"):
             raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
         if not self.fields:
-            raise PosteriorError(f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'")
+            raise PosteriorError(
+                f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
+            )
         if self.kind == "text" and self.answers is not None:
             raise PosteriorError("a text task has no candidate answers; leave out --answers or use --task choice")
 
@@ -49,7 +51,9 @@ class Task:
         try:
             parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
-            raise PosteriorError(f"the template {self.template!r} is not valid: {error}; write {{{{ for a plain brace") from None
+            raise PosteriorError(
+                f"the template {self.template!r} is not valid: {error}; write {{{{ for a plain brace"
+            ) from None
         names = [name for _, name, spec, conversion in parts if name is not None and not spec and not conversion]
         if len(names) != sum(part[1] is not None for part in parts) or not all(name.isidentifier() for name in names):
             raise PosteriorError(f"the template {self.template!r} may hold only plain {{name}} placeholders")
@@ -60,11 +64,11 @@ class Task:
         missing = [name for name in self.fields if not isinstance(row.get(name), str)]
         if missing:
             raise PosteriorError(
-                f"field {missing[0]!r} is missing or not a string; this posterior's template needs the fields {list(self.fields)}"
+                f"field {missing[0]!r} is missing or not a string; the template needs the fields {list(self.fields)}"
             )
         extra = sorted(set(row) - set(self.fields))
         if exact and extra:
-            raise PosteriorError(f"unknown field {extra[0]!r}; this posterior's template needs the fields {list(self.fields)}")
+            raise PosteriorError(f"unknown field {extra[0]!r}; the template needs the fields {list(self.fields)}")
         return self.template.format_map({name: row[name] for name in self.fields})
 
     def prompt_ids(self, tokenizer: Tokenizer, row: Mapping[str, Any], *, exact: bool = False) -> list[int]:
@@ -82,7 +86,12 @@ class Task:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Task:
         answers = record.get("answers")
-        return cls(record["kind"], record["template"], None if answers is None else tuple(answers), bool(record.get("chat", False)))
+        return cls(
+            record["kind"],
+            record["template"],
+            None if answers is None else tuple(answers),
+            bool(record.get("chat", False)),
+        )
 
 
 def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

@@ -1,0 +1,45 @@
+"""`posterior inspect`: verify a posterior folder and say what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from posterior import artefact, lora
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Verify a posterior folder (format, hashes, shapes, finite values) and describe it."
+    parser.add_argument("posterior", help="a posterior folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(args: argparse.Namespace) -> None:
+    facts = describe(artefact.load(args.posterior))
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+
+
+def describe(posterior: artefact.Posterior) -> dict[str, object]:
+    """What a person asks first, in order."""
+    theta = lora.read_adapter(posterior.map_dir)
+    parameters, base = sum(value.numel() for value in theta.values()), posterior.base
+    facts: dict[str, object] = {
+        "posterior": f"{posterior.name}@{posterior.hash[:12]} (verified)",
+        "family": posterior.family,
+        "base": f"{base['id']} (revision {base['revision']}, weights {base['hash'][:19]})",
+        "task": posterior.task.kind,
+        "template": repr(posterior.task.template) + (" as a chat message" if posterior.task.chat else ""),
+        "answers": posterior.task.answers,
+        "adapter": f"{len(theta)} matrices, {parameters:,} parameters, rank {posterior.lora['r']}",
+        "prior": posterior.prior,
+        "fit": posterior.fit,
+        "calibration": f"{len(posterior.calibration)} records",
+    }
+    if posterior.family == "particles":
+        facts["particles"] = len(posterior.weights)
+    return facts

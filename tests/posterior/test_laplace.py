@@ -1,0 +1,118 @@
+"""Evidence, samples and the linearised predictive against dense linear algebra, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from posterior import kfac, laplace, lora
+from posterior.data import batches, collate
+from posterior.errors import PosteriorError
+from posterior.likelihood import scores
+from posterior.linearized import moments
+from tests.posterior.conftest import dense_jacobian, make_examples
+from tests.posterior.test_kfac import dense
+
+LAMBDAS = [0.5, 3.0, 20.0]
+
+
+@pytest.fixture(params=[None, 3], ids=["whole", "rank 3"])
+def curvature(model, request):
+    examples = make_examples(8)
+    return kfac.fit(model, lora.matrices(model), (b for _, b in batches(examples, 4)), rank=request.param)
+
+
+def precision_of(curvature) -> dict[str, float]:
+    """A different prior precision for each matrix, so that none can be mistaken for another."""
+    return {name: 0.5 + index for index, name in enumerate(curvature)}
+
+
+def test_evidence_is_the_dense_one(curvature):
+    """Trap 3: signs, squares, and the prior's log-determinant counted once per matrix."""
+    precision = precision_of(curvature)
+    distance = {name: 0.1 * index for index, name in enumerate(curvature)}
+    value = -7.0
+    for name, block in curvature.items():
+        p = dense(block) + precision[name] * torch.eye(math.prod(block.shape)).double()
+        value += -precision[name] / 2 * distance[name]
+        value -= (float(torch.logdet(p)) - len(p) * math.log(precision[name])) / 2
+    assert laplace.evidence(curvature, distance, precision, -7.0) == pytest.approx(value, rel=1e-9)
+
+
+def test_effective_dimension_is_the_dense_one(curvature):
+    for block in curvature.values():
+        h = dense(block)
+        gamma = float(torch.trace(h @ torch.linalg.inv(h + 2.0 * torch.eye(len(h)).double())))
+        assert laplace.effective_dimension(block, 2.0) == pytest.approx(gamma, rel=1e-8)
+
+
+@pytest.mark.parametrize("grouping", ["scalar", "side", "layer"])
+def test_optimal_precision_is_mackays_fixed_point(curvature, grouping):
+    distance = dict.fromkeys(curvature, 0.05)
+    best = laplace.optimal_precision(curvature, distance, grouping)
+    for names in laplace.groups(list(curvature), grouping).values():
+        gamma = sum(laplace.effective_dimension(curvature[name], best[name]) for name in names)
+        assert best[names[0]] == pytest.approx(gamma / sum(distance[name] for name in names), rel=1e-4)
+        assert len({best[name] for name in names}) == 1
+
+
+def test_optimal_precision_beats_its_neighbours(curvature):
+    distance = dict.fromkeys(curvature, 0.05)
+    best = laplace.optimal_precision(curvature, distance, "scalar")
+    top = laplace.evidence(curvature, distance, best, 0.0)
+    for factor in (0.9, 1.1):
+        assert laplace.evidence(curvature, distance, {n: v * factor for n, v in best.items()}, 0.0) < top
+
+
+def test_samples_have_the_posterior_covariance(curvature):
+    """20,000 draws of one matrix; each covariance entry within 5 standard errors of P^-1."""
+    name = next(iter(curvature))
+    block = {name: curvature[name]}
+    mean = {name: torch.zeros(block[name].shape, dtype=torch.float64)}
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([laplace.sample(block, {name: 2.0}, mean, generator)[name].flatten() for _ in range(20_000)])
+    covariance = torch.linalg.inv(dense(block[name]) + 2.0 * torch.eye(draws.shape[1]).double())
+    error = (covariance.diagonal()[:, None] * covariance.diagonal() + covariance.square()).sqrt() / math.sqrt(
+        len(draws)
+    )
+    assert bool(((draws.T @ draws / len(draws) - covariance).abs() < 5 * error).all())
+    assert bool((draws.mean(0).abs() < 5 * (covariance.diagonal() / len(draws)).sqrt()).all())
+
+
+def test_same_seed_same_sample(curvature, model):
+    mean = lora.get(model)
+    first, second = (
+        laplace.sample(curvature, precision_of(curvature), mean, torch.Generator().manual_seed(4)) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in mean)
+
+
+@pytest.mark.parametrize("tokens", [1, 2], ids=["single-token", "two-token"])
+def test_linearized_covariance_is_j_inverse_p_j(model, curvature, tokens):
+    """Against torch.func Jacobians and dense inverses, to 1e-6 relative; several prior precisions in one pass."""
+    batch = collate(make_examples(5, tokens=tokens))
+    precisions = [{name: value * scale for name, value in precision_of(curvature).items()} for scale in LAMBDAS]
+    mean, covariance = moments(model, lora.matrices(model), curvature, precisions, batch)
+    torch.testing.assert_close(mean, scores(model, batch).detach())
+    jacobians = dense_jacobian(model, batch)
+    for number, precision in enumerate(precisions):
+        expected = torch.zeros(5, 3, 3, dtype=torch.float64)
+        for name, block in curvature.items():
+            j = laplace.orient(name, jacobians[name]).flatten(2)
+            j = j - j[:, :1]  # relative to the first candidate
+            inverse = torch.linalg.inv(dense(block) + precision[name] * torch.eye(math.prod(block.shape)).double())
+            expected += j @ inverse @ j.mT
+        torch.testing.assert_close(covariance[number], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_parts_that_do_not_fit_are_refused(model, curvature):
+    mean, precision = lora.get(model), precision_of(curvature)
+    name = next(iter(curvature))
+    with pytest.raises(PosteriorError, match="do not cover"):
+        laplace.check({k: v for k, v in curvature.items() if k != name}, precision, mean)
+    with pytest.raises(PosteriorError, match="shape"):
+        laplace.check(curvature, precision, mean | {name: mean[name][:, :-1]})
+    with pytest.raises(PosteriorError, match="positive"):
+        laplace.check(curvature, precision | {name: 0.0}, mean)
