@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from tests.clients.exporter import exporter
+from tests.server.test_serving import server  # noqa: F401 - the real server, for test_prometheus_real.py
 
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
@@ -133,13 +133,13 @@ def events(chunks: list[dict[str, Any]]) -> StreamingResponse:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Run an app on a free port; yields its API's base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=web.run)
     thread.start()
-    while not server.started:
+    while not web.started:
         thread.join(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    server.should_exit = True
+    yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}/v1"
+    web.should_exit = True
     thread.join()
 
 
@@ -151,10 +151,3 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     running = Stub()
     with serving(build(running)) as running.url:
         yield running
-
-
-@pytest.fixture(scope="session")
-def served_url() -> Iterator[str]:
-    """A server that exposes the dashboard's metrics."""
-    with serving(exporter(build(Stub()))) as url:
-        yield url

@@ -16,20 +16,21 @@ import yaml
 from posterior_client import InvalidRequestError, PosteriorClient
 
 from tests.clients.grafana import GRAFANA, PANELS, expression, promtool, tool
+from tests.server.test_serving import KEY, Running
 
 ANSWERS = [" negative", " positive"]
 
 
 @pytest.fixture(scope="module")
-def prometheus(served_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prometheus with our scrape config, but this server as target, a token file that is there, and 1 s scrapes."""
     folder = tmp_path_factory.mktemp("prometheus")
-    (folder / "key").write_text("none")
+    (folder / "key").write_text(KEY)
     config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
     config["global"]["scrape_interval"] = "1s"
     [job] = config["scrape_configs"]
     job["authorization"]["credentials_file"] = str(folder / "key")
-    job["static_configs"] = [{"targets": [urllib.parse.urlsplit(served_url).netloc]}]
+    job["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     promtool("check", "config", folder / "prometheus.yml")
     with socket.socket() as free:
@@ -73,29 +74,31 @@ def has_data(prometheus: str, target: dict[str, Any]) -> bool:
     return any(shown <= labels.keys() for labels, _ in query(prometheus, expression(target)))
 
 
-def traffic(base_url: str) -> None:
-    """One of everything the dashboard counts: both predictives, text by the MAP, and a refusal."""
-    with PosteriorClient(base_url) as client:
-        model = next(m.id for m in client.openai.models.list() if getattr(m, "parent", None) and "/" not in m.id)
-        for predictive in ("linearized", "mixture"):
-            client.predictive(model=model, prompts=["It was"], answers=ANSWERS, predictive=predictive)
-        client.openai.completions.create(model=model, prompt="It was", max_tokens=2)
+def traffic(server: Running) -> None:
+    """One of everything the dashboard counts: every predictive of every posterior, text by the MAP, and a refusal."""
+    with PosteriorClient(f"{server.url}/v1", KEY) as client:
+        posteriors = [model for model in client.openai.models.list() if "mixture" in getattr(model, "predictives", ())]
+        for model in posteriors:
+            for predictive in model.predictives:  # type: ignore[attr-defined]
+                client.predictive(model=model.id, prompts=["It was"], answers=ANSWERS, predictive=predictive)
+            client.openai.completions.create(model=model.id, prompt="It was", max_tokens=2)
         with pytest.raises(InvalidRequestError):
-            client.predictive(model=model, prompts=["It was"], answers=[" same", " same"])
+            client.predictive(model=posteriors[0].id, prompts=["It was"], answers=[" same", " same"])
 
 
-def test_every_panel_has_data(prometheus: str, served_url: str) -> None:
+def test_every_panel_has_data(prometheus: str, server: Running) -> None:
     waiting = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
     deadline = time.monotonic() + 90
     while waiting and time.monotonic() < deadline:  # a rate needs traffic between two scrapes
-        traffic(served_url)
+        traffic(server)
         time.sleep(1)
         waiting = [(title, target) for title, target in waiting if not has_data(prometheus, target)]
     assert not waiting
 
 
-def test_the_numbers_are_the_server_s(prometheus: str, served_url: str) -> None:
-    with urllib.request.urlopen(served_url.removesuffix("/v1") + "/metrics", timeout=5) as response:
+def test_the_numbers_are_the_server_s(prometheus: str, server: Running) -> None:
+    request = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=5) as response:
         lines = response.read().decode().splitlines()
     counted = [({}, sum(float(line.split()[-1]) for line in lines if line.startswith("posterior_answers_total{")))]
     deadline = time.monotonic() + 10
