@@ -77,17 +77,17 @@ async def _serve(args: argparse.Namespace) -> None:
     from server.predictive import Service
 
     start = time.monotonic()
-    listener = _bind(args.host, args.port)
-    device = _device(args.device)
-    set_environment(device)
-    base = resolve(args.base)
-    _say(f"base {base.id} on {device}")
-    cache = Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
-    served = registry.load(args.posteriors, base, particles=args.particles, cache=cache)
-    _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
-    metrics = Metrics()
-    metrics.describe(served)
     with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_bind(args.host, args.port))
+        device = _device(args.device)
+        set_environment(device)
+        base = resolve(args.base)
+        _say(f"base {base.id} on {device}")
+        cache = Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+        served = registry.load(args.posteriors, base, particles=args.particles, cache=cache)
+        _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
+        metrics = Metrics()
+        metrics.describe(served)
         laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:

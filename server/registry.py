@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from posterior.artefact import Posterior
-
 from posterior import artefact
+from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
 from server.engine import Adapter

@@ -47,7 +47,7 @@ def test_names_adapters_and_weights(root: Path, base: Base) -> None:
 
 
 def test_new_weights_get_new_names(root: Path, base: Base) -> None:
-    """vLLM's prefix cache is keyed by the adapter's name: other weights under the same name would serve stale states."""
+    """vLLM keys its prefix cache by the adapter's name: other weights under the same name would serve stale states."""
     before = {a.name for a in load(root, base).adapters if a.name.startswith("mood")}
     folders.laplace(root, base, precision=77.0)
     assert before.isdisjoint(a.name for a in load(root, base).adapters)

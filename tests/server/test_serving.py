@@ -1,8 +1,9 @@
-"""One real server (real vLLM in float32, the real base, real HTTP) against transformers + peft, and the stock OpenAI client."""
+"""One real server (real vLLM in float32, real base, real HTTP) against transformers + peft, and the stock OpenAI client."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -129,21 +130,23 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def reference(server: Running) -> Any:
-    """(adapter folder or None, prompts, candidates) -> log-probabilities [prompts, candidates] by transformers + peft."""
+    """(adapter folder or None, prompts, answers) -> log-probabilities [prompts, answers] by transformers + peft."""
     tokenizer = base_models.load_tokenizer(server.base)
+    base = base_models.load_model(server.base, torch.float32, "cpu")
 
+    @torch.no_grad()
     def log_probabilities(folder: Path | None, prompts: list[list[int]], answers: list[str]) -> torch.Tensor:
-        model = base_models.load_model(server.base, torch.float32, "cpu")
-        model = model if folder is None else lora.load_peft(model, folder)
+        model = base if folder is None else lora.load_peft(base, folder)
         rows = []
         for prompt in prompts:
+            following = functools.cache(lambda ids: model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
             row = []
             for answer in answers:
-                tokens = tokenizer.encode(answer, add_special_tokens=False)
-                with torch.no_grad():
-                    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1)
-                row.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)))
+                tokens = tuple(tokenizer.encode(answer, add_special_tokens=False))
+                row.append(sum(float(following((*prompt, *tokens[:i]))[token]) for i, token in enumerate(tokens)))
             rows.append(torch.tensor(row, dtype=torch.float64).log_softmax(0))
+        if folder is not None:
+            model.unload()
         return torch.stack(rows)
 
     return log_probabilities
@@ -186,7 +189,7 @@ def test_the_map_and_the_base_equal_transformers(server: Running, reference: Any
 
 
 def test_answers_of_several_tokens_equal_teacher_forcing(server: Running, reference: Any) -> None:
-    """Candidates that share prefixes, one the beginning of another; log-probabilities within 5e-3 nats, however unlikely."""
+    """Candidates that share prefixes, one the beginning of another; within 5e-3 nats, however unlikely."""
     text = "The city I love most is"
     ids = [base_models.load_tokenizer(server.base).encode(text)]
     item = server.predict(model="mood", prompts=[text], answers=LONG, predictive="map")["data"][0]
@@ -299,9 +302,9 @@ def test_bad_token_ids_and_echoed_log_probabilities(client: openai.OpenAI) -> No
 
 
 def test_the_key_is_needed(server: Running) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -309,7 +312,7 @@ def test_the_key_is_needed(server: Running) -> None:
 
 
 def test_log_probabilities_beside_candidate_scores(client: openai.OpenAI, server: Running) -> None:
-    """The fault that server/engine/patch.py mends: without it, plain rows that share a batch with scores lose theirs."""
+    """The fault that server/engine/patch.py mends: plain rows that share a batch with scores lost theirs."""
 
     def top() -> list[dict[str, float]]:
         options: Any = {"model": "gang", "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 4}
