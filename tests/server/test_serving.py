@@ -1,4 +1,4 @@
-"""One real server (real vLLM in float32, real base, real HTTP) against transformers + peft, and the stock OpenAI client."""
+"""One real server (vLLM in float32, the real base, HTTP) against transformers + peft, and the stock OpenAI client."""
 
 from __future__ import annotations
 
