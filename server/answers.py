@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from server.engine import Usage
 from server.errors import as_api_error, bad_request, from_validation
 from server.metrics import Observation
-from server.predictive import Answer, Question, Service, plain_messages, usage_record
+from server.predictive import Answer, Question, Service, usage_record
 from server.registry import Served
 from server.schemas import MAX_CHOICES, MAX_PROMPTS, Uncertainty
 
@@ -32,11 +32,19 @@ async def reply(
     served = service.find(body.get("model"))
     observation.posterior = "none" if served.posterior is None else served.posterior.name
     options = _options(body)
-    if kind == "chat":
-        plain_messages(body.get("messages"))
+    _check_media(body.get("messages"))
     if options.answers is not None:
         return await _choose(service, kind, served, options, body, observation)
     return await _write(service, kind, served, options, body, request, observation)
+
+
+def _check_media(messages: Any) -> None:
+    """Raises ApiError 400 for images, audio and the like: they name addresses that the server would fetch."""
+    for message in messages if isinstance(messages, list) else ():
+        parts = message.get("content") if isinstance(message, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
+                raise bad_request("the 'content' of a message must be text", "messages")
 
 
 def _options(body: dict[str, Any]) -> Uncertainty:
@@ -122,7 +130,7 @@ async def _choose(
     temperature = _number(body, "temperature", float, 0.0, 0.0, 100.0)
     seed = _number(body, "seed", int, None, -(2**63), 2**63 - 1)
     prompts = await asyncio.to_thread(_chat_prompts if kind == "chat" else _completion_prompts, service, body)
-    question = service.question(served, prompts, options.answers or (), options)
+    question = service.question(served, prompts, options.answers or (), options, copies=n)
     observation.predictive = question.predictive
     answers = await service.answer(question)
     generator = random.Random(seed)

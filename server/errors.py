@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -68,7 +69,9 @@ def model_not_found(name: object) -> ApiError:
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
     """The first complaint of pydantic as one line, without its types and links."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join([prefix, *map(str, first["loc"])]).strip(".") or None
+    # Beyond the client's own field names pydantic adds types of the union it tried: "messages.0.SomeParam.content"
+    path = takewhile(lambda part: isinstance(part, int) or (part.isidentifier() and part.islower()), first["loc"])
+    where = ".".join([prefix, *map(str, path)]).strip(".") or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field {where!r}", where)
     if first["type"] == "missing":

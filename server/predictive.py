@@ -25,7 +25,7 @@ from server.errors import bad_request, from_validation, model_not_found
 from server.linearized import Linearizer
 from server.metrics import Metrics, Observation
 from server.registry import Registry, Served
-from server.schemas import MAX_SEQUENCES, PredictiveName, PredictiveRequest, Uncertainty
+from server.schemas import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, PredictiveRequest, Uncertainty
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,12 @@ class Service:
         return served
 
     def question(
-        self, served: Served, prompts: list[list[int]], answers: Sequence[str], options: Uncertainty
+        self, served: Served, prompts: list[list[int]], answers: Sequence[str], options: Uncertainty, copies: int = 1
     ) -> Question:
-        """Check everything that can be checked before any work is done. Raises ApiError 400."""
+        """Check everything that can be checked before any work is done; each record is sent `copies` times.
+
+        Raises ApiError 400.
+        """
         try:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
@@ -83,16 +86,11 @@ class Service:
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
-        passes = (
-            len(candidates)
-            if predictive == "linearized"
-            else len(prefix_tree(candidates)) * _particles(served, predictive, options)
-        )
-        if len(prompts) * passes > MAX_SEQUENCES:
-            raise bad_request(
-                f"{len(prompts)} prompts x {passes} evaluations exceed the limit of {MAX_SEQUENCES} a request; "
-                "send fewer prompts"
-            )
+        passes = len(candidates)
+        if predictive != "linearized":
+            passes = len(prefix_tree(candidates)) * _particles(served, predictive, options)
+        _check_size(len(prompts) * passes, MAX_SEQUENCES, "evaluations")
+        _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
         return Question(served, predictive, prompts, tuple(answers), candidates, options)
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
@@ -267,6 +265,11 @@ def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
             "per_particle",
         )
     return name
+
+
+def _check_size(size: int, limit: int, what: str) -> None:
+    if size > limit:
+        raise bad_request(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
 
 
 def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:

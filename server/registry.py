@@ -84,13 +84,13 @@ def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
     for folder in _folders(root):
         posterior = artefact.load(folder)
         posterior.check_base(base.hash)
-        entry = _serve(folder.name, posterior, numbers, particles, cache)
+        entry = _serve(posterior, numbers, particles, cache)
         for name, item in {
             entry.name: entry,
             f"{entry.name}/map": Served(f"{entry.name}/map", posterior, entry.map),
         }.items():
             if name in served:
-                raise PosteriorError(f"the posterior {name!r} has the name of the base; rename its folder")
+                raise PosteriorError(f"two models would be named {name!r}; rename the folder {folder}")
             served[name] = item
     if len(served) == 1:
         raise PosteriorError(
@@ -114,13 +114,13 @@ def _folders(root: Path) -> list[Path]:
     return folders
 
 
-def _serve(name: str, posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
+def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
     wanted = len(posterior.weights) if posterior.family == "particles" else particles
     paths = posterior.adapters(wanted, cache / "adapters")
-    label = _label(posterior, name)
+    label = _label(posterior)
     weights = tuple(posterior.weights) if posterior.family == "particles" else (1 / wanted,) * wanted
     return Served(
-        name=name,
+        name=posterior.name,
         posterior=posterior,
         map=Adapter(label, posterior.map_dir, next(numbers)),
         particles=tuple(Adapter(f"{label}/{k:03d}", path, next(numbers)) for k, path in enumerate(paths)),
@@ -128,5 +128,5 @@ def _serve(name: str, posterior: Posterior, numbers: Iterator[int], particles: i
     )
 
 
-def _label(posterior: Posterior, name: str | None = None) -> str:
-    return f"{name or posterior.name}@{posterior.hash[:HASH_DIGITS]}"
+def _label(posterior: Posterior) -> str:
+    return f"{posterior.name}@{posterior.hash[:HASH_DIGITS]}"

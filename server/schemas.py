@@ -10,6 +10,7 @@ MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
 MAX_SEQUENCES = 8192  # forward passes one request may cause: prompts x particles x candidate prefixes
+MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_BODY_BYTES = 4 * 2**20
 
 PredictiveName = Literal["mixture", "linearized", "map"]

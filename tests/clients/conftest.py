@@ -12,8 +12,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from tests.server.test_serving import server  # noqa: F401 - the real server, for test_prometheus_real.py
-
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
     "answer": " positive",

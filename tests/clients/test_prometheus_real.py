@@ -16,7 +16,7 @@ import yaml
 from posterior_client import InvalidRequestError, PosteriorClient
 
 from tests.clients.grafana import GRAFANA, PANELS, expression, promtool, tool
-from tests.server.test_serving import KEY, Running
+from tests.server.running import KEY, Running
 
 ANSWERS = [" negative", " positive"]
 

@@ -119,6 +119,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"uncertainty": {"answers": ANSWERS}, "prompt": [1, fakes.VOCABULARY]}, None, "outside the vocabulary"),
     ({"uncertainty": {"answers": ANSWERS}, "prompt": [-1, 2]}, None, "outside the vocabulary"),
     ({"uncertainty": {"answers": ANSWERS}, "prompt": "x" * 64}, None, "has 64 tokens"),
+    ({"uncertainty": {"answers": [f"a{i}" for i in range(128)]}, "n": 65}, None, "numbers in the response"),
 ]
 
 
@@ -131,7 +132,8 @@ def test_bad_input(client: TestClient, body: dict[str, Any], param: str | None, 
 def test_bad_chat_input(client: TestClient) -> None:
     assert error_of(chat(client, model="nobody"), 404)["code"] == "model_not_found"
     assert error_of(chat(client, model=None), 404)["param"] == "model"
-    assert error_of(chat(client, messages="hi"), 400)["param"] == "messages"
+    answers = {"uncertainty": {"answers": ANSWERS}}
+    assert error_of(chat(client, messages="hi", **answers), 400)["param"] == "messages"
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]
     assert "must be text" in error_of(chat(client, messages=image), 400)["message"]
 

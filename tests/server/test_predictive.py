@@ -108,7 +108,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         {"prompts": ["x"] * 256, "predictive": "mixture", "answers": ["abcdefgh", "bcdefghi"]},
         400,
         None,
-        "limit of 8192",
+        "the limit is 8192",
     ),
     ({"messages": [[]]}, 400, "messages", "at least one"),
     ({"messages": [[{"role": "user", "content": [{"type": "image_url"}]}]]}, 400, "messages", "must be text"),

@@ -91,7 +91,7 @@ def test_names_that_cannot_be_models_are_refused(root: Path, base: Base) -> None
     (root / "mood").rename(root / "my mood")
     refused(root, base, "cannot be a model name")
     (root / "my mood").rename(root / "tiny")
-    refused(root, base, "name of the base")
+    refused(root, base, "two models would be named")
 
 
 def test_nothing_to_serve(base: Base, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""One real server for all tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from posterior import base as base_models
+from posterior.artefact import Posterior
+from posterior.base import Base
+from tests.server import folders
+
+PARTICLES = 3
+KEY = "test-key"
+
+
+@dataclass(frozen=True)
+class Running:
+    """The server, what it serves, and where its adapters lie."""
+
+    url: str
+    base: Base
+    base_name: str
+    mood: Posterior
+    gang: Posterior
+    cache: Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, **body: Any) -> Any:
+        response = httpx.post(f"{self.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def predict(self, **body: Any) -> Any:
+        return self.post("/v1/predictive", **body)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name with labels."""
+        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def running_requests(self) -> float:
+        return sum(
+            v
+            for k, v in self.metrics().items()
+            if k.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("serving")
+    base = base_models.resolve()
+    (root / "posteriors").mkdir()
+    gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--base",
+        str(base.path),
+        "--posteriors",
+        str(root / "posteriors"),
+    ]
+    command += ["--particles", str(PARTICLES), "--dtype", "float32", "--max-model-len", "1024", "--port", str(port)]
+    environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}", process, root / "log")
+        yield Running(f"http://127.0.0.1:{port}", base, base.path.name, mood, gang, root / "cache", process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (root / "log").read_text()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
