@@ -159,7 +159,7 @@ def load(folder: Path | str) -> Posterior:
             curvature=curvature,
             precision=precision,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PosteriorError(
             f"{folder}/posterior.json is damaged: {type(error).__name__} at {error}; restore it or refit"
         ) from None

@@ -235,8 +235,13 @@ def train(
     _resume(trainer, checkpoint, fingerprint)
     curvature: dict[str, kfac.Kronecker] = {}
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
+
+        def progress(loss: float) -> None:
+            bar.update()
+            bar.set_postfix(nll=f"{loss:.3f}")
+
         while not trainer.done:
-            trainer.run_epoch(lambda loss: (bar.update(), bar.set_postfix(nll=f"{loss:.3f}")))
+            trainer.run_epoch(progress)
             last = trainer.done
             if fixed is None or last:
                 curvature = measure(model, examples, args, leave=last)

@@ -86,6 +86,8 @@ class _Sum:
 
     def factor(self, scale: float) -> Factor:
         total = self.total.double() * scale
+        if not bool(torch.isfinite(total).all()):
+            raise PosteriorError("the curvature is not finite: the adapter has diverged; lower --learning-rate")
         if self.omega is None:
             values, basis = torch.linalg.eigh((total + total.T) / 2)
             return Factor(basis.to(self.total), values.clamp(min=0).to(self.total), 0.0)

@@ -1,0 +1,159 @@
+"""The posterior folder: what is written is read back, and every mismatch is one clear sentence."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from posterior import artefact, laplace, lora
+from posterior.errors import PosteriorError
+
+
+@pytest.fixture
+def folder(run_fit, tmp_path) -> Path:
+    return run_fit(tmp_path / "tiny").path
+
+
+def edit(folder: Path, **changes) -> None:
+    record = json.loads((folder / "posterior.json").read_text())
+    (folder / "posterior.json").write_text(json.dumps(record | changes))
+
+
+def rehash(folder: Path) -> None:
+    """Make the listed hashes match the files again: for damage that hashes would otherwise catch first."""
+    record = json.loads((folder / "posterior.json").read_text())
+    digest = {name: "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record["files"]}
+    edit(folder, files=digest)
+
+
+def test_round_trip(folder):
+    posterior = artefact.load(folder)
+    assert posterior.family == "laplace" and posterior.name == "tiny"
+    assert posterior.task.answers == ("n", "p")
+    assert set(posterior.curvature) == set(posterior.precision) == set(lora.read_adapter(posterior.map_dir))
+    assert json.loads((folder / "map" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
+
+
+def test_hash_names_the_distribution_not_its_calibration(folder):
+    before = artefact.load(folder).hash
+    edit(folder, calibration=[{"method": "temperature"}])
+    assert artefact.load(folder).hash == before
+    edit(folder, prior={"choice": "another"})
+    assert artefact.load(folder).hash != before
+
+
+def test_laplace_particles_are_peft_folders_drawn_once(folder, tmp_path):
+    posterior = artefact.load(folder)
+    first = posterior.adapters(3, tmp_path / "cache")
+    stamp = (first[0] / "adapter_model.safetensors").stat().st_mtime_ns
+    assert posterior.adapters(3, tmp_path / "cache") == first
+    assert (first[0] / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    generator = torch.Generator().manual_seed(0)
+    mean = lora.read_adapter(posterior.map_dir)
+    for path in first:
+        expected = laplace.sample(posterior.curvature, posterior.precision, mean, generator)
+        found = lora.read_adapter(path)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_particles_family(folder, tmp_path):
+    source = artefact.load(folder)
+    mean = lora.read_adapter(source.map_dir)
+    common = {
+        "base": source.base,
+        "task": source.task,
+        "lora_config": lora.read_config(source.map_dir),
+        "prior": {},
+        "fit": {},
+    }
+    made = artefact.save(
+        tmp_path / "p", family="particles", mean=mean, particles=[mean, mean], weights=[0.25, 0.75], **common
+    )
+    assert made.weights == (0.25, 0.75)
+    assert [path.name for path in made.adapters(2, tmp_path)] == ["000", "001"]
+    with pytest.raises(PosteriorError, match="has 2 particles, 3 were asked for"):
+        made.adapters(3, tmp_path)
+    with pytest.raises(PosteriorError, match="sum to 1"):
+        artefact.save(tmp_path / "q", family="particles", mean=mean, particles=[mean], weights=[0.5], **common)
+
+
+def test_another_base_is_refused(folder):
+    posterior = artefact.load(folder)
+    posterior.check_base(posterior.base["hash"])
+    with pytest.raises(PosteriorError, match="was fitted on tiny-llama"):
+        posterior.check_base("sha256:" + "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda f: (f / "posterior.json").unlink(), "no posterior folder"),
+        (lambda f: (f / "posterior.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "posterior.json").write_text("[]"), "not a JSON object"),
+        (lambda f: edit(f, format=2), "format 2; this version reads 1"),
+        (lambda f: edit(f, family="flow"), "family 'flow'"),
+        (lambda f: edit(f, task=None), "damaged"),
+        (lambda f: edit(f, files={}), "does not list map/adapter_config.json"),
+        (lambda f: edit(f, files={"../evil": "sha256:0"}), "outside the folder"),
+        (lambda f: edit(f, files={"/etc/passwd": "sha256:0"}), "outside the folder"),
+        (lambda f: shutil.rmtree(f / "map"), "is missing"),
+        (lambda f: (f / "laplace.safetensors").write_bytes(b"x"), "sha256 differs"),
+    ],
+)
+def test_damage_is_named(folder, damage, match):
+    damage(folder)
+    with pytest.raises(PosteriorError, match=match) as error:
+        artefact.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_symbolic_link_out_of_the_folder_is_refused(folder, tmp_path):
+    target = tmp_path / "elsewhere.safetensors"
+    shutil.move(folder / "laplace.safetensors", target)
+    (folder / "laplace.safetensors").symlink_to(target)
+    with pytest.raises(PosteriorError, match="outside the folder"):
+        artefact.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda key, value: value * float("nan") if key.endswith("A/large.values") else value, "not finite"),
+        (lambda key, value: value[:-1] if key.endswith("B/small.basis") else value, "shape"),
+        (lambda key, value: -value if key.endswith("/precision") else value, "must be positive"),
+    ],
+)
+def test_damaged_tensors_are_named(folder, change, match):
+    path = folder / "laplace.safetensors"
+    save_file({key: change(key, value).contiguous() for key, value in load_file(path).items()}, path)
+    rehash(folder)
+    with pytest.raises(PosteriorError, match=match):
+        artefact.load(folder)
+
+
+def test_an_adapter_of_another_kind_is_refused(folder):
+    path = folder / "map" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LOHA"}))
+    with pytest.raises(PosteriorError, match="only LORA"):
+        lora.read_config(folder / "map")
+
+
+def test_a_full_disk_leaves_the_old_folder_and_no_rubbish(run_fit, folder, tmp_path, monkeypatch):
+    before = artefact.load(folder).hash
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artefact, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_fit(folder, seed=5)
+    assert artefact.load(folder).hash == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "data.jsonl") == [".tiny.checkpoint", "tiny"]

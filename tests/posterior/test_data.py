@@ -1,0 +1,129 @@
+"""Tasks, candidates and rows: what is accepted, and the sentence for what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from posterior import candidates
+from posterior.data import batches, collate, encode, read_jsonl
+from posterior.errors import PosteriorError
+from posterior.task import Task
+from tests.posterior.conftest import make_examples
+
+TASK = Task("choice", "{text}\nSentiment:", (" negative", " positive"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def test_template_renders_and_names_its_fields():
+    task = Task("choice", "{q} {{x}} {q} {b}", ("a", "b"))
+    assert task.fields == ("q", "b")
+    assert task.render({"q": "1", "b": "2", "other": 3}) == "1 {x} 1 2"
+
+
+@pytest.mark.parametrize("template", ["none", "{a.b}", "{a!r}", "{0}", "{a[0]}", "{", "{a:>9}"])
+def test_templates_hold_only_plain_fields(template):
+    with pytest.raises(PosteriorError):
+        Task("choice", template, ("a", "b"))
+
+
+def test_task_errors_name_the_field():
+    with pytest.raises(PosteriorError, match="'text' is missing"):
+        TASK.render({"prompt": "x"})
+    with pytest.raises(PosteriorError, match="unknown field 'label'"):
+        TASK.render({"text": "x", "label": 1}, exact=True)
+    with pytest.raises(PosteriorError, match="text task has no candidate"):
+        Task("text", "{a}", ("b", "c"))
+
+
+def test_task_survives_json():
+    assert Task.from_json(json.loads(json.dumps(TASK.to_json()))) == TASK
+
+
+@pytest.mark.parametrize(
+    ("answers", "match"),
+    [
+        ([], "0 candidate"),
+        (["a"], "1 candidate"),
+        (["a"] * 129, "129 candidate"),
+        (["a", "a"], "tokenise alike"),
+        (["a", ""], "no tokens"),
+    ],
+)
+def test_candidates_are_checked(tokenizer, answers, match):
+    with pytest.raises(PosteriorError, match=match):
+        candidates.encode(tokenizer, answers)
+
+
+@pytest.mark.parametrize("label", [1, "positive", " positive"])
+def test_labels_by_index_or_by_answer(tokenizer, label):
+    assert encode(TASK, tokenizer, [{"text": "good", "label": label}])[0].label == 1
+
+
+@pytest.mark.parametrize("label", [None, 2, -1, True, "neutral", 1.0])
+def test_bad_labels_name_the_row(tokenizer, label):
+    with pytest.raises(PosteriorError, match="row 2: label"):
+        encode(TASK, tokenizer, [{"text": "good", "label": 0}, {"text": "x", "label": label}])
+
+
+def test_rows_may_bring_their_own_choices(tokenizer):
+    task = Task("choice", "{q}")
+    example = encode(task, tokenizer, [{"q": "x", "choices": ["a", "b", "c"], "label": 2}])[0]
+    assert len(example.continuations) == 3 and example.label == 2
+    with pytest.raises(PosteriorError, match="row 1: the task has no answers"):
+        encode(task, tokenizer, [{"q": "x", "label": 2}])
+
+
+def test_too_long_rows_are_never_cut(tokenizer):
+    with pytest.raises(PosteriorError, match="row 1 has .* tokens, more than --max-length 8"):
+        encode(TASK, tokenizer, [{"text": "long " * 20, "label": 0}], max_length=8)
+
+
+def test_messages_and_prompt_response_rows(tokenizer):
+    task = Task("text", "{q}")
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    first, second = encode(task, tokenizer, [chat, {"q": "hi", "response": "yes"}])
+    assert tokenizer.decode(first.prompt) == "user:hi\nassistant:"
+    assert first.continuations == second.continuations
+    assert first.continuations[0][-1] == tokenizer.eos_token_id
+    for row in ({"messages": chat["messages"][:1]}, {"q": "hi"}, {"messages": []}):
+        with pytest.raises(PosteriorError, match="row 1"):
+            encode(task, tokenizer, [row])
+
+
+def test_jsonl_errors_name_the_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with pytest.raises(PosteriorError, match="no data file"):
+        read_jsonl(path)
+    for text, match in (
+        ("", "no rows"),
+        ('{"a": 1}\n{', "line 2: not JSON"),
+        ("[1]", "line 1: expected a JSON object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PosteriorError, match=match):
+            read_jsonl(path)
+
+
+def test_batches_cover_every_row_once_and_keep_kinds_apart():
+    examples = make_examples(9) + make_examples(5, tokens=2) + make_examples(4, answers=2)
+    seen = []
+    for indices, batch in batches(examples, 4):
+        seen += indices
+        assert len(indices) <= 4 and len({examples[i].single for i in indices}) == 1
+        assert len({len(examples[i].continuations) for i in indices}) == 1
+        assert len(batch.label) == len(indices)
+    assert sorted(seen) == list(range(18))
+
+
+def test_left_padding_and_positions():
+    batch = collate(make_examples(4))
+    assert bool((batch.mask[:, -1] == 1).all())
+    for mask, positions in zip(batch.mask, batch.positions, strict=True):
+        assert positions[mask.bool()].tolist() == list(range(int(mask.sum())))

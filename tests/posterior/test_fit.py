@@ -1,0 +1,170 @@
+"""`posterior fit`, `evaluate` and `inspect` from end to end on a tiny base."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from posterior import artefact, evaluate, fit, inspect, lora
+from posterior.errors import PosteriorError
+
+ROWS = [{"text": f"row {index} is {'good' if index % 2 else 'bad'}", "label": index % 2} for index in range(12)]
+
+
+def test_fit_writes_a_loadable_posterior(run_fit):
+    posterior = run_fit()
+    assert posterior.prior["choice"] == "evidence" and set(posterior.prior["precision"]) <= {"A", "B", "all"}
+    assert posterior.fit["data"]["rows"] == 12 and posterior.fit["log_likelihood"] < 0
+    assert not list(posterior.path.parent.glob(".*checkpoint"))
+
+
+def test_same_seed_same_posterior_another_seed_another(run_fit, tmp_path):
+    thetas = [
+        lora.read_adapter(run_fit(tmp_path / name, seed=seed).map_dir) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert all(torch.equal(thetas[0][name], thetas[1][name]) for name in thetas[0])
+    assert not all(torch.equal(thetas[0][name], thetas[2][name]) for name in thetas[0])
+
+
+def test_the_adapter_is_ordinary_peft(run_fit, tiny_base):
+    posterior = run_fit(rslora=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(posterior.map_dir))
+    ours = lora.load_peft(AutoModelForCausalLM.from_pretrained(tiny_base), posterior.map_dir)
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, ours(tokens).logits)
+
+
+def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys):
+    """Killed after the first epoch, the second run resumes and ends where an uninterrupted one does."""
+    whole = run_fit(tmp_path / "whole")
+    original = fit.measure
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fit, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(tmp_path / "cut")
+    monkeypatch.setattr(fit, "measure", original)
+    cut = run_fit(tmp_path / "cut")
+    assert "resuming from" in capsys.readouterr().out
+    first, second = lora.read_adapter(whole.map_dir), lora.read_adapter(cut.map_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert cut.precision == whole.precision
+
+
+def test_laplace_of_somebody_elses_adapter(run_fit, tmp_path):
+    trained = run_fit(tmp_path / "trained")
+    post_hoc = run_fit(tmp_path / "post-hoc", adapter=trained.map_dir)
+    first, second = lora.read_adapter(trained.map_dir), lora.read_adapter(post_hoc.map_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert post_hoc.prior["grouping"] == "scalar" and post_hoc.fit["training"] is None
+    for name, block in post_hoc.curvature.items():  # same adapter, same data: the same curvature
+        torch.testing.assert_close(block.large.values, trained.curvature[name].large.values)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sharing": "reduce"}, {"curvature_rank": 4}, {"grouping": "layer"}, {"prior_precision": "7"}]
+)
+def test_variants(run_fit, options):
+    posterior = run_fit(**options)
+    if "prior_precision" in options:
+        assert set(posterior.precision.values()) == {7.0}
+
+
+def test_heldout_precision(run_fit, tmp_path):
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert run_fit(prior_precision="heldout", heldout=heldout).prior["choice"] == "heldout"
+
+
+def test_text_task(run_fit):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ok"}]} for n in range(6)
+    ]
+    posterior = run_fit(rows=rows, task="text")
+    assert posterior.task.kind == "text" and posterior.task.answers is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"prior_precision": "-1"}, "must be positive"),
+        ({"prior_precision": "nan"}, "must be positive"),
+        ({"prior_precision": "often"}, "neither 'evidence'"),
+        ({"prior_precision": "heldout"}, "go together"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"targets": ["nothing"]}, "do not fit this base"),
+        ({"adapter": "/nowhere"}, "no PEFT adapter"),
+        ({"answers": ["p", "p"]}, "tokenise alike"),
+        ({"learning_rate": 1e30}, "lower --learning-rate"),
+    ],
+)
+def test_bad_input_is_one_sentence(run_fit, options, match):
+    with pytest.raises(PosteriorError, match=match) as error:
+        run_fit(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
+    def full(_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fit, "fit", full)
+    with pytest.raises(PosteriorError, match="disk of here is full"):
+        fit.run(argparse.Namespace(out="here"))
+
+
+def call(module, *words: object) -> None:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    module.run(parser.parse_args(list(map(str, words))))
+
+
+def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
+    posterior = run_fit()
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    call(evaluate, posterior.path, data, "--base", tiny_base, "--calibration", data, "--json", "--particles", 3)
+    table = json.loads(capsys.readouterr().out)
+    assert [method.split(",")[0] for method in table] == ["MAP", "MAP", "linearized", "3 particles"]
+    assert table["MAP"]["nll"]["value"] > 0
+    call(evaluate, posterior.path, data, "--base", tiny_base)
+    assert "| 12 rows | accuracy | nll |" in capsys.readouterr().out
+    call(inspect, posterior.path)
+    assert "(verified)" in capsys.readouterr().out
+    call(inspect, posterior.path, "--json")
+    assert json.loads(capsys.readouterr().out)["family"] == "laplace"
+
+
+def test_linearized_model_serves_many_posteriors(run_fit, tiny_base, tmp_path):
+    """Prompts of different lengths and candidate sets, in order, equal to one at a time."""
+    from posterior.base import resolve
+    from posterior.linearized import LinearizedModel
+
+    posteriors = {name: run_fit(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    model = LinearizedModel(resolve(str(tiny_base)), posteriors)
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 6, 7]]
+    answers = [((20,), (21,)), ((20,), (21,), (22,)), ((20, 21), (22,)), ((20,), (21,))]
+    for name in ("a", "b", "a"):
+        together = model.logits(name, prompts, answers)
+        for index, (mean, covariance) in enumerate(together):
+            (alone_mean, alone_covariance), *_ = model.logits(
+                name, prompts[index : index + 1], answers[index : index + 1]
+            )
+            torch.testing.assert_close(mean, alone_mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(covariance, alone_covariance, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(model.logits("a", prompts, answers)[0][0], model.logits("b", prompts, answers)[0][0])
+    assert artefact.load(posteriors["a"].path).hash == posteriors["a"].hash
