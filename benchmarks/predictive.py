@@ -1,9 +1,9 @@
 """Answers per second of a mixture of K particles: this server, K plain requests to stock vLLM, and transformers + peft.
 
-All three score the same candidates of the same real prompts, unseen before in every repetition, with the same adapters in
-the same precision on the same machine, taking turns. Stock vLLM is its own OpenAI server with the adapters as LoRA modules:
-one completion request a prompt and particle, all sent at once, `max_tokens=1`, `logprobs=20` (which may miss a candidate).
-transformers + peft switches adapters and runs each batch of prompts under each. Intervals: mean +- t * standard error.
+All three score the same candidates of the same real prompts, unseen before in every repetition, with the same adapters,
+precision and machine, taking turns. Stock vLLM is its own OpenAI server with the adapters as LoRA modules: one request a
+prompt and particle, all sent at once, `max_tokens=1`, `logprobs=20` (which may even miss a candidate).
+transformers + peft runs the batch of prompts under one adapter after the other. Intervals: mean +- t * standard error.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def sample_prompts(posterior: Posterior, args: argparse.Namespace) -> list[list[
     texts = [posterior.task.render(row) for row in rows]
     needed = args.prompts * (args.repetitions + 1)
     if len(texts) < needed:
-        sys.exit(
-            f"{args.data} has {len(texts)} rows; {needed} are needed (no cache may help): lower --prompts or --repetitions"
-        )
+        sys.exit(f"{args.data} has {len(texts)} rows; {needed} are needed: lower --prompts or --repetitions")
     return [texts[i : i + args.prompts] for i in range(0, needed, args.prompts)]
 
 

@@ -184,6 +184,9 @@ def test_answers_through_the_stock_client(client: openai.OpenAI, server: Running
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages"),
     ({"logit_bias": {"9999999": 1}}, "vocab"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -195,7 +198,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "words"), BAD, ids=[words for _, words in BAD])
+@pytest.mark.parametrize(("body", "words"), BAD, ids=[f"{i}-{words}" for i, (_, words) in enumerate(BAD)])
 def test_bad_requests_of_text_are_one_clear_line(client: openai.OpenAI, body: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "mood", "messages": MESSAGES, "extra_body": body})
