@@ -32,17 +32,22 @@ async def reply(
     served = service.find(body.get("model"))
     observation.posterior = "none" if served.posterior is None else served.posterior.name
     options = _options(body)
-    _check_media(body.get("messages"))
+    _check_messages(body.get("messages"))
     if options.answers is not None:
         return await _choose(service, kind, served, options, body, observation)
     return await _write(service, kind, served, options, body, request, observation)
 
 
-def _check_media(messages: Any) -> None:
-    """Raises ApiError 400 for images, audio and the like: they name addresses that the server would fetch."""
+def _check_messages(messages: Any) -> None:
+    """What vLLM lets pass: messages without content, and media, which name addresses that the server would fetch.
+
+    Raises ApiError 400.
+    """
     for message in messages if isinstance(messages, list) else ():
-        parts = message.get("content") if isinstance(message, dict) else None
-        for part in parts if isinstance(parts, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if content is None and isinstance(message, dict) and message.get("role") != "assistant":
+            raise bad_request("every message needs a 'role' and a 'content'", "messages")
+        for part in content if isinstance(content, list) else ():
             if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
                 raise bad_request("the 'content' of a message must be text", "messages")
 

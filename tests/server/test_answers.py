@@ -134,6 +134,7 @@ def test_bad_chat_input(client: TestClient) -> None:
     assert error_of(chat(client, model=None), 404)["param"] == "model"
     answers = {"uncertainty": {"answers": ANSWERS}}
     assert error_of(chat(client, messages="hi", **answers), 400)["param"] == "messages"
+    assert "'content'" in error_of(chat(client, messages=[{"role": "user"}]), 400)["message"]
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]
     assert "must be text" in error_of(chat(client, messages=image), 400)["message"]
 
