@@ -185,7 +185,7 @@ def test_answers_through_the_stock_client(client: openai.OpenAI, server: Running
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
     ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "user"}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "'content'"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages"),
     ({"logit_bias": {"9999999": 1}}, "vocab"),
     ({"temperature": -1}, "temperature"),
