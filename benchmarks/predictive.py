@@ -1,7 +1,8 @@
 """Answers per second of a mixture of K particles: this server, K plain requests to stock vLLM, and transformers + peft.
 
 All three score the same candidates of the same real prompts, unseen before in every repetition, with the same adapters,
-precision and machine, taking turns. Stock vLLM is its own OpenAI server with the adapters as LoRA modules: one request a
+precision and machine, taking turns. Stock vLLM is its own OpenAI server with the adapters as LoRA modules: one
+request a
 prompt and particle, all sent at once, `max_tokens=1`, `logprobs=20` (which may even miss a candidate).
 transformers + peft runs the batch of prompts under one adapter after the other. Intervals: mean +- t * standard error.
 """
@@ -52,6 +53,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is first imported, so: once more, for transformers' sake
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.predictive", *sys.argv[1:]])
     model, posterior = base.resolve(args.base), artefact.load(args.posterior)
     texts = sample_prompts(posterior, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
