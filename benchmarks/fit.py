@@ -1,0 +1,197 @@
+"""What does the curvature cost, and how close is it? Everything as a ratio to passes of the same model over the same
+rows.
+
+    python -m benchmarks.fit                              the shipped posterior's adapter and the Yelp training rows
+
+Time: repetitions take turns (training epoch, factors, forwards, linearised predictive), so that a machine that slows
+down slows
+all of them; ratios are of the same repetition, quoted as median [min, max]. Memory: peak resident size of a process
+of its own for
+each job (on CUDA: the allocator's peak). Closeness: relative Frobenius distance of each Kronecker block to the exact
+GGN block, from
+per-example Jacobians, without ever forming a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posterior import artefact, kfac, laplace, lora
+from posterior.base import load_model, load_tokenizer, resolve
+from posterior.data import Example, batches, encode, read_jsonl
+from posterior.likelihood import record, scores
+from posterior.linearized import moments
+from posterior.map import Trainer, Training
+from server.main import SHIPPED
+
+DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"
+
+
+class Bench:
+    """The model with the posterior's adapter, and the jobs to compare."""
+
+    def __init__(self, args: argparse.Namespace):
+        posterior = artefact.load(args.posterior)
+        base = resolve(args.base)
+        tokenizer: Any = load_tokenizer(base)
+        rows = read_jsonl(args.data)[: args.rows]
+        self.examples: list[Example] = encode(posterior.task, tokenizer, rows)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = lora.load_peft(load_model(base, getattr(torch, args.dtype), self.device), posterior.map_dir)
+        self.model.eval().requires_grad_(False)
+        self.posterior, self.size = posterior, args.batch_size
+
+    def batches(self) -> Any:
+        return (batch.to(self.device) for _, batch in batches(self.examples, self.size))
+
+    def epoch(self) -> None:
+        """One epoch of forward + backward + Adam, in the same batches of like length that the factors see."""
+        trainer = Trainer(
+            self.model, self.examples, dict.fromkeys(lora.matrices(self.model), 1.0), Training(1e-12, epochs=9)
+        )
+        trainer.model.train()
+        for module in trainer.matrices.values():
+            module.weight.requires_grad_(True)
+        for batch in self.batches():
+            trainer._update(batch)
+        self.model.eval().requires_grad_(False)
+
+    def factors(self) -> None:
+        kfac.fit(self.model, lora.matrices(self.model), self.batches())
+
+    def low_rank_factors(self) -> None:
+        kfac.fit(self.model, lora.matrices(self.model), self.batches(), rank=32)
+
+    def forwards(self) -> None:
+        """C + 1 forward passes of every batch."""
+        with torch.no_grad():
+            for batch in self.batches():
+                for _ in range(len(self.examples[0].continuations) + 1):
+                    scores(self.model, batch)
+
+    def linearised(self) -> None:
+        matrices = lora.matrices(self.model)
+        for batch in self.batches():
+            moments(self.model, matrices, self.posterior.curvature, [self.posterior.precision], batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--posterior", type=Path, default=SHIPPED / "sentiment")
+    parser.add_argument("--base")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    bench = Bench(args)
+    answers = len(bench.examples[0].continuations)
+    print(
+        f"{len(bench.examples)} rows, {answers} candidates, batches of {args.batch_size}, {args.dtype}, {bench.device}\n"
+    )
+    times = measure(bench, args.repetitions)
+    peaks = {name: peak_memory(name, args) for name in ("epoch", "factors", "low_rank_factors")}
+    print("| job | seconds (median) | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
+    rows = [
+        ("Kronecker factors / epoch", "factors", "epoch", "<= 1.5"),
+        ("Kronecker factors, rank 32 / epoch", "low_rank_factors", "epoch", "<= 1.5"),
+        (f"linearised predictive / {answers + 1} forwards", "linearised", "forwards", "<= 1.3"),
+    ]
+    for label, job, reference, wanted in rows:
+        memory = f"{peaks[job] / peaks[reference]:.2f}" if job in peaks else ""
+        print(
+            f"| {label} | {statistics.median(times[job]):.2f} | {ratio(times[job], times[reference])} | {memory} | {wanted} |"
+        )
+    print("\n| Kronecker factors | relative Frobenius distance to the exact blocks: A | B |\n|---|---|---|")
+    for label, options in (("expand", {}), ("reduce", {"sharing": "reduce"}), ("expand, rank 32", {"rank": 32})):
+        near = closeness(bench, options)
+        print(f"| {label} | {near['A']:.3f} | {near['B']:.3f} |")
+
+
+def measure(bench: Bench, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each job in each repetition, after one warm-up, in turns."""
+    jobs: dict[str, Callable[[], None]] = {
+        name: getattr(bench, name) for name in ("epoch", "factors", "low_rank_factors", "forwards", "linearised")
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for repetition in range(repetitions + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if bench.device == "cuda":
+                torch.cuda.synchronize()
+            if repetition:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory(job: str, args: argparse.Namespace) -> float:
+    """Peak memory in bytes of a fresh process that loads the model and does one job."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (job, args))
+
+
+def _peak(job: str, args: argparse.Namespace) -> float:
+    bench = Bench(args)
+    getattr(bench, job)()
+    if bench.device == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> str:
+    each = [x / y for x, y in zip(a, b, strict=True)]
+    return f"{statistics.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]"
+
+
+def closeness(bench: Bench, options: dict[str, Any]) -> dict[str, float]:
+    """|H_kronecker - H_exact|_F / |H_exact|_F over all A blocks and over all B blocks.
+
+    With H_exact = sum_m v_m v_m^T: |H_exact|^2 = sum (v_m . v_n)^2, <H_exact, H_kron> = sum v_m^T H_kron v_m.
+    """
+    blocks = kfac.fit(bench.model, lora.matrices(bench.model), bench.batches(), **options)
+    gradients = exact_gradients(bench)
+    distance, norm = {"A": 0.0, "B": 0.0}, {"A": 0.0, "B": 0.0}
+    for name, block in blocks.items():
+        v = gradients[name].double()
+        exact = float((v.flatten(1) @ v.flatten(1).T).square().sum())
+        kept, rest, multiplicity = (x.double() if isinstance(x, torch.Tensor) else x for x in block.eigenvalues())
+        small, large = block.small.basis.double(), block.large.basis.double()
+        rotated = small.T @ v
+        inside = rotated @ large
+        cross = float((inside.square() * kept).sum())
+        cross += float(((rotated.square().sum(2) - inside.square().sum(2)) * rest).sum())
+        own = float(kept.square().sum()) + multiplicity * float(rest.square().sum())
+        distance[name[-1]] += exact - 2 * cross + own
+        norm[name[-1]] += exact
+    return {side: (distance[side] / norm[side]) ** 0.5 for side in distance}
+
+
+def exact_gradients(bench: Bench) -> dict[str, torch.Tensor]:
+    """v [N (C-1), r, d] of each matrix: the Jacobian times a root of the Fisher, so that H = sum v v^T exactly."""
+    matrices = lora.matrices(bench.model)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in matrices}
+    for batch in bench.batches():
+        with record(matrices) as tape:
+            f = scores(bench.model, batch)
+            columns = kfac.fisher_columns(f.detach())
+            for c in range(columns.shape[2]):
+                grads = tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
+                for name, grad in grads.items():
+                    a = tape.inputs[name] * batch.mask[..., None]
+                    found[name].append(laplace.orient(name, grad.mT @ a.to(grad)))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+if __name__ == "__main__":
+    main()
