@@ -3,7 +3,9 @@
     python -m benchmarks.calibration                      yelp, whose sentences ship in benchmarks/data
     python -m benchmarks.calibration --sst2 FOLDER        SST-2 too: {train,dev,test}.jsonl with "prompt" and "label"
 
-Every method starts from the same MAP of the same rows. The temperature is fitted on the calibration split; the best
+MAP, temperature scaling and plain Laplace share one mode; the default Laplace is the variational one (see
+posterior/fit.py).
+All see the same rows. The temperature is fitted on the calibration split; the best
 possible
 temperature, chosen on the test rows themselves, is what no honest method can know. `--work` keeps the fits, so a
 second run
@@ -75,39 +77,51 @@ def sets(args: argparse.Namespace) -> Iterator[Set]:
 
 def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
     """Fit (unless kept), evaluate and print one set at one seed."""
-    options = fit_options(data, seed, args, work)
-    folder = Path(options.out)
-    posterior = artefact.load(folder) if (folder / "posterior.json").is_file() else fit.fit(options)
     base = resolve()
     tokenizer: Any = load_tokenizer(base)
-    test, calibration = (encode(posterior.task, tokenizer, rows) for rows in (data.test, data.calibration))
-    model = (
-        lora.load_peft(load_model(base, torch.float32, options.device), posterior.map_dir).eval().requires_grad_(False)
-    )
+    plain, default = (fitted(data, seed, args, work, variational) for variational in (False, True))
+    test, calibration = (encode(default.task, tokenizer, rows) for rows in (data.test, data.calibration))
     labels = torch.tensor([example.label for example in test])
+    model = adapted(base, plain)
     f = map_scores(model, test)
     temperature = best_temperature(map_scores(model, calibration), torch.tensor([row.label for row in calibration]))
     best = best_temperature(f, labels)
-    lines = linearized(model, posterior.curvature, posterior.precision, test)
     table = {
         "MAP": estimate(f.softmax(1), labels),
         f"MAP, temperature {temperature:.2f} from the calibration split": estimate(
             (f / temperature).softmax(1), labels
         ),
         f"MAP, best temperature {best:.2f} chosen on test (not honest)": estimate((f / best).softmax(1), labels),
-        f"Laplace, {PARTICLES} samples": estimate(sampled(model, posterior, PARTICLES, test), labels),
-        "Laplace, linearised (default)": estimate(lines, labels),
+        "plain Laplace, linearised": estimate(linearized(model, plain.curvature, plain.precision, test), labels),
+        f"plain Laplace, {PARTICLES} samples": estimate(sampled(model, plain, PARTICLES, test), labels),
     }
-    heldout = fit.heldout_precision(model, posterior.curvature, posterior.precision, calibration, 16)
-    held = linearized(model, posterior.curvature, heldout, test)
-    table["Laplace, linearised, prior by held-out NLL"] = estimate(held, labels)
+    model = adapted(base, default)
+    ours = linearized(model, default.curvature, default.precision, test)
+    table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
+    table["Laplace, linearised (default)"] = estimate(ours, labels)
+    table[f"Laplace, {PARTICLES} samples (default)"] = estimate(sampled(model, default, PARTICLES, test), labels)
+    heldout = fit.heldout_precision(model, default.curvature, default.precision, calibration, 16)
+    table["Laplace, linearised, prior by held-out NLL"] = estimate(
+        linearized(model, default.curvature, heldout, test), labels
+    )
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")
     print(markdown(table, len(test)))
-    print(
-        "\nPrior precision: " + ", ".join(f"{key} {value:.1f}" for key, value in posterior.prior["precision"].items())
-    )
+    print(f"\nPrior precision of B: plain {plain.prior['precision']}, default {default.prior['precision']}")
     verdict(table["Laplace, linearised (default)"], table["MAP"], nll((f / best).softmax(1), labels))
-    prior_study(model, posterior, base, test, labels, options)
+    prior_study(base, plain, test, labels)
+
+
+def fitted(data: Set, seed: int, args: argparse.Namespace, work: Path, variational: bool) -> artefact.Posterior:
+    """The posterior of these rows, from `work` if it is there."""
+    options = fit_options(data, seed, args, work, variational)
+    folder = Path(options.out)
+    return artefact.load(folder) if (folder / "posterior.json").is_file() else fit.fit(options)
+
+
+def adapted(base: Base, posterior: artefact.Posterior) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = lora.load_peft(load_model(base, torch.float32, device), posterior.map_dir)
+    return model.eval().requires_grad_(False)
 
 
 def verdict(ours: dict[str, Estimate], plain: dict[str, Estimate], best_nll: float) -> None:
@@ -124,46 +138,44 @@ def verdict(ours: dict[str, Estimate], plain: dict[str, Estimate], best_nll: flo
     print("\n" + "\n".join(f"- {'met' if met else 'MISSED'}: {wish}" for wish, met in wishes.items()))
 
 
-def prior_study(
-    model: Any,
-    posterior: artefact.Posterior,
-    base: Base,
-    test: list[Example],
-    labels: torch.Tensor,
-    options: argparse.Namespace,
-) -> None:
-    """The evidence's choice and its predictive for other prior means and groupings, post hoc, at the same MAP and
-    curvature."""
-    fresh = lora.attach(load_model(base, torch.float32, options.device), rank=options.rank, seed=options.seed)
-    start, theta = lora.get(fresh), lora.get(model)
+def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], labels: torch.Tensor) -> None:
+    """The evidence's choice and its predictive for other prior means and groupings, post hoc, at the plain MAP."""
+    seed = posterior.fit["training"]["seed"]
+    fresh = lora.attach(load_model(base, torch.float32, "cpu"), rank=posterior.lora["r"], seed=seed)
+    model = adapted(base, posterior)
+    start, theta = lora.get(fresh), {name: value.cpu() for name, value in lora.get(model).items()}
     zero = {name: torch.zeros_like(value) for name, value in theta.items()}
-    cases: dict[str, tuple[lora.Theta, laplace.Grouping]] = {
-        "zero, one lambda": (zero, "scalar"),
-        "initialisation, one lambda": (start, "scalar"),
-        "initialisation, A and B apart": (start, "side"),
-        "initialisation, one lambda a layer": (start, "layer"),
+    kept = {name: precision for name, precision in posterior.precision.items() if name.endswith(".A")}
+    cases: dict[str, tuple[lora.Theta, laplace.Grouping, dict[str, float]]] = {
+        "centred at zero, one lambda": (zero, "scalar", {}),
+        "centred at the initialisation, one lambda": (start, "scalar", {}),
+        "same, A and B apart": (start, "side", {}),
+        "same, A at its initialisation's precision, one lambda for B (default)": (start, "scalar", kept),
+        "same, one lambda for each B": (start, "layer", kept),
     }
     table = {}
-    for name, (origin, grouping) in cases.items():
+    for name, (origin, grouping, fixed) in cases.items():
         distance = {key: laplace.square_distance(theta, origin, [key]) for key in theta}
-        precision = laplace.optimal_precision(posterior.curvature, distance, grouping)
-        groups = fit.summary(precision, grouping)
-        shown = "/".join(f"{value:.1f}" for value in groups.values()) if len(groups) < 3 else f"{len(groups)} values"
+        precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed)
+        values = sorted({round(value, 1) for key, value in precision.items() if key not in fixed})
+        shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
         p = linearized(model, posterior.curvature, precision, test)
         table[f"{name}: {shown}"] = estimate(p, labels)
-    print("\nPrior mean and grouping (prior precision by the evidence), linearised:\n")
+    print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised:\n")
     print(markdown(table, len(test)))
 
 
-def fit_options(data: Set, seed: int, args: argparse.Namespace, work: Path) -> argparse.Namespace:
+def fit_options(data: Set, seed: int, args: argparse.Namespace, work: Path, variational: bool) -> argparse.Namespace:
     """`posterior fit`'s own defaults, with this set's rows."""
     work.mkdir(parents=True, exist_ok=True)
-    name = f"{data.name}-{len(data.train)}-{args.epochs}-{seed}"
+    name = f"{data.name}-{len(data.train)}-{args.epochs}-{seed}-{'default' if variational else 'plain'}"
     rows = work / f"{name}.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in data.train), encoding="utf-8")
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
     words = [str(rows), "--out", str(work / name), "--template", TEMPLATE, "--answers", *ANSWERS]
+    if not variational:
+        words.append("--no-variational")
     return parser.parse_args([*words, "--epochs", str(args.epochs), "--seed", str(seed)])
 
 

@@ -96,9 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     answers = len(bench.examples[0].continuations)
-    print(
-        f"{len(bench.examples)} rows, {answers} candidates, batches of {args.batch_size}, {args.dtype}, {bench.device}\n"
-    )
+    print(f"{len(bench.examples)} rows, {answers} candidates, batches of {args.batch_size}, {args.dtype}\n")
     times = measure(bench, args.repetitions)
     peaks = {name: peak_memory(name, args) for name in ("epoch", "factors", "low_rank_factors")}
     print("| job | seconds (median) | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
@@ -109,9 +107,8 @@ def main() -> None:
     ]
     for label, job, reference, wanted in rows:
         memory = f"{peaks[job] / peaks[reference]:.2f}" if job in peaks else ""
-        print(
-            f"| {label} | {statistics.median(times[job]):.2f} | {ratio(times[job], times[reference])} | {memory} | {wanted} |"
-        )
+        seconds = f"{statistics.median(times[job]):.2f}"
+        print(f"| {label} | {seconds} | {ratio(times[job], times[reference])} | {memory} | {wanted} |")
     print("\n| Kronecker factors | relative Frobenius distance to the exact blocks: A | B |\n|---|---|---|")
     for label, options in (("expand", {}), ("reduce", {"sharing": "reduce"}), ("expand, rank 32", {"rank": 32})):
         near = closeness(bench, options)
@@ -184,7 +181,7 @@ def exact_gradients(bench: Bench) -> dict[str, torch.Tensor]:
     for batch in bench.batches():
         with record(matrices) as tape:
             f = scores(bench.model, batch)
-            columns = kfac.fisher_columns(f.detach())
+            columns = kfac.fisher_columns(f.detach()[:, None])
             for c in range(columns.shape[2]):
                 grads = tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
                 for name, grad in grads.items():

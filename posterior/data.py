@@ -22,11 +22,12 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Example:
     """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true
-    one."""
+    one. spread: covariance [C, C] of the scores under the current posterior, None while theta is a point."""
 
     prompt: tuple[int, ...]
     continuations: candidates.Candidates
     label: int
+    spread: Tensor | None = None
 
     @property
     def single(self) -> bool:
@@ -43,7 +44,8 @@ class Batch:
     """Left-padded sequences of B examples; S = B rows (single-token choices) or B * C rows (teacher forcing).
 
     tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; target: [S, L] ids with -100 where the
-    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B].
+    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B]; spread: [B, C, C] or
+    None.
     """
 
     tokens: Tensor
@@ -52,9 +54,10 @@ class Batch:
     answer: Tensor | None
     target: Tensor | None
     label: Tensor
+    spread: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        fields = (self.tokens, self.mask, self.positions, self.answer, self.target, self.label)
+        fields = (self.tokens, self.mask, self.positions, self.answer, self.target, self.label, self.spread)
         return Batch(*(None if field is None else field.to(device) for field in fields))  # type: ignore[arg-type]
 
 
@@ -175,4 +178,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(tokens, mask, positions, answer, target, torch.tensor([example.label for example in examples]))
+    label = torch.tensor([example.label for example in examples])
+    spreads = [example.spread for example in examples if example.spread is not None]
+    spread = torch.stack(spreads) if len(spreads) == len(examples) else None
+    return Batch(tokens, mask, positions, answer, target, label, spread)

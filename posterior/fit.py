@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--grouping",
-        choices=("scalar", "side", "layer"),
-        default=None,
-        help="what shares a prior precision: everything, all A and all B (default), or each adapted layer",
+        choices=("scalar", "layer"),
+        default="scalar",
+        help="one prior precision for all B (default), or one for each; A keeps the precision of its initialisation",
+    )
+    group.add_argument(
+        "--no-variational",
+        action="store_true",
+        help="plain MAP and Laplace: theta* is a mode instead of the mean of a variational Gaussian",
     )
     group.add_argument("--heldout", type=Path, help="rows for --prior-precision heldout, JSONL like the data")
     group.add_argument(
@@ -156,17 +161,12 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     out = Path(args.out)
     model = load_model(base, dtype, args.device)
+    grouping: laplace.Grouping = args.grouping
     if args.adapter:
         peft_model, origin = _foreign(model, args.adapter)
-        precision = dict.fromkeys(origin, FIRST_PRECISION)
         curvature = measure(peft_model, examples, args)
-        grouping: laplace.Grouping = (
-            args.grouping or "scalar"
-        )  # A's own prior mean is unknown, so A cannot have an evidence of its own
-        if args.prior_precision == "evidence":
-            precision = laplace.optimal_precision(curvature, distances(peft_model, origin), grouping)
+        precision = laplace.optimal_precision(curvature, distances(peft_model, origin), grouping, _fixed(origin))
     else:
-        grouping = args.grouping or "side"
         peft_model = lora.attach(
             model,
             rank=args.rank,
@@ -177,14 +177,12 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
             seed=args.seed,
             base_id=base.id,
         )
-        trainer, curvature = train(
-            peft_model, examples, args, grouping, _checkpoint(out), _fingerprint(args, rows, base)
-        )
+        trainer, curvature = train(peft_model, examples, args, _checkpoint(out), _fingerprint(args, rows, base))
         origin, precision = trainer.origin, trainer.precision
     if args.prior_precision == "heldout":
         precision = heldout_precision(peft_model, curvature, precision, heldout, args.batch_size)
     elif args.prior_precision != "evidence":
-        precision = dict.fromkeys(precision, float(args.prior_precision))
+        precision = _start(origin, float(args.prior_precision))
     log_lik = log_likelihoods(peft_model, examples, args.batch_size)
     posterior = artefact.save(
         out,
@@ -193,13 +191,15 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
         task=task,
         lora_config=lora.config_of(peft_model) | {"base_model_name_or_path": base.id},
         prior={
-            "mean": "initialisation of A, zero for B" if not args.adapter else "the adapter's own A, zero for B",
+            "A": "mean: " + ("the adapter's own" if args.adapter else "its initialisation") + ", precision 3 d_in",
+            "B": "mean: zero",
             "choice": args.prior_precision,
             "grouping": grouping,
             "precision": summary(precision, grouping),
         },
         fit={
             "method": "laplace-kfac",
+            "variational": args.task == "choice" and not args.adapter and not args.no_variational,
             "sharing": args.sharing,
             "curvature_rank": args.curvature_rank,
             "training": None if args.adapter else asdict(_training(args)),
@@ -220,18 +220,20 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
 
 
 def train(
-    model: Any,
-    examples: Sequence[Example],
-    args: argparse.Namespace,
-    grouping: laplace.Grouping,
-    checkpoint: Path,
-    fingerprint: str,
+    model: Any, examples: Sequence[Example], args: argparse.Namespace, checkpoint: Path, fingerprint: str
 ) -> tuple[Trainer, dict[str, kfac.Kronecker]]:
-    """Alternate an epoch of MAP training with an update of the prior precision by the evidence (MacKay; Immer et al.
-    2021)."""
+    """Alternate an epoch of training with an update of the posterior's covariance and of the prior precision.
+
+    The prior precision follows the evidence (MacKay; Immer et al. 2021). For choices the likelihood of the next epoch
+    is its
+    expectation under the linearised posterior so far, f_n ~ N(f_n(theta), S_n): theta* becomes the mean of a
+    variational
+    Gaussian (Opper & Archambeau 2009), not a mode. A mode lies too close to the prior, so a plain Laplace predictive is
+    under-confident (Nickisch & Rasmussen 2008); see benchmarks/calibration.py for what this buys.
+    """
     fixed = _number(args.prior_precision)
-    first = dict.fromkeys(lora.matrices(model), FIRST_PRECISION if fixed is None else fixed)
-    trainer = Trainer(model, examples, first, _training(args))
+    start = _start(lora.get(model), FIRST_PRECISION if fixed is None else fixed)
+    trainer = Trainer(model, examples, start, _training(args))
     _resume(trainer, checkpoint, fingerprint)
     curvature: dict[str, kfac.Kronecker] = {}
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
@@ -242,14 +244,33 @@ def train(
 
         while not trainer.done:
             trainer.run_epoch(progress)
-            last = trainer.done
-            if fixed is None or last:
-                curvature = measure(model, examples, args, leave=last)
+            curvature = measure(model, trainer.examples, args, leave=trainer.done)
             if fixed is None:
-                trainer.precision = laplace.optimal_precision(curvature, distances(model, trainer.origin), grouping)
+                moved = distances(model, trainer.origin)
+                trainer.precision = laplace.optimal_precision(curvature, moved, args.grouping, _fixed(trainer.origin))
+            if args.task == "choice" and not args.no_variational and not trainer.done:
+                trainer.examples = spread(model, trainer.examples, curvature, trainer.precision, args.batch_size)
             trainer.save(checkpoint / "state")
             (checkpoint / "fingerprint").write_text(fingerprint, encoding="utf-8")
-    return trainer, curvature or measure(model, examples, args)
+    return trainer, curvature or measure(model, trainer.examples, args)
+
+
+def spread(
+    model: Any,
+    examples: Sequence[Example],
+    curvature: laplace.Curvature,
+    precision: Mapping[str, float],
+    batch_size: int,
+) -> list[Example]:
+    """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
+    matrices = lora.matrices(model)
+    device = next(iter(matrices.values())).weight.device
+    result = list(examples)
+    for indices, batch in batches(examples, batch_size):
+        _, (covariance,) = moments(model, matrices, curvature, [precision], batch.to(device))
+        for row, index in enumerate(indices):
+            result[index] = replace(examples[index], spread=covariance[row].float().cpu())
+    return result
 
 
 def measure(
@@ -305,8 +326,9 @@ def distances(model: Any, origin: lora.Theta) -> dict[str, float]:
 
 
 def summary(precision: Mapping[str, float], grouping: laplace.Grouping) -> dict[str, float]:
-    """One prior precision per group, for people to read."""
-    return {group: precision[names[0]] for group, names in laplace.groups(list(precision), grouping).items()}
+    """One prior precision per group of B matrices, for people to read."""
+    names = [name for name in precision if name.endswith(".B")]
+    return {group: precision[members[0]] for group, members in laplace.groups(names, grouping).items()}
 
 
 def _foreign(model: Any, folder: Path) -> tuple[Any, lora.Theta]:
@@ -317,6 +339,16 @@ def _foreign(model: Any, folder: Path) -> tuple[Any, lora.Theta]:
     return peft_model, {
         name: value if name.endswith(".A") else torch.zeros_like(value) for name, value in theta.items()
     }
+
+
+def _start(theta: lora.Theta, b: float) -> dict[str, float]:
+    """Prior precisions: A's own, and `b` for every B."""
+    return dict.fromkeys(theta, b) | _fixed(theta)
+
+
+def _fixed(theta: lora.Theta) -> dict[str, float]:
+    initial = {name: laplace.initial_precision(name, value) for name, value in theta.items()}
+    return {name: value for name, value in initial.items() if value is not None}
 
 
 def _training(args: argparse.Namespace) -> Training:
@@ -335,10 +367,6 @@ def _check(args: argparse.Namespace) -> None:
         raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
     if args.prior_precision == "heldout" and args.task == "text":
         raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
-    if args.adapter and args.grouping == "side":
-        raise PosteriorError(
-            "--grouping side needs A's initialisation, which an adapter from elsewhere does not tell; use scalar"
-        )
     for name in ("rank", "epochs", "batch_size", "label_samples", "max_length"):
         if getattr(args, name) < 1:
             raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from posterior.data import Batch
 from posterior.errors import PosteriorError
-from posterior.likelihood import Tape, record, sampled_score, scores
+from posterior.likelihood import Tape, draws, record, sampled_score, scores
 
 Sharing = Literal["expand", "reduce"]
 
@@ -177,15 +177,19 @@ def _gradients(
             yield tape.gradients(drawn, torch.full_like(drawn, samples**-0.5), keep=False)
         return
     f = scores(model, batch)
-    columns = fisher_columns(f.detach())
+    columns = fisher_columns(draws(f.detach(), batch))
     for c in range(columns.shape[2]):
         yield tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
 
 
 def fisher_columns(f: Tensor) -> Tensor:
-    """Columns L [B, C, C-1] with L L^T = diag(p) - p p^T, p = softmax(f): the Fisher of the scores."""
-    p = f.double().softmax(1)
-    values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+    """Columns L [B, C, C-1] with L L^T = E[diag(p) - p p^T], p = softmax(f): the Fisher of the scores.
+
+    f [B, M, C]: the expectation is over the M draws of the scores (M = 1: at a point).
+    """
+    p = f.double().softmax(2)
+    fisher = torch.diag_embed(p.mean(1)) - p.mT @ p / p.shape[1]
+    values, vectors = torch.linalg.eigh(fisher)
     columns: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
     return columns[:, :, 1:].to(f)
 

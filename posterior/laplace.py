@@ -67,10 +67,21 @@ def evidence(
     return log_likelihood - penalty / 2
 
 
-def optimal_precision(curvature: Curvature, distance: Mapping[str, float], grouping: Grouping) -> Precision:
-    """The prior precision of each matrix that maximises the evidence, group by group, to convergence in log lambda."""
-    best: Precision = {}
-    for names in groups(list(curvature), grouping).values():
+def initial_precision(name: str, matrix: Tensor) -> float | None:
+    """The precision of A's initialisation, 3 d_in (Kaiming-uniform, variance 1 / (3 d_in)); None for B, which starts
+    at zero."""
+    return 3.0 * matrix.shape[1] if name.endswith(".A") else None
+
+
+def optimal_precision(
+    curvature: Curvature, distance: Mapping[str, float], grouping: Grouping, fixed: Mapping[str, float] | None = None
+) -> Precision:
+    """The prior precision of each matrix that maximises the evidence, group by group, to convergence in log lambda.
+
+    The matrices in `fixed` keep the precision given there.
+    """
+    best: Precision = dict(fixed or {})
+    for names in groups([name for name in curvature if name not in best], grouping).values():
         moved = sum(distance[name] for name in names)
 
         def loss(log_lambda: float, names: list[str] = names, moved: float = moved) -> float:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from posterior.data import Batch
+from posterior.predictive import normal_points, square_root
+
+POINTS = 128  # of the expectation over the posterior of the scores
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -28,11 +31,22 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
-    """log p(y_n|x_n, theta) [B] in nats: over the candidates (choice), or of the response's tokens (text)."""
+    """log p(y_n|x_n, theta) [B] in nats: over the candidates (choice), or of the response's tokens (text).
+
+    With a spread S_n it is the expectation over f ~ N(f_n, S_n), the likelihood term of the variational bound.
+    """
     f = scores(model, batch)
     if f.shape[1] == 1:
         return f[:, 0]
-    return f.log_softmax(1).gather(1, batch.label[:, None])[:, 0]
+    return draws(f, batch).log_softmax(2).mean(1).gather(1, batch.label[:, None])[:, 0]
+
+
+def draws(f: Tensor, batch: Batch) -> Tensor:
+    """Scores [B, M, C] spread by the posterior at M fixed quasi-Monte-Carlo points, or f itself with M = 1."""
+    if batch.spread is None:
+        return f[:, None]
+    noise = normal_points(f.shape[1], POINTS, 0).to(f)
+    return f[:, None] + noise @ square_root(batch.spread.double()).to(f).mT
 
 
 def sampled_score(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:

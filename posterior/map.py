@@ -2,7 +2,10 @@
 
 The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay,
 which is
-another objective. A training state is saved after each epoch and resumed exactly: data order and dropout depend on
+another objective. When the examples carry a spread (see posterior.fit), log p is its expectation over the posterior
+of the
+scores, and theta* the mean of a variational posterior instead of a mode. A training state is saved after each epoch
+and resumed exactly: data order and dropout depend on
 (seed, epoch) only.
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +48,7 @@ class Trainer:
     def __init__(
         self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training
     ):
-        self.model, self.examples, self.training = model, examples, training
+        self.model, self.examples, self.training = model, list(examples), training
         self.precision = dict(precision)
         self.matrices = lora.matrices(model)
         self.origin = lora.get(model)
@@ -114,6 +117,7 @@ class Trainer:
         """Write a checkpoint; a crash leaves the previous one."""
         tensors = {f"theta/{name}": value for name, value in lora.get(self.model).items()}
         tensors |= {f"origin/{name}": value for name, value in self.origin.items()}
+        tensors |= {f"spread/{i}": e.spread for i, e in enumerate(self.examples) if e.spread is not None}
         for (name, module), key in ((item, key) for item in self.matrices.items() for key in ("exp_avg", "exp_avg_sq")):
             tensors[f"{key}/{name}"] = self.optimizer.state[module.weight][key]
         with lora.atomic_folder(folder) as work:
@@ -128,6 +132,7 @@ class Trainer:
         self.step, self.epoch, self.precision = state["step"], state["epoch"], state["precision"]
         lora.put(self.model, {name: tensors[f"theta/{name}"] for name in self.matrices})
         self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
+        self.examples = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
         for name, module in self.matrices.items():
             self.optimizer.state[module.weight] = {
                 "step": torch.tensor(float(self.step)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ def from_gaussian(
     plain
     Monte Carlo's; the error is estimated from the spread of independent scrambles.
     """
-    noise = _normal_points(len(mean), samples, seed)
-    f = mean.double() + noise @ _root(covariance.double()).T
+    noise = normal_points(len(mean), samples, seed, SCRAMBLES)
+    f = mean.double() + noise @ square_root(covariance.double()).T
     p = f.softmax(1)
     weights = torch.full((len(p),), 1 / len(p), dtype=torch.float64)
     average = p.mean(0)
@@ -118,13 +119,12 @@ def _interval(p: Tensor, w: Tensor, coverage: float) -> Tensor:
     return values.T.gather(1, index)
 
 
-def _normal_points(dimension: int, samples: int, seed: int) -> Tensor:
-    """Standard normal points [samples rounded up to SCRAMBLES powers of two, dimension] from scrambled Sobol
-    sequences."""
-    each = 1 << max(0, math.ceil(math.log2(samples / SCRAMBLES)))
-    points = [_sobol(dimension, each, seed * SCRAMBLES + scramble) for scramble in range(SCRAMBLES)]
-    uniform = torch.cat(points).clamp(1e-12, 1 - 1e-12)
-    return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+@lru_cache(maxsize=16)
+def normal_points(dimension: int, samples: int, seed: int, scrambles: int = 1) -> Tensor:
+    """Standard normal points [scrambles * 2^m >= samples, dimension] from independently scrambled Sobol sequences."""
+    each = 1 << max(0, math.ceil(math.log2(samples / scrambles)))
+    uniform = torch.cat([_sobol(dimension, each, seed * scrambles + scramble) for scramble in range(scrambles)])
+    return math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-12, 1 - 1e-12) - 1)
 
 
 def _sobol(dimension: int, count: int, seed: int) -> Tensor:
@@ -132,8 +132,8 @@ def _sobol(dimension: int, count: int, seed: int) -> Tensor:
     return engine.draw(count, dtype=torch.float64)
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """A square root of a positive semi-definite matrix (which may be singular, so no Cholesky)."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    root: Tensor = vectors * values.clamp(min=0).sqrt()
+def square_root(covariance: Tensor) -> Tensor:
+    """A square root of positive semi-definite matrices [..., C, C] (which may be singular, so no Cholesky)."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    root: Tensor = vectors * values.clamp(min=0).sqrt()[..., None, :]
     return root

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from posterior import artefact, evaluate, fit, inspect, lora
 from posterior.errors import PosteriorError
+from tests.posterior.conftest import tiny_llama
 
 ROWS = [{"text": f"row {index} is {'good' if index % 2 else 'bad'}", "label": index % 2} for index in range(12)]
 
 
 def test_fit_writes_a_loadable_posterior(run_fit):
     posterior = run_fit()
-    assert posterior.prior["choice"] == "evidence" and set(posterior.prior["precision"]) <= {"A", "B", "all"}
+    assert posterior.prior["choice"] == "evidence" and set(posterior.prior["precision"]) == {"all"}
     assert posterior.fit["data"]["rows"] == 12 and posterior.fit["log_likelihood"] < 0
     assert not list(posterior.path.parent.glob(".*checkpoint"))
 
@@ -65,7 +66,7 @@ def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys):
 
 
 def test_laplace_of_somebody_elses_adapter(run_fit, tmp_path):
-    trained = run_fit(tmp_path / "trained")
+    trained = run_fit(tmp_path / "trained", no_variational=True)
     post_hoc = run_fit(tmp_path / "post-hoc", adapter=trained.map_dir)
     first, second = lora.read_adapter(trained.map_dir), lora.read_adapter(post_hoc.map_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -75,12 +76,38 @@ def test_laplace_of_somebody_elses_adapter(run_fit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"sharing": "reduce"}, {"curvature_rank": 4}, {"grouping": "layer"}, {"prior_precision": "7"}]
+    "options",
+    [
+        {"sharing": "reduce"},
+        {"curvature_rank": 4},
+        {"grouping": "layer"},
+        {"prior_precision": "7"},
+        {"no_variational": True},
+    ],
 )
 def test_variants(run_fit, options):
     posterior = run_fit(**options)
     if "prior_precision" in options:
-        assert set(posterior.precision.values()) == {7.0}
+        assert {value for name, value in posterior.precision.items() if name.endswith(".B")} == {7.0}
+
+
+def test_a_keeps_the_precision_of_its_initialisation(run_fit):
+    posterior = run_fit()
+    theta = lora.read_adapter(posterior.map_dir)
+    for name, value in posterior.precision.items():
+        if name.endswith(".A"):
+            assert value == 3.0 * theta[name].shape[1]
+    wide = lora.attach(tiny_llama(), rank=64, seed=0)  # peft draws A with that variance: 5 standard errors
+    for name, value in lora.get(wide).items():
+        if name.endswith(".A"):
+            assert float(value.var()) == pytest.approx(1 / (3 * value.shape[1]), rel=0.15)
+
+
+def test_the_variational_mean_is_not_the_mode(run_fit, tmp_path):
+    mean, mode = run_fit(tmp_path / "mean"), run_fit(tmp_path / "mode", no_variational=True)
+    assert mean.fit["variational"] and not mode.fit["variational"]
+    first, second = lora.read_adapter(mean.map_dir), lora.read_adapter(mode.map_dir)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_heldout_precision(run_fit, tmp_path):

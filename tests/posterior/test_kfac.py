@@ -104,7 +104,7 @@ def test_low_rank_keeps_the_trace_and_is_exact_when_the_rank_suffices(model):
 
 def test_fisher_columns_are_a_root_of_the_multinomial_covariance():
     f = torch.randn(5, 4, dtype=torch.float64) * 3
-    columns = kfac.fisher_columns(f)
+    columns = kfac.fisher_columns(f[:, None])
     p = f.softmax(1)
     assert columns.shape == (5, 4, 3)
     torch.testing.assert_close(columns @ columns.mT, torch.diag_embed(p) - p[:, :, None] * p[:, None, :])

@@ -1,0 +1,60 @@
+"""Scores against the model's own logits, and expectations over the posterior of the scores against quadrature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import integrate, stats
+
+from posterior import kfac
+from posterior.data import collate
+from posterior.likelihood import draws, log_likelihood, scores
+from tests.posterior.conftest import make_examples
+
+
+def test_single_token_scores_are_the_heads_rows(model):
+    for example in make_examples(3):
+        logits = model(torch.tensor([example.prompt])).logits[0, -1]
+        expected = logits[[tokens[0] for tokens in example.continuations]]
+        torch.testing.assert_close(scores(model, collate([example]))[0], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_teacher_forced_scores_are_sums_of_log_probabilities(model):
+    for example in make_examples(3, tokens=2):
+        for c, tokens in enumerate(example.continuations):
+            log_p = model(torch.tensor([example.prompt + tokens])).logits[0].log_softmax(-1)
+            start = len(example.prompt) - 1
+            expected = sum(log_p[start + t, token] for t, token in enumerate(tokens))
+            torch.testing.assert_close(scores(model, collate([example]))[0, c], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_padding_does_not_change_scores(model):
+    examples = make_examples(5)
+    together = scores(model, collate(examples))
+    for row, example in enumerate(examples):
+        torch.testing.assert_close(together[row], scores(model, collate([example]))[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.5, 6.0])
+def test_expected_log_likelihood_and_fisher_are_integrals(model, variance):
+    """Two answers, f_1 - f_0 ~ N(mu, variance): E[log sigmoid] and E[p (1 - p)] by quadrature, to 2 % at 128 points."""
+    spread = torch.tensor([[0.0, 0.0], [0.0, variance]])
+    example = replace(make_examples(1, answers=2)[0], label=1, spread=spread)
+    batch = collate([example])
+    f = scores(model, batch).detach()
+    mu = float(f[0, 1] - f[0, 0])
+
+    def expectation(function):
+        if not variance:
+            return function(mu)
+        density = stats.norm(mu, math.sqrt(variance))
+        return integrate.quad(lambda x: density.pdf(x) * function(x), mu - 40, mu + 40, limit=400, points=[mu])[0]
+
+    expected = expectation(lambda x: -math.log1p(math.exp(-x)))
+    assert float(log_likelihood(model, batch)[0]) == pytest.approx(expected, rel=0.02)
+    columns = kfac.fisher_columns(draws(f, batch))
+    curvature = expectation(lambda x: 1 / (2 + 2 * math.cosh(x)))
+    assert float(columns[0, 1, 0] ** 2) == pytest.approx(curvature, rel=0.02)
