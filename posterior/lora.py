@@ -169,7 +169,8 @@ def atomic_folder(target: Path) -> Any:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        work.chmod(0o755)
+        for path in (work, *work.rglob("*")):  # safetensors writes files that only their owner can read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         old = None
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
