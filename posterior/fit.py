@@ -27,9 +27,7 @@ from posterior.map import Trainer, Training
 from posterior.predictive import from_gaussian
 from posterior.task import Task
 
-FIRST_PRECISION = (
-    60.0  # where the alternation of training and evidence starts; any value from 1 to 200 ends close by (benchmarks)
-)
+FIRST_PRECISION = 60.0  # of B, where the alternation of training and evidence starts
 HELDOUT_FACTORS = tuple(
     2.0 ** (step / 2) for step in range(-12, 21)
 )  # multiples of the evidence's precision that held-out NLL chooses from

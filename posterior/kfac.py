@@ -17,10 +17,7 @@ the data, the same result whatever the batch size. The trace that rank k discard
 
 A Kronecker product of sums ignores how a and g go together. Each block is therefore scaled to the trace of the exact
 block,
-sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass. Measured on the default
-task: the exact
-trace is 0.04 to 6 times the Kronecker one, and the scaling closes most of the distance between KFAC and the exact
-block in evidence.
+sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass.
 """
 
 from __future__ import annotations
