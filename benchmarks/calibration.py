@@ -48,6 +48,7 @@ class Set:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sst2", type=Path, help="folder with SST-2's train.jsonl, dev.jsonl and test.jsonl")
+    parser.add_argument("--no-yelp", action="store_true", help="leave out the sentences that ship")
     parser.add_argument("--rows", type=int, default=128, help="training rows (default %(default)s)")
     parser.add_argument("--test-rows", type=int, help="test rows (default: all)")
     parser.add_argument("--epochs", type=int, default=8)
@@ -64,7 +65,7 @@ def main() -> None:
 def sets(args: argparse.Namespace) -> Iterator[Set]:
     """yelp, and SST-2 when its folder is given; exact duplicates of training rows are dropped from the test rows."""
     yelp = [read_jsonl(DATA / f"yelp.{part}.jsonl") for part in ("train", "calibration", "test")]
-    folders = [("yelp", yelp)]
+    folders = [] if args.no_yelp else [("yelp", yelp)]
     if args.sst2:
         parts = [read_jsonl(args.sst2 / f"{part}.jsonl") for part in ("train", "dev", "test")]
         folders.append(("sst2", [[row | {"text": row["prompt"]} for row in part] for part in parts]))
