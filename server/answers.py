@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fastapi import Request
 from pydantic import ValidationError
 
+from server import texts
 from server.engine import Usage
 from server.errors import as_api_error, bad_request, from_validation
 from server.metrics import Observation
@@ -60,7 +61,7 @@ def _options(body: dict[str, Any]) -> Uncertainty:
         raise from_validation(error, "uncertainty") from error
 
 
-# Text by the MAP
+# Text
 
 
 async def _write(
@@ -72,18 +73,11 @@ async def _write(
     request: Request,
     observation: Observation,
 ) -> Reply:
-    if options.predictive not in (None, "map"):
-        raise bad_request(
-            f"text under the {options.predictive!r} predictive is not served yet: "
-            "leave 'predictive' out for text by the MAP, or give 'answers' for a distribution over them",
-            "uncertainty.predictive",
-        )
-    observation.predictive = "map"
+    """Text under the mixture of the posterior's particles, or by the MAP or the base alone."""
+    writer = texts.writer(service, served, options, body)
+    observation.predictive = writer.predictive
     generate = service.engine.chat if kind == "chat" else service.engine.complete
-    result = await generate(body, request)
-    note = (
-        {"predictive": "map", "posterior": served.label, "calibrated": False} if served.posterior is not None else None
-    )
+    result = await generate(body, request, writer.trace)
 
     def count() -> None:
         usage = service.engine.usage(request)
@@ -91,28 +85,29 @@ async def _write(
             service.metrics.count_tokens(observation.posterior, usage)
 
     if not isinstance(result, dict):
-        return _annotated(result, note, count)
+        return _annotated(result, writer, count)
     count()
-    return _with_note(result, note)
+    for choice in result["choices"]:
+        _attach(choice, writer.whole(choice["index"]))
+    return result
 
 
-def _with_note(record: dict[str, Any], note: dict[str, Any] | None) -> dict[str, Any]:
-    if note is not None:
-        for choice in record["choices"]:
-            choice["uncertainty"] = note
-    return record
+def _attach(choice: dict[str, Any], record: dict[str, Any] | None) -> None:
+    if record is not None:
+        choice["uncertainty"] = record
 
 
-async def _annotated(
-    events: AsyncIterator[str], note: dict[str, Any] | None, count: Callable[[], None]
-) -> AsyncIterator[str]:
-    """vLLM's server-sent events, with our note on each choice's last chunk and our form of errors."""
+async def _annotated(events: AsyncIterator[str], writer: texts.Writer, count: Callable[[], None]) -> AsyncIterator[str]:
+    """vLLM's server-sent events with our part on each chunk, our summary on each choice's last, our form of errors."""
     try:
         async for event in events:
             if event.startswith('data: {"error"'):
                 yield _event(as_api_error(RuntimeError(event)).body())
-            elif note is not None and '"finish_reason":"' in event:
-                yield _event(_with_note(json.loads(event.removeprefix("data: ")), note))
+            elif writer.annotates and event.startswith("data: {"):
+                chunk = json.loads(event.removeprefix("data: "))
+                for choice in chunk["choices"]:
+                    _attach(choice, writer.part(choice["index"], last=choice.get("finish_reason") is not None))
+                yield _event(chunk)
             else:
                 yield event
     finally:
@@ -131,6 +126,8 @@ class _Choice:
 async def _choose(
     service: Service, kind: Kind, served: Served, options: Uncertainty, body: dict[str, Any], observation: Observation
 ) -> Reply:
+    if options.mixing is not None or options.tokens is not None:
+        raise bad_request("'mixing' and 'tokens' belong to text; with 'answers' leave them out", "uncertainty")
     n = _number(body, "n", int, 1, 1, MAX_CHOICES)
     temperature = _number(body, "temperature", float, 0.0, 0.0, 100.0)
     seed = _number(body, "seed", int, None, -(2**63), 2**63 - 1)

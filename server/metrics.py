@@ -6,6 +6,7 @@ import time
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from posterior.decoding import TextPredictive
 from posterior.predictive import Predictive
 from server.engine import Usage
 from server.registry import Registry
@@ -42,6 +43,23 @@ class Metrics:
         self.total = Histogram(
             "posterior_total_entropy_nats", "Entropy of the predictive.", answer, registry=own, buckets=NATS
         )
+        self.token_epistemic = Histogram(
+            "posterior_token_epistemic_entropy_nats",
+            "Mutual information of token and weights, mean of a text.",
+            ("posterior",),
+            registry=own,
+            buckets=NATS,
+        )
+        self.effective = Histogram(
+            "posterior_effective_particles_ratio",
+            "Effective particles after a text, as a share of its particles.",
+            ("posterior",),
+            registry=own,
+            buckets=SHARES,
+        )
+        self.resumes = Counter(
+            "posterior_gang_resumes", "Siblings that disagreed and began again.", ("posterior",), registry=own
+        )
         self.batch_size = Histogram(
             "posterior_linearized_batch_size", "Prompts in one linearised batch.", registry=own, buckets=BATCH
         )
@@ -62,6 +80,13 @@ class Metrics:
         self.confidence.labels(posterior, predictive).observe(confidence)
         self.epistemic.labels(posterior, predictive).observe(result.epistemic)
         self.total.labels(posterior, predictive).observe(result.total)
+
+    def count_text(self, posterior: str, text: TextPredictive, resumed: int) -> None:
+        self.resumes.labels(posterior).inc(resumed)
+        if len(text.logprob):
+            self.token_epistemic.labels(posterior).observe(float(text.epistemic.mean()))
+            after = text.log_weights[-1].exp()
+            self.effective.labels(posterior).observe(1 / float(after.square().sum()) / len(after))
 
     def count_tokens(self, posterior: str, usage: Usage) -> None:
         self.prompt_tokens.labels(posterior).inc(usage.prompt_tokens)

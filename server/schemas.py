@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from posterior.decoding import Mixing
+
 MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
@@ -26,6 +28,8 @@ class Uncertainty(BaseModel):
     answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = None
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     per_particle: bool = False
+    mixing: Mixing | None = None  # of text; "sequence" if not given
+    tokens: bool | None = None  # of text: a record for each token; by default on streams only
 
 
 class PredictiveRequest(Uncertainty):

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from fastapi import Request
 
 from posterior.candidates import Candidates
+
+if TYPE_CHECKING:
+    from server.engine.gang import Trace
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class Engine(Protocol):
         """log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]; adapter None is the bare base."""
         ...
 
-    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
-        """An OpenAI chat completion, or its server-sent events."""
+    async def chat(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        """An OpenAI chat completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...
 
-    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
-        """An OpenAI completion, or its server-sent events."""
+    async def complete(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        """An OpenAI completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...
 
     async def warm_up(self, prompt: list[int]) -> None:

@@ -36,10 +36,9 @@ class EngineConfig:
             *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
             *("--enable-prefix-caching", "--no-async-scheduling"),
             *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
+            *("--scheduler-cls", "server.engine.scheduler.GangScheduler"),
         ]
         if self.device == "cpu":
-            # A seeded request cut into chunks kills vLLM 0.32's CPU runner (torch.Generator.set_offset).
-            arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(self.max_model_len, 2048))]
             # Blocks of 32 tokens, not 128, so that short prompts too share their prefix.
             arguments += ["--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
         else:

@@ -28,8 +28,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from posterior.candidates import Candidates
 from server.engine import Adapter, Usage
+from server.engine.client import MixingLLM
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
+from server.engine.gang import CURRENT, Trace
 from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
 from server.errors import ApiError, bad_request, from_validation, internal_error, model_not_found, unavailable
 
@@ -37,7 +39,7 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
 
 class VllmEngine:
-    """One AsyncLLM and the serving classes vLLM builds on it."""
+    """One MixingLLM and the serving classes vLLM builds on it."""
 
     def __init__(self, llm: AsyncLLM, state: State) -> None:
         self._llm = llm
@@ -53,7 +55,7 @@ class VllmEngine:
         parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
         args = parser.parse_args(config.arguments())
         engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        llm = AsyncLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+        llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
@@ -108,20 +110,23 @@ class VllmEngine:
             raise _refusal(error) from error
         raise internal_error()  # a read without result is never averaged away
 
-    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
-        return await self._serve(
-            ChatCompletionRequest, self._state.openai_serving_chat.create_chat_completion, body, request
-        )
+    async def chat(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        create = self._state.openai_serving_chat.create_chat_completion
+        return await self._serve(ChatCompletionRequest, create, body, request, trace)
 
-    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
-        return await self._serve(
-            CompletionRequest, self._state.openai_serving_completion.create_completion, body, request
-        )
+    async def complete(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        create = self._state.openai_serving_completion.create_completion
+        return await self._serve(CompletionRequest, create, body, request, trace)
 
     async def _serve(
-        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request
+        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request, trace: Trace | None
     ) -> dict[str, Any] | AsyncIterator[str]:
         check_fields(body, frozenset(model.model_fields))
+        token = CURRENT.set(trace)
         try:
             answer = await create(model.model_validate(body), request)
         except ValidationError as error:
@@ -134,6 +139,8 @@ class VllmEngine:
             ValueError,
         ) as error:  # vLLM also raises bare ValueErrors for bad requests
             raise _refusal(error) from error
+        finally:
+            CURRENT.reset(token)
         if isinstance(answer, ErrorResponse):
             raise _from_response(answer, body)
         return answer.model_dump() if isinstance(answer, BaseModel) else answer

@@ -1,4 +1,4 @@
-"""A fault of vLLM 0.32.0, mended from outside, in the process that samples.
+"""What is changed in vLLM 0.32.0, from outside, in the process that samples: gangs are mixed, and a fault is mended.
 
 When a batch holds a row that asks for `logprob_token_ids` (a candidate score of ours) and a row that asks for plain
 `logprobs`, `Sampler.forward` returns only the tensors of the first kind: the plain row receives padding. Here every
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import vllm
 from vllm.v1.sample.sampler import Sampler
+
+from server.engine import mixing
 
 MENDED_VERSION = "0.32.0"
 
@@ -42,6 +44,7 @@ def _mended(original: Any) -> Any:
 
 def install() -> None:
     """Mend `Sampler` of this process, if it is the version we know."""
+    mixing.install()
     if vllm.__version__ == MENDED_VERSION:
         Sampler.forward = _mended(Sampler.forward)  # type: ignore[method-assign]
     else:

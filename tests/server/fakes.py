@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from posterior.base import Base
 from posterior.candidates import Candidates
 from posterior.task import Task
 from server.engine import Adapter, Usage
+from server.engine.gang import Text, Trace
 from server.registry import Registry, Served
 
 BASE = Base(Path("/nowhere"), "tiny-base", None, "sha256:00")
@@ -77,13 +79,26 @@ class Engine:
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) for a in adapters])
         return rows.expand(len(prompts), *rows.shape)
 
-    async def chat(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+    async def chat(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        self._trace(trace)
         return self._reply(
             body, {"message": {"role": "assistant", "content": "hello"}}, {"delta": {"content": "hello"}}
         )
 
-    async def complete(self, body: dict[str, Any], request: Request) -> dict[str, Any] | AsyncIterator[str]:
+    async def complete(
+        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+    ) -> dict[str, Any] | AsyncIterator[str]:
+        self._trace(trace)
         return self._reply(body, {"text": "hello"}, {"text": "hello"})
+
+    @staticmethod
+    def _trace(trace: Trace | None) -> None:
+        """One token that every particle gives probability 1/2, in each of up to two choices."""
+        if trace is not None:
+            row = [math.log(0.5)] * len(trace.adapters) + [1.0, 0.75]
+            trace.texts.append([Text([row], delivered=1) for _ in range(2)])
 
     def _reply(self, body: dict[str, Any], whole: dict[str, Any], part: dict[str, Any]) -> Any:
         self.bodies.append(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -30,25 +31,51 @@ def events(response: Any) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def test_text_is_by_the_map_and_says_so(client: TestClient, engine: fakes.Engine) -> None:
+def test_text_is_by_the_mixture_and_says_so(client: TestClient, engine: fakes.Engine) -> None:
     choice = chat(client).json()["choices"][0]
     assert choice["message"]["content"] == "hello"
-    assert choice["uncertainty"] == {"predictive": "map", "posterior": "mood@abcdef012345", "calibrated": False}
+    record = choice["uncertainty"]
+    assert (record["predictive"], record["mixing"], record["posterior"]) == ("mixture", "sequence", "mood@abcdef012345")
+    assert record["logprob"] == pytest.approx(math.log(0.5)) and record["confidence"] == pytest.approx(0.5)
+    assert record["entropy"] == {"total": 1.0, "aleatoric": 0.75, "epistemic": 0.25}
+    assert record["calibrated"] is False and "tokens" not in record and "per_particle" not in record
     assert "uncertainty" not in engine.bodies[0]
     assert "uncertainty" not in chat(client, model="tiny-base").json()["choices"][0], "the base has no posterior"
 
 
-def test_streamed_text_carries_it_on_the_last_chunk(client: TestClient) -> None:
+def test_text_by_the_map_on_request(client: TestClient) -> None:
+    for body in ({"model": "mood/map"}, {"uncertainty": {"predictive": "map"}}, {"uncertainty": {"particles": 1}}):
+        record = chat(client, **body).json()["choices"][0]["uncertainty"]
+        assert record == {
+            "predictive": "map", "posterior": "mood@abcdef012345", "calibrated": False, "calibration": None
+        }  # fmt: skip
+
+
+def test_streamed_text_carries_its_tokens_and_the_summary_on_the_last_chunk(client: TestClient) -> None:
     for response in (chat(client, stream=True), complete(client, stream=True)):
         chunks = events(response)
-        assert "uncertainty" not in chunks[0]["choices"][0]
-        assert chunks[-1]["choices"][0]["uncertainty"]["predictive"] == "map"
+        assert [len(chunk["choices"][0].get("uncertainty", {}).get("tokens", [])) for chunk in chunks] == [1, 0]
+        assert chunks[-1]["choices"][0]["uncertainty"]["predictive"] == "mixture"
+    silent = events(chat(client, stream=True, uncertainty={"tokens": False}))
+    assert "uncertainty" not in silent[0]["choices"][0] and "logprob" in silent[-1]["choices"][0]["uncertainty"]
+    mapped = events(chat(client, stream=True, model="mood/map"))
+    assert "uncertainty" not in mapped[0]["choices"][0]
+    assert mapped[-1]["choices"][0]["uncertainty"]["predictive"] == "map"
 
 
-@pytest.mark.parametrize("predictive", ["mixture", "linearized"])
-def test_text_under_the_posterior_predictive_is_not_served_yet(client: TestClient, predictive: str) -> None:
-    error = error_of(chat(client, uncertainty={"predictive": predictive}), 400)
+def test_text_under_the_linearised_predictive_is_not_served_yet(client: TestClient) -> None:
+    error = error_of(chat(client, uncertainty={"predictive": "linearized"}), 400)
     assert "not served yet" in error["message"] and error["param"] == "uncertainty.predictive"
+
+
+def test_every_token_and_particle_on_request(client: TestClient) -> None:
+    record = chat(client, uncertainty={"tokens": True, "per_particle": True, "mixing": "token"}).json()["choices"][0][
+        "uncertainty"
+    ]
+    (token,) = record["tokens"]
+    assert token["per_particle"]["logprob"] == pytest.approx([math.log(0.5)] * record["particles"])
+    assert sum(token["per_particle"]["weight"]) == pytest.approx(1)
+    assert token["variance"]["epistemic"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_text_of_a_choice_is_its_most_probable_answer(client: TestClient) -> None:

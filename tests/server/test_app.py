@@ -87,13 +87,16 @@ def test_metrics_count_requests_tokens_and_answers(client: TestClient) -> None:
     for line in (
         'posterior_requests_total{endpoint="predictive",posterior="gang",predictive="mixture",status="200"} 1.0',
         'posterior_requests_total{endpoint="predictive",posterior="none",predictive="none",status="400"} 1.0',
-        'posterior_requests_total{endpoint="chat",posterior="mood",predictive="map",status="200"} 1.0',
+        'posterior_requests_total{endpoint="chat",posterior="mood",predictive="mixture",status="200"} 1.0',
         'posterior_prompt_tokens_total{posterior="gang"} 29.0',
         'posterior_generated_tokens_total{posterior="mood"} 2.0',
         'posterior_answers_total{posterior="gang",predictive="mixture"} 2.0',
         'posterior_confidence_count{posterior="gang",predictive="mixture"} 2.0',
         'posterior_epistemic_entropy_nats_count{posterior="gang",predictive="mixture"} 2.0',
         'posterior_total_entropy_nats_count{posterior="gang",predictive="mixture"} 2.0',
+        'posterior_token_epistemic_entropy_nats_count{posterior="mood"} 1.0',
+        'posterior_effective_particles_ratio_count{posterior="mood"} 1.0',
+        'posterior_gang_resumes_total{posterior="mood"} 0.0',
         'posterior_info{base="tiny-base",family="laplace",hash="abcdef0123456789",posterior="mood"} 1.0',
     ):
         assert line in lines, line

@@ -144,7 +144,7 @@ def test_models_list(client: openai.OpenAI, server: Running) -> None:
 
 
 def test_chat_equals_generation_by_transformers(client: openai.OpenAI, server: Running) -> None:
-    answer = client.chat.completions.create(model="mood", messages=MESSAGES, temperature=0, max_tokens=8)  # type: ignore[call-overload]
+    answer = client.chat.completions.create(model="mood/map", messages=MESSAGES, temperature=0, max_tokens=8)  # type: ignore[call-overload]
     tokenizer = base_models.load_tokenizer(server.base)
     model = lora.load_peft(base_models.load_model(server.base, torch.float32, "cpu"), server.mood.map_dir)
     prompt = torch.tensor([chat_ids(tokenizer, MESSAGES)])
@@ -160,11 +160,11 @@ def test_streams_give_the_same_text(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(messages=MESSAGES, **options).choices[0].message.content
     chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **options))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
-    assert chunks[-1].choices[0].model_extra["uncertainty"]["predictive"] == "map"
+    assert chunks[-1].choices[0].model_extra["uncertainty"]["predictive"] == "mixture"
     text = client.completions.create(prompt="Once upon", **options).choices[0].text
     parts = list(client.completions.create(prompt="Once upon", stream=True, **options))
     assert "".join(part.choices[0].text for part in parts) == text
-    assert parts[-1].choices[0].model_extra["uncertainty"]["predictive"] == "map"
+    assert parts[-1].choices[0].model_extra["uncertainty"]["predictive"] == "mixture"
 
 
 def test_answers_through_the_stock_client(client: openai.OpenAI, server: Running) -> None:

@@ -1,0 +1,58 @@
+"""A gang: one request that K particles decode in lockstep; what its HTTP side, scheduler and sampler tell each other.
+
+To vLLM's front end a gang is one request, its leader, who runs the first particle. The scheduler
+(server.engine.scheduler) adds K - 1 siblings that the front end never sees; the sampler (server.engine.mixing) mixes
+the K rows, lets the leader's row draw the token as vLLM always does, and makes every sibling append it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from posterior.decoding import Mixing
+from server.engine import Adapter
+
+LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "adapters", "weights", "mixing"}
+SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
+NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nothing else here uses
+
+Note = dict[str, Any]  # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "resumed": how often}
+
+
+@dataclass
+class Text:
+    """One text being written: a row [log p_1, ..., log p_K, total entropy, aleatoric entropy] per token; how many of
+    the tokens have been handed out; of how many a stream has told the uncertainty."""
+
+    rows: list[list[float]] = field(default_factory=list)
+    delivered: int = 0
+    told: int = 0
+
+
+@dataclass
+class Trace:
+    """A request for text under a mixture of particles and, as it is answered, what became of it.
+
+    `texts` has an entry for each prompt and each of its n choices. `explicit`: the client set max_tokens itself.
+    """
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    mixing: Mixing
+    explicit: bool = False
+    texts: list[list[Text]] = field(default_factory=list)
+    resumed: int = 0
+
+    def extra_args(self, key: str) -> dict[str, Any]:
+        """What the leader's sampling parameters carry to the engine's processes; notes come back under `key`."""
+        adapters = [[adapter.name, adapter.number, str(adapter.path)] for adapter in self.adapters]
+        return {LEADER: {"key": key, "adapters": adapters, "weights": list(self.weights), "mixing": self.mixing}}
+
+    def text(self, choice: int) -> Text:
+        """The text of a choice as OpenAI numbers them: the n choices of the first prompt, then those of the next."""
+        n = len(self.texts[0])
+        return self.texts[choice // n][choice % n]
+
+
+CURRENT: ContextVar[Trace | None] = ContextVar("CURRENT", default=None)  # of the HTTP request being handed to vLLM

@@ -1,0 +1,208 @@
+"""Mixing in the process that samples: K rows of logits, one per particle, become the posterior predictive of one token.
+
+For each gang whose K rows all stand at the same position:
+- before anything else of vLLM's sampling the leader's row is replaced by log sum_k w_k p_k, the mixture. So grammar
+  masks, allowed and forbidden tokens, penalties, temperature, top-k, top-p, min-p and log-probabilities all act on
+  the mixture as on any one model's distribution;
+- after it every sibling's row is given the leader's token, and the particles' weights are updated (posterior.decoding).
+Rows of a gang that is not complete in this step are discarded, as vLLM discards those of a prompt read in part.
+
+State: K numbers a gang, dropped with the leader; log-probabilities [gangs, K, vocabulary] only within a step.
+
+Seeded requests draw from a generator that is set anew for each token from (seed, position): the noise does not depend
+on how the prompt was cut, on preemption, or on what else is in the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from server.engine.gang import LEADER, NOTE, SIBLING
+
+
+@dataclass
+class Gang:
+    """log_weights: [K] float64 on the CPU, normalised, of the next token; sequence: whether tokens update them."""
+
+    log_weights: Tensor
+    sequence: bool
+
+
+@dataclass
+class Step:
+    """The complete gangs of one step that have the same K; rows [G, K] of the batch, the leader's first."""
+
+    leaders: list[str]
+    rows: Tensor
+    log_p: Tensor  # [G, K, V]
+    entropies: Tensor  # [G, 2]: total and aleatoric, nats
+
+
+def mix(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mixture log-probabilities [G, V], the particles' log_p [G, K, V], entropies [G, 2]) from logits [G, K, V] and
+    log_weights [G, K]; float32, nats."""
+    log_p = logits.float().log_softmax(-1)
+    log_w = log_weights.to(log_p)[..., None]
+    mixture = torch.logsumexp(log_p + log_w, 1)
+    aleatoric = (log_w[..., 0].exp() * _entropy(log_p)).sum(1)
+    return mixture, log_p, torch.stack([_entropy(mixture), aleatoric], 1)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # the clamp keeps 0 * -inf out
+
+
+class Mixer:
+    """The gangs of one model runner."""
+
+    def __init__(self) -> None:
+        self.gangs: dict[str, Gang] = {}
+        self._members: dict[str, tuple[str, int] | None] = {}  # (leader, number of the particle) by request id
+        self._steps: list[Step] = []
+        self.notes: dict[str, list[float]] = {}  # by leader: log p_1 .. log p_K of the step's token, its entropies
+
+    def before(self, runner: Any, logits: Tensor) -> Tensor:
+        """Logits [rows, V] with the mixture in each complete gang's leader's row; float32 if there is any."""
+        found: dict[str, dict[int, int]] = {}
+        for row, request_id in enumerate(runner.input_batch.req_ids):
+            member = self._member(runner, request_id)
+            if member is not None:
+                found.setdefault(member[0], {})[member[1]] = row
+        complete: dict[int, list[tuple[str, list[int]]]] = {}
+        for leader, rows in found.items():
+            if self._is_complete(runner, leader, rows):
+                complete.setdefault(len(rows), []).append((leader, [rows[k] for k in sorted(rows)]))
+            else:
+                runner.discard_request_mask.np[list(rows.values())] = True
+        self._steps, self.notes = [], {}
+        if complete:
+            logits = logits.float()
+        for group in complete.values():
+            leaders = [leader for leader, _ in group]
+            index = torch.tensor([members for _, members in group], device=logits.device)
+            log_weights = torch.stack([self.gangs[leader].log_weights for leader in leaders])
+            mixture, log_p, entropies = mix(logits[index], log_weights)
+            logits[index[:, 0]] = mixture
+            self._steps.append(Step(leaders, index, log_p, entropies))
+        return logits
+
+    def _member(self, runner: Any, request_id: str) -> tuple[str, int] | None:
+        if request_id not in self._members:
+            params = runner.requests[request_id].sampling_params
+            extra = (params and params.extra_args) or {}
+            if LEADER in extra:
+                weights = torch.tensor(extra[LEADER]["weights"], dtype=torch.float64)
+                self.gangs[request_id] = Gang((weights / weights.sum()).log(), extra[LEADER]["mixing"] == "sequence")
+                self._members[request_id] = (request_id, 0)
+            else:
+                self._members[request_id] = tuple(extra[SIBLING]) if SIBLING in extra else None
+        return self._members[request_id]
+
+    def _is_complete(self, runner: Any, leader: str, rows: dict[int, int]) -> bool:
+        batch, gang = runner.input_batch, self.gangs.get(leader)
+        if gang is None or len(rows) != len(gang.log_weights):
+            return False
+        positions = {int(batch.num_tokens_no_spec[row]) for row in rows.values()}
+        return len(positions) == 1 and not any(runner.discard_request_mask.np[list(rows.values())])
+
+    def after(self, sampled: Tensor) -> None:
+        """Give siblings their leader's token, in place in `sampled` [rows, 1], and update the weights."""
+        for step in self._steps:
+            tokens = sampled[step.rows[:, 0]]  # [G, 1]
+            sampled[step.rows] = tokens[:, None]
+            chosen = step.log_p.gather(2, tokens.long()[:, None].expand(-1, step.rows.shape[1], 1))[..., 0]
+            self.notes |= {
+                leader: [*log_p, *entropies]
+                for leader, log_p, entropies in zip(step.leaders, chosen.tolist(), step.entropies.tolist(), strict=True)
+            }
+            for leader, log_p in zip(step.leaders, chosen.double().cpu(), strict=True):
+                gang = self.gangs[leader]
+                if gang.sequence:
+                    gang.log_weights = (gang.log_weights + log_p).log_softmax(0)
+        self._steps = []
+
+    def forget(self, request_id: str) -> None:
+        self._members.pop(request_id, None)
+        self.gangs.pop(request_id, None)
+
+
+class PositionedGenerator(torch.Generator):
+    """A generator that is set anew for every token: nothing to rewind when vLLM discards a draw (on a CPU it could
+    not)."""
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
+
+
+def _seed_rows(runner: Any) -> None:
+    """Set the generator of every seeded row from its seed and its position in the output."""
+    batch = runner.input_batch
+    for row, generator in batch.generators.items():
+        request = runner.requests[batch.req_ids[row]]
+        if not isinstance(generator, PositionedGenerator):
+            generator = batch.generators[row] = request.generator = PositionedGenerator(device=generator.device)
+        generator.manual_seed(token_seed(request.sampling_params.seed, len(request.output_token_ids)))
+
+
+def token_seed(seed: int, position: int) -> int:
+    """A 63-bit hash (SplitMix64's finaliser) of a request's seed and a position in its output."""
+    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 1) % 2**64
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
+    return (x ^ x >> 31) >> 1
+
+
+def install() -> None:
+    """Let every GPUModelRunner (the CPU's is one) of this process mix gangs."""
+
+    def mixer(runner: Any) -> Mixer:
+        if not hasattr(runner, "posterior_mixer"):
+            runner.posterior_mixer = Mixer()
+        found: Mixer = runner.posterior_mixer
+        return found
+
+    def replace(name: str, make: Callable[[Any], Any]) -> None:
+        original = getattr(GPUModelRunner, name)
+        setattr(GPUModelRunner, name, functools.wraps(original)(make(original)))
+
+    def sample_tokens(original: Any) -> Any:
+        def mixed(self: Any, grammar_output: Any) -> Any:
+            state = self.execute_model_state
+            if state is None or state.logits is None:
+                return original(self, grammar_output)
+            self.execute_model_state = state._replace(logits=mixer(self).before(self, state.logits))
+            output = original(self, grammar_output)
+            if mixer(self).notes:
+                setattr(output, NOTE, mixer(self).notes)
+            return output
+
+        return mixed
+
+    def sample(original: Any) -> Any:
+        def shared(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+            _seed_rows(self)
+            output = original(self, logits, spec_decode_metadata)
+            mixer(self).after(output.sampled_token_ids)
+            return output
+
+        return shared
+
+    def removed(original: Any) -> Any:
+        def forgotten(self: Any, req_id: str, req_state: Any) -> None:
+            original(self, req_id, req_state)
+            mixer(self).forget(req_id)
+
+        return forgotten
+
+    replace("sample_tokens", sample_tokens)
+    replace("_sample", sample)
+    replace("_on_request_state_removed", removed)

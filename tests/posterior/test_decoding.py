@@ -1,0 +1,76 @@
+"""Text under the mixture against loops over particles and tokens, and identities that must hold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from posterior.decoding import Mixing, text_predictive
+
+T, K = 7, 4
+
+
+def random_text(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    log_p = -3 * torch.rand(T, K, generator=generator, dtype=torch.float64) - 0.01
+    return log_p, torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_logprob_and_weights_by_a_loop(mixing: Mixing) -> None:
+    log_p, weights = random_text()
+    entropies = torch.linspace(1, 2, T)
+    result = text_predictive(log_p, weights, mixing, entropies, entropies / 2)
+    w = [value / 10 for value in (4, 3, 2, 1)]
+    for t in range(T):
+        p = [math.exp(float(log_p[t, k])) for k in range(K)]
+        mean = sum(a * b for a, b in zip(w, p, strict=True))
+        assert float(result.logprob[t]) == pytest.approx(math.log(mean), abs=1e-12)
+        assert result.log_weights[t].exp().tolist() == pytest.approx(w, abs=1e-12)
+        assert float(result.variance[t]) == pytest.approx(sum(a * (b - mean) ** 2 for a, b in zip(w, p, strict=True)))
+        assert float(result.effective_particles[t]) == pytest.approx(1 / sum(a * a for a in w))
+        if mixing == "sequence":
+            w = [a * b / mean for a, b in zip(w, p, strict=True)]
+    assert result.log_weights[-1].exp().tolist() == pytest.approx(w, abs=1e-12)
+
+
+def test_sequence_mixing_is_the_exact_predictive_and_its_information_a_divergence() -> None:
+    log_p, weights = random_text(1)
+    w = weights.double() / weights.double().sum()
+    result = text_predictive(log_p, weights, "sequence", torch.ones(T), torch.ones(T))
+    exact = float(torch.logsumexp(w.log() + log_p.sum(0), 0))
+    assert float(result.logprob.sum()) == pytest.approx(exact, abs=1e-12)
+    divergence = float((w * (w.log() - result.log_weights[-1])).sum())
+    assert result.information == pytest.approx(divergence, abs=1e-6)
+    assert result.expected == pytest.approx(float((w.double() * log_p.sum(0)).sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_monte_carlo_error_matches_the_spread_over_posteriors(mixing: Mixing) -> None:
+    """The standard error of log p(y|x, D) is the standard deviation over many draws of K particles, within 15 %."""
+    generator = torch.Generator().manual_seed(0)
+    k, values, errors = 64, [], []
+    for _ in range(400):
+        log_p = -0.5 - 0.3 * torch.randn(3, k, generator=generator, dtype=torch.float64).abs()
+        result = text_predictive(log_p, torch.ones(k), mixing, torch.ones(3), torch.ones(3))
+        values.append(float(result.logprob.sum()))
+        errors.append(result.mc_error)
+    assert sum(errors) / len(errors) == pytest.approx(float(torch.tensor(values).std()), rel=0.15)
+
+
+def test_one_particle_has_no_epistemic_part_and_no_text_is_certain() -> None:
+    log_p = torch.full((T, 1), -0.7)
+    one = text_predictive(log_p, torch.ones(1), "sequence", torch.ones(T), torch.ones(T))
+    assert one.information == one.mc_error == float(one.variance.sum()) == float(one.epistemic.sum()) == 0
+    assert one.confidence == pytest.approx(math.exp(-0.7))
+    none = text_predictive(torch.zeros(0, K), torch.ones(K), "token", torch.zeros(0), torch.zeros(0))
+    assert none.confidence == 1.0 and none.log_weights.shape == (1, K)
+
+
+def test_a_particle_of_weight_zero_changes_nothing() -> None:
+    log_p, _ = random_text(2)
+    some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]), "sequence", torch.ones(T), torch.ones(T))
+    more = text_predictive(log_p[:, :3], torch.tensor([0.6, 0.4, 0.0]), "sequence", torch.ones(T), torch.ones(T))
+    assert torch.allclose(some.logprob, more.logprob) and some.expected == pytest.approx(more.expected)
