@@ -84,6 +84,7 @@ def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
     for folder in _folders(root):
         posterior = artefact.load(folder)
         posterior.check_base(base.hash)
+        _check_targets(posterior)
         entry = _serve(posterior, numbers, particles, cache)
         for name, item in {
             entry.name: entry,
@@ -126,6 +127,19 @@ def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: 
         particles=tuple(Adapter(f"{label}/{k:03d}", path, next(numbers)) for k, path in enumerate(paths)),
         weights=weights,
     )
+
+
+def _check_targets(posterior: Posterior) -> None:
+    """Raises PosteriorError for adapters of the vocabulary, which vLLM's prompt log-probabilities would ignore."""
+    found = {"lm_head", "embed_tokens"} & {
+        *posterior.lora["target_modules"],
+        *(posterior.lora.get("modules_to_save") or ()),
+    }
+    if found:
+        raise PosteriorError(
+            f"{posterior.name!r} adapts {', '.join(sorted(found))}; only adapters inside the layers are served: "
+            "fit it with other --targets"
+        )
 
 
 def _label(posterior: Posterior) -> str:

@@ -56,14 +56,10 @@ class Writer:
         record |= {
             "mixing": self.trace.mixing,
             "particles": len(self.trace.adapters),
-            "confidence": result.confidence,
-            "logprob": float(result.logprob.sum()),
-            "expected_logprob": result.expected,
-            "information": result.information,
-            "entropy": {name: float(getattr(result, name).sum()) for name in ("total", "aleatoric", "epistemic")},
-            "effective_particles": 1 / float(after.square().sum()),
-            "mc_error": result.mc_error,
+            **_summary(result),
         }
+        if text.prompt:
+            record["prompt"] = _summary(_predictive(self.trace, text.prompt))
         if self.options.per_particle:
             record["per_particle"] = {"logprob": result.particles.sum(0).tolist(), "weight": after.tolist()}
         if self.options.tokens:
@@ -122,6 +118,18 @@ def _predictive(trace: Trace, rows: list[list[float]]) -> TextPredictive:
     table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(trace.adapters) + 2)
     weights = torch.tensor(trace.weights, dtype=torch.float64)
     return text_predictive(table[:, :-2], weights, trace.mixing, table[:, -2], table[:, -1])
+
+
+def _summary(result: TextPredictive) -> dict[str, Any]:
+    return {
+        "confidence": result.confidence,
+        "logprob": float(result.logprob.sum()),
+        "expected_logprob": result.expected,
+        "information": result.information,
+        "entropy": {name: float(getattr(result, name).sum()) for name in ("total", "aleatoric", "epistemic")},
+        "effective_particles": 1 / float(result.log_weights[-1].exp().square().sum()),
+        "mc_error": result.mc_error,
+    }
 
 
 def _tokens(result: TextPredictive, start: int, per_particle: bool) -> list[dict[str, Any]]:

@@ -100,5 +100,6 @@ class MixingLLM(AsyncLLM):
             if note is not None and state is not None and note["key"] in self._texts:
                 trace, texts = self._texts[note["key"]]
                 texts[state.request_index].rows.append(note["row"])
+                texts[state.request_index].prompt += note.get("prompt", [])
                 trace.resumed += note["resumed"]
         return self._process_outputs(engine_core_outputs, *args, **kwargs)

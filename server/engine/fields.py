@@ -24,13 +24,11 @@ def check_fields(body: dict[str, Any], known: frozenset[str]) -> None:
     """Raises ApiError 400 for a field of vLLM's (`known`) that is not served here, or a request too large.
 
     Not served are those that reach into the server (templates, media, transfer parameters), cost without bound (beam
-    search), or crash the engine (prompt log-probabilities under LoRA, on CPU). Fields unknown to vLLM are ignored.
+    search). Fields unknown to vLLM are ignored.
     """
     for field in body.keys() & known - SERVED:
         if body[field] is not None and body[field] is not False:  # clients may spell out a default
             raise bad_request(f"the field {field!r} is not served here", field)
-    if body.get("echo") and body.get("logprobs") is not None:
-        raise bad_request("'echo' together with 'logprobs' is not served here", "echo")
     prompt, n = body.get("prompt"), body.get("n")
     if isinstance(prompt, list) and any(not isinstance(item, int) for item in prompt) and len(prompt) > MAX_PROMPTS:
         raise bad_request(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS} are served", "prompt")

@@ -15,9 +15,8 @@ from server.engine import Adapter
 
 LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "adapters", "weights", "mixing"}
 SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
-NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nothing else here uses
-
-Note = dict[str, Any]  # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "resumed": how often}
+NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nobody else uses here:
+# {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "prompt": such rows if it is scored, "resumed"}
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Text:
     the tokens have been handed out; of how many a stream has told the uncertainty."""
 
     rows: list[list[float]] = field(default_factory=list)
+    prompt: list[list[float]] = field(default_factory=list)  # likewise of the prompt's tokens but the first, if scored
     delivered: int = 0
     told: int = 0
 

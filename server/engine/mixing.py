@@ -15,7 +15,7 @@ on how the prompt was cut, on preemption, or on what else is in the batch."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,16 @@ from torch import Tensor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine.gang import LEADER, NOTE, SIBLING
+from server.engine.laws import mix
+from server.engine.prompts import PromptStates, score
 
 
 @dataclass
 class Gang:
-    """log_weights: [K] float64 on the CPU, normalised, of the next token; sequence: whether tokens update them."""
+    """log_weights: [K] float64 on the CPU, normalised, of the next token, `start` of the first; sequence: whether
+    tokens update them."""
 
+    start: Tensor
     log_weights: Tensor
     sequence: bool
 
@@ -44,20 +48,6 @@ class Step:
     entropies: Tensor  # [G, 2]: total and aleatoric, nats
 
 
-def mix(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mixture log-probabilities [G, V], the particles' log_p [G, K, V], entropies [G, 2]) from logits [G, K, V] and
-    log_weights [G, K]; float32, nats."""
-    log_p = logits.float().log_softmax(-1)
-    log_w = log_weights.to(log_p)[..., None]
-    mixture = torch.logsumexp(log_p + log_w, 1)
-    aleatoric = (log_w[..., 0].exp() * _entropy(log_p)).sum(1)
-    return mixture, log_p, torch.stack([_entropy(mixture), aleatoric], 1)
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # the clamp keeps 0 * -inf out
-
-
 class Mixer:
     """The gangs of one model runner."""
 
@@ -65,7 +55,10 @@ class Mixer:
         self.gangs: dict[str, Gang] = {}
         self._members: dict[str, tuple[str, int] | None] = {}  # (leader, number of the particle) by request id
         self._steps: list[Step] = []
-        self.notes: dict[str, list[float]] = {}  # by leader: log p_1 .. log p_K of the step's token, its entropies
+        self.notes: dict[
+            str, dict[str, Any]
+        ] = {}  # by leader: {"row": log p_1 .. log p_K of the step's token, entropies}
+        self.prompts = PromptStates()
 
     def before(self, runner: Any, logits: Tensor) -> Tensor:
         """Logits [rows, V] with the mixture in each complete gang's leader's row; float32 if there is any."""
@@ -98,7 +91,8 @@ class Mixer:
             extra = (params and params.extra_args) or {}
             if LEADER in extra:
                 weights = torch.tensor(extra[LEADER]["weights"], dtype=torch.float64)
-                self.gangs[request_id] = Gang((weights / weights.sum()).log(), extra[LEADER]["mixing"] == "sequence")
+                start = (weights / weights.sum()).log()
+                self.gangs[request_id] = Gang(start, start, extra[LEADER]["mixing"] == "sequence")
                 self._members[request_id] = (request_id, 0)
             else:
                 self._members[request_id] = tuple(extra[SIBLING]) if SIBLING in extra else None
@@ -118,7 +112,7 @@ class Mixer:
             sampled[step.rows] = tokens[:, None]
             chosen = step.log_p.gather(2, tokens.long()[:, None].expand(-1, step.rows.shape[1], 1))[..., 0]
             self.notes |= {
-                leader: [*log_p, *entropies]
+                leader: {"row": [*log_p, *entropies]}
                 for leader, log_p, entropies in zip(step.leaders, chosen.tolist(), step.entropies.tolist(), strict=True)
             }
             for leader, log_p in zip(step.leaders, chosen.double().cpu(), strict=True):
@@ -127,7 +121,33 @@ class Mixer:
                     gang.log_weights = (gang.log_weights + log_p).log_softmax(0)
         self._steps = []
 
+    def score_prompts(self, runner: Any, hidden: Tensor, scheduled: Mapping[str, int]) -> dict[str, Any]:
+        """Prompt log-probabilities of the gangs whose prompt has been read by all; keeps the states of the others.
+
+        hidden [tokens of the step, d]. Takes those gangs' wishes out of `runner.num_prompt_logprobs` for good.
+        """
+        wishes = {leader: top for leader, top in runner.num_prompt_logprobs.items() if leader in self.gangs}
+        for row, request_id in enumerate(runner.input_batch.req_ids):
+            leader, particle = self._members.get(request_id) or ("", 0)
+            if leader in wishes:
+                start = runner.requests[request_id].num_computed_tokens
+                last = len(runner.requests[leader].prompt_token_ids) - 1  # its law is the first new token's
+                count = min(scheduled[request_id], last - start)
+                if count > 0:
+                    offset = int(runner.query_start_loc.np[row])
+                    self.prompts.take(leader, particle, start, hidden[offset : offset + count])
+        results = {}
+        for leader, top in wishes.items():
+            if leader in self.notes:
+                del runner.num_prompt_logprobs[leader]
+                gang, tokens = self.gangs[leader], runner.requests[leader].prompt_token_ids
+                states = self.prompts.pop(leader)
+                results[leader], rows = score(runner, states, tokens, gang.start, gang.sequence, top)
+                self.notes[leader]["prompt"] = rows
+        return results
+
     def forget(self, request_id: str) -> None:
+        self.prompts.forget(request_id)
         self._members.pop(request_id, None)
         self.gangs.pop(request_id, None)
 
@@ -203,6 +223,19 @@ def install() -> None:
 
         return forgotten
 
+    def prompt_scores(original: Any) -> Any:
+        def scored(self: Any, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+            results = mixer(self).score_prompts(self, hidden_states, num_scheduled_tokens)
+            waiting = {k: v for k, v in self.num_prompt_logprobs.items() if k in mixer(self).gangs}
+            for leader in waiting:
+                del self.num_prompt_logprobs[leader]
+            results |= original(self, hidden_states, num_scheduled_tokens)
+            self.num_prompt_logprobs |= waiting
+            return results
+
+        return scored
+
     replace("sample_tokens", sample_tokens)
+    replace("_get_prompt_logprobs_dict", prompt_scores)
     replace("_sample", sample)
     replace("_on_request_state_removed", removed)

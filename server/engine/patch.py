@@ -16,7 +16,7 @@ import torch
 import vllm
 from vllm.v1.sample.sampler import Sampler
 
-from server.engine import mixing
+from server.engine import cpu_lora, mixing
 
 MENDED_VERSION = "0.32.0"
 
@@ -45,6 +45,7 @@ def _mended(original: Any) -> Any:
 def install() -> None:
     """Mend `Sampler` of this process, if it is the version we know."""
     mixing.install()
+    cpu_lora.install()
     if vllm.__version__ == MENDED_VERSION:
         Sampler.forward = _mended(Sampler.forward)  # type: ignore[method-assign]
     else:

@@ -67,6 +67,7 @@ class GangScheduler(Scheduler):
                 ignore_eos=True,
                 detokenize=False,
                 extra_args={SIBLING: [leader.request_id, number]},
+                skip_reading_prefix_cache=leader.skip_reading_prefix_cache,  # a prompt to be scored must be read
             ),
             pooling_params=None,
             client_index=leader.client_index,
@@ -170,15 +171,15 @@ class GangScheduler(Scheduler):
         for leader in stepped & self.gangs.keys():
             self._settle(leader)
         if stepped:
-            notes: dict[str, list[float]] = getattr(model_runner_output, NOTE, {})
+            notes: dict[str, dict[str, Any]] = getattr(model_runner_output, NOTE, {})
             for client in outputs.values():
                 client.outputs = [o for o in client.outputs if not o.request_id.startswith(SIBLING)]
                 for output in client.outputs:
                     if output.request_id in notes:
                         output.kv_transfer_params = {
                             NOTE: {
+                                **notes[output.request_id],
                                 "key": keys[output.request_id],
-                                "row": notes[output.request_id],
                                 "resumed": self._resumed.pop(output.request_id, 0),
                             }
                         }

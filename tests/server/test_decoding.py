@@ -235,3 +235,42 @@ def test_a_client_that_leaves_frees_the_whole_gang(server: Running) -> None:
         time.sleep(0.2)
     assert server.running_requests() == 0
     assert write(server, PROMPTS[0])["finish_reason"] in ("length", "stop")
+
+
+# Prompts scored under the mixture
+
+
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_echo_with_logprobs_scores_the_prompt_under_the_mixture(
+    server: Running, reference: Reference, tokenizer: Any, mixing: Mixing
+) -> None:
+    """As lm-evaluation-harness's `local-completions` asks: max_tokens 1, echo, logprobs 1. Within 1e-3 nats."""
+    prompt = PROMPTS[1]
+    body = {"model": "gang", "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    choice = server.post("/v1/completions", **body, seed=1234, uncertainty={"mixing": mixing})["choices"][0]
+    ids = tokenizer.encode(prompt)
+    log_p = reference.log_p(ids[:1], ids[1:])
+    laws, weights = mixture(log_p, ids[1:], WEIGHTS, mixing)
+    expected = [float(laws[t, token]) for t, token in enumerate(ids[1:])]
+    found = choice["logprobs"]
+    assert found["token_logprobs"][0] is None and len(found["token_logprobs"]) == len(ids) + 1
+    assert found["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-3)
+    greedy = [max(top, key=top.get) == found["tokens"][t] for t, top in enumerate(found["top_logprobs"]) if t]
+    assert greedy[: len(ids) - 1] == [int(law.argmax()) == token for law, token in zip(laws, ids[1:], strict=False)]
+    summary = choice["uncertainty"]["prompt"]
+    assert summary["logprob"] == pytest.approx(sum(expected), abs=2e-3)
+    assert summary["effective_particles"] == pytest.approx(1 / float(weights[-1].square().sum()), abs=1e-3)
+    new = write(server, prompt, mixing, max_tokens=1)
+    assert choice["uncertainty"]["logprob"] == pytest.approx(new["uncertainty"]["logprob"], abs=1e-3), (
+        "what is generated starts from the posterior's own weights: the prompt is given, not drawn"
+    )
+
+
+def test_echo_without_generation_and_of_one_adapter(server: Running, tokenizer: Any) -> None:
+    body = {"prompt": PROMPTS[:3], "max_tokens": 0, "echo": True, "logprobs": 2}
+    for model in ("gang", "gang/map", server.base_name):
+        for prompt, choice in zip(
+            PROMPTS, server.post("/v1/completions", model=model, **body)["choices"], strict=False
+        ):
+            assert choice["text"] == prompt and len(choice["logprobs"]["tokens"]) == len(tokenizer.encode(prompt))
+            assert all(-50 < logprob < 0 for logprob in choice["logprobs"]["token_logprobs"][1:])

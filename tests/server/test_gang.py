@@ -1,0 +1,165 @@
+"""Gangs under pressure: the real scheduler and mixer, a hash for a model, random loads. `make properties` runs more
+seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posterior import base as base_models
+from posterior.decoding import Mixing
+from server.engine import Adapter
+from server.engine.gang import Trace
+from server.engine.laws import mix
+from tests.server.gangs import VOCABULARY, Engine, Runner, alone, law, make_scheduler, token_seed
+
+SEEDS = int(os.environ.get("SEEDS", "25"))
+ADAPTERS = tuple(Adapter(f"p{k}", Path(f"/nowhere/p{k}"), k + 1) for k in range(8))
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return base_models.resolve().path
+
+
+def gang(k: int, mixing: Mixing = "sequence", first: int = 0) -> Trace:
+    return Trace(ADAPTERS[first : first + k], tuple(float(1 + i) for i in range(k)), mixing)
+
+
+def expected(trace: Trace | None, prompt: list[int], tokens: int) -> list[int]:
+    if trace is None:
+        return alone(["base"], [1.0], "token", prompt, tokens)
+    return alone([a.name for a in trace.adapters], trace.weights, trace.mixing, prompt, tokens)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_any_load_gives_every_request_its_own_text(model: Path, seed: int) -> None:
+    """Gangs and plain requests of random sizes and lengths, a cache too small for all, clients that leave: whoever
+    stays gets exactly what brute force gives for the request alone, and nothing is left behind."""
+    rng = random.Random(seed)
+    engine = Engine(
+        make_scheduler(
+            model,
+            blocks=rng.choice([40, 60, 90]),
+            sequences=rng.choice([8, 12, 24]),
+            batched_tokens=rng.choice([24, 40, 128]),
+            loras=8,
+        )
+    )
+    wanted: dict[str, tuple[Trace | None, list[int], int]] = {}
+    for number in range(rng.randint(4, 14)):
+        k = rng.choice([0, 1, 2, 3, 4])  # 4 x (12 + 12) tokens need 24 of at least 39 blocks
+        trace = gang(k, rng.choice(["sequence", "token"]), rng.randint(0, 4)) if k else None
+        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 12))]
+        wanted[f"r{number}"] = (trace, prompt, rng.randint(1, 12))
+    arrivals = list(wanted)
+    while arrivals:
+        for _ in range(rng.randint(1, 4)):
+            if arrivals:
+                name = arrivals.pop(0)
+                trace, prompt, tokens = wanted[name]
+                engine.add(name, prompt, tokens, trace)
+        for _ in range(rng.randint(0, 5)):
+            engine.step()
+        for name, written in engine.written.items():
+            if not written.finished and rng.random() < 0.05:
+                engine.abort(name)
+                del wanted[name]
+    engine.run()
+    for name, (trace, prompt, tokens) in wanted.items():
+        written = engine.written[name]
+        assert written.tokens == expected(trace, prompt, tokens), name
+        assert written.notes == (tokens if trace is not None else 0) and written.resumed == 0
+    engine.assert_nothing_left()
+
+
+def test_pressure_really_preempts(model: Path) -> None:
+    engine = Engine(make_scheduler(model, blocks=33, sequences=24, batched_tokens=64, loras=8))
+    preempted: list[str] = []
+    original = engine.scheduler._preempt_request
+
+    def count(request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        original(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = count  # type: ignore[method-assign]
+    for number in range(4):
+        engine.add(f"r{number}", [number] * 6, 20, gang(4))
+    engine.run()
+    assert preempted
+    for number in range(4):
+        assert engine.written[f"r{number}"].tokens == expected(gang(4), [number] * 6, 20)
+    engine.assert_nothing_left()
+
+
+def test_siblings_that_disagree_begin_again_from_the_clients_text(model: Path) -> None:
+    flips = {3, 9}
+    seen: list[str] = []
+
+    def fault(request_id: str, token: int) -> int:
+        if request_id.startswith("posterior_sibling:r0:1"):
+            seen.append(request_id)
+            if len(seen) in flips:
+                return (token + 1) % VOCABULARY
+        return token
+
+    engine = Engine(make_scheduler(model, blocks=60, sequences=8, batched_tokens=64, loras=8), Runner(fault))
+    check, engine._check = engine._check, lambda: None  # type: ignore[method-assign]
+    engine.add("r0", [1, 2, 3], 16, gang(3))
+    engine.add("r1", [4, 5], 16, gang(2))
+    engine.run()
+    check()
+    assert engine.written["r0"].tokens == expected(gang(3), [1, 2, 3], 16), "never silently wrong"
+    assert engine.written["r0"].resumed == 2 and engine.written["r1"].resumed == 0
+    assert len(set(seen)) == 3, "two generations of replacements"
+    engine.assert_nothing_left()
+
+
+def test_neither_gangs_nor_plain_requests_starve(model: Path) -> None:
+    """The stated bound: a request gets its first token after at most the remaining tokens of what runs when it
+    arrives plus those of what waits before it, whatever comes later; plus one step for each to be admitted."""
+    for gang_first in (True, False):
+        engine = Engine(make_scheduler(model, blocks=60, sequences=5, batched_tokens=64, loras=8))
+        for number in range(5):
+            engine.add(f"early{number}", [number] * 3, 10)
+        engine.step()
+        engine.add("target", [7, 8], 10, gang(4) if gang_first else None)
+        arrival = engine.steps
+        for step in range(200):
+            later = gang(4) if not gang_first else None
+            engine.add(f"late{step}", [step % VOCABULARY] * 3, 10, later)
+            engine.step()
+            if engine.written["target"].admitted is not None:
+                break
+        assert engine.written["target"].admitted is not None
+        assert engine.written["target"].admitted - arrival <= 10 + 1
+
+
+def test_mixing_is_the_weighted_average_of_probabilities() -> None:
+    logits = torch.stack([torch.stack([law(f"p{k}", [g]) for k in range(3)]) for g in range(2)])
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.9, 0.1]], dtype=torch.float64)
+    mixture, log_p, entropies = mix(logits, weights.log())
+    for g in range(2):
+        p = logits[g].double().softmax(1)
+        law_ = weights[g] @ p
+        assert torch.allclose(mixture[g].double().exp(), law_, atol=1e-7)
+        assert torch.allclose(log_p[g].double(), p.log(), atol=1e-5)
+        assert entropies[g, 0].item() == pytest.approx(float(-(law_ * law_.log()).sum()), abs=1e-5)
+        assert entropies[g, 1].item() == pytest.approx(float(weights[g] @ -(p * p.log()).sum(1)), abs=1e-5)
+
+
+def test_words_that_no_particle_can_say_do_no_harm() -> None:
+    logits = torch.tensor([[[0.0, 1.0, -torch.inf], [0.5, 0.0, -torch.inf]]])
+    mixture, _, entropies = mix(logits, torch.tensor([[0.5, 0.5]], dtype=torch.float64).log())
+    assert mixture[0, 2] == -torch.inf and bool(torch.isfinite(entropies).all())
+
+
+def test_token_seeds_differ_by_seed_and_position() -> None:
+    seeds = {token_seed(seed, position) for seed in range(-50, 50) for position in range(200)}
+    assert len(seeds) == 100 * 200 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed % 2**32 for seed in seeds}) > 19_990, "a CPU generator uses 32 bits of it"
