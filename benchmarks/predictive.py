@@ -196,7 +196,7 @@ def stock(
         gpu_memory_utilization=0.3,
     )
     modules = [f"particle-{k}={path}" for k, path in enumerate(adapters)]
-    command = ["-m", "vllm.entrypoints.openai.api_server", *config.arguments(), "--lora-modules", *modules]
+    command = ["-m", "vllm.entrypoints.openai.api_server", *config.stock_arguments(), "--lora-modules", *modules]
     return running(command, "/health", {})
 
 

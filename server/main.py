@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
-from posterior.base import Base, load_tokenizer, resolve
+from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from server import auth, registry
 from server.engine.config import EngineConfig, set_environment
@@ -54,12 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, help=text)
     text = "sequences in one batch of vLLM; a mixture takes one a particle (default: 64)"
     add("--max-num-seqs", type=int, default=64, help=text)
+    text = "compile the model on a CPU: faster text, a slower start (minutes at first), needs g++; a GPU always does"
+    add("--compile", action="store_true", help=text)
+    text = "KV cache in GiB; a mixture fills it K times as fast (default: 1 on a CPU, what the share leaves on a GPU)"
+    add("--kv-cache-gib", type=float, help=text)
     text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
     add("--gpu-memory-utilization", type=float, default=0.7, help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can mend."""
+    if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
+        raise PosteriorError(f"--kv-cache-gib is {args.kv_cache_gib}; it must be positive")
+    if args.compile and shutil.which("g++") is None:
+        raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
     if args.particles < 2:
         raise PosteriorError("--particles must be at least 2: one sample has no spread")
     auth.check_exposure(args.host, args.api_key)
@@ -80,11 +89,10 @@ async def _serve(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_bind(args.host, args.port))
         device = _device(args.device)
-        set_environment(device)
+        set_environment(device, cache_folder() / "compiled" if args.compile else None)
         base = resolve(args.base)
         _say(f"base {base.id} on {device}")
-        cache = Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
-        served = registry.load(args.posteriors, base, particles=args.particles, cache=cache)
+        served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
         _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
         metrics.describe(served)
@@ -114,6 +122,8 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
         max_num_seqs=args.max_num_seqs,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_bytes=None if args.kv_cache_gib is None else int(args.kv_cache_gib * 2**30),
+        compiled=args.compile,
     )
     try:
         return await VllmEngine.start(config, served.public, served.adapters)

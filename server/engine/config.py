@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
-CPU_KV_CACHE_BYTES = 2**30
+CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share."""
+    """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share.
+
+    `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the CPU only, where
+    it needs a C++ compiler and a minute or two once; a GPU's engine always compiles."""
 
     model: Path
     served_name: str
@@ -24,8 +27,18 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int
     gpu_memory_utilization: float
+    kv_cache_bytes: int | None = None
+    compiled: bool = False
 
     def arguments(self) -> list[str]:
+        """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
+        return [
+            *self.stock_arguments(),
+            *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
+            *("--scheduler-cls", "server.engine.scheduler.GangScheduler"),
+        ]
+
+    def stock_arguments(self) -> list[str]:
         """The command line of vLLM's own server that this corresponds to."""
         rank = next((r for r in LORA_RANKS if r >= self.lora_rank), LORA_RANKS[-1])
         arguments = [
@@ -35,23 +48,29 @@ class EngineConfig:
             # K particles and the MAP of a text request can share one batch
             *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
             *("--enable-prefix-caching", "--no-async-scheduling"),
-            *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
-            *("--scheduler-cls", "server.engine.scheduler.GangScheduler"),
         ]
+        cache = self.kv_cache_bytes
         if self.device == "cpu":
             # Blocks of 32 tokens, not 128, so that short prompts too share their prefix.
-            arguments += ["--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)]
+            arguments += ["--block-size", "32", *(() if self.compiled else ("--enforce-eager",))]
+            cache = cache or CPU_KV_CACHE_BYTES
         else:
             arguments += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
-        return arguments
+        return arguments if cache is None else [*arguments, "--kv-cache-memory-bytes", str(cache)]
 
 
-def set_environment(device: str) -> None:
-    """Must run before the first import of vLLM; the engine's processes inherit it."""
-    if device == "cpu":
-        # vLLM would compile its log-probability ranks on the first request: 23 s, and it needs a C++ compiler.
+def set_environment(device: str, compile_cache: Path | None = None) -> None:
+    """Must run before the first import of vLLM; the engine's processes inherit it.
+
+    `compile_cache`: where the CPU's engine keeps what it compiles; None: it does not compile.
+    """
+    if device == "cpu" and compile_cache is None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the sampler we mend and the V1 interfaces we use
+    elif device == "cpu":
+        os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # its cache cannot be read again on a CPU in vLLM 0.32
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
+    # The V1 runner, whatever this machine would choose: mixing and scoring change its sampling.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning OpenMP threads make shared cores ten times slower

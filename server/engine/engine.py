@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import State
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -55,6 +58,9 @@ class VllmEngine:
         parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
         args = parser.parse_args(config.arguments())
         engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.device == "cpu" and config.compiled:  # vLLM switches it off for LoRA, whose products it cannot trace
+            engine_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        _choose_runner(engine_config, config.device)
         llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
         try:
             state = State()
@@ -160,6 +166,22 @@ class VllmEngine:
 
     def stop(self) -> None:
         self._llm.shutdown(timeout=STOP_SECONDS)
+
+
+def _choose_runner(engine_config: VllmConfig, device: str) -> None:
+    """The V1 model runner, which `set_environment` asks for; says so where vLLM would have used another.
+
+    Raises ValueError if it is not to be had.
+    """
+    if engine_config.use_v2_model_runner:
+        raise ValueError("vLLM insists on its V2 model runner here; mixtures of particles need V1")
+    if device != "cpu":  # on a CPU there is no other
+        wanted = os.environ.pop("VLLM_USE_V2_MODEL_RUNNER")
+        if engine_config.use_v2_model_runner:
+            logging.getLogger("posterior.server").warning(
+                "vLLM's V1 model runner is used, not V2: mixtures of particles need it"
+            )
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = wanted
 
 
 def _lora(adapter: Adapter) -> LoRARequest:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from typing import Any
 
 import torch
 import vllm
+from vllm.platforms import current_platform
+from vllm.v1.sample import sampler
 from vllm.v1.sample.sampler import Sampler
 
 from server.engine import cpu_lora, mixing
 
 MENDED_VERSION = "0.32.0"
+COUNT = "batched_count_greater_than"  # the ranks of log-probabilities
 
 
 def with_plain_rows(
@@ -48,6 +52,8 @@ def install() -> None:
     cpu_lora.install()
     if vllm.__version__ == MENDED_VERSION:
         Sampler.forward = _mended(Sampler.forward)  # type: ignore[method-assign]
+        if current_platform.is_cpu():  # compiled, it makes the first log-probabilities wait 23 s for a C++ compiler
+            setattr(sampler, COUNT, inspect.unwrap(getattr(sampler, COUNT)))
     else:
         logger = logging.getLogger("posterior.server")
         logger.warning("vLLM %s is not %s: its sampler is left as it is", vllm.__version__, MENDED_VERSION)

@@ -1,0 +1,249 @@
+"""Tokens per second of text under K particles: lockstep in this engine, the same rows unmixed, and transformers + peft.
+
+    python -m benchmarks.decode             1, 4 and 8 prompts; then one particle over HTTP against vLLM's own server
+
+A user's token is one of the mixture's text: K rows of the batch. All ways use the same random adapters on q_proj and
+v_proj, the same prompts, precision and machine, and take turns. transformers + peft mixes the same way, with a KV
+cache for each particle: by switching adapters, and by peft's batches of mixed adapters. It is timed on fewer tokens
+(--peft-tokens), which favours it: its caches stay short. Ratios are paired by repetition; mean +- t * standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.cpu_lora import base_with_adapters
+from benchmarks.predictive import interval, running
+from posterior import base
+from posterior.base import Base
+from server.engine import Adapter
+from server.engine.config import EngineConfig, set_environment
+from server.engine.gang import Trace
+
+Way = Callable[[list[str]], Awaitable[float]]  # prompts -> user tokens per second
+TOPICS = ["the sea", "bread", "winter", "a violin", "the moon", "a market", "chess", "rain", "a lighthouse", "ants"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="as for `posterior serve`")
+    parser.add_argument("--particles", type=int, default=8)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--peft-tokens", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is first imported, so: once more, for transformers' sake
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:]])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_environment(device)
+    with tempfile.TemporaryDirectory() as folder:
+        args.rows = args.particles
+        base_with_adapters(args, Path(folder))
+        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
+        model = base.resolve(args.base)
+        asyncio.run(lockstep(args, model, adapters, device))
+        asyncio.run(one_particle(args, model, adapters, device))
+
+
+def engine_config(args: argparse.Namespace, model: Base, device: str) -> EngineConfig:
+    return EngineConfig(
+        model=model.path, served_name="base", device=device, dtype=args.dtype, particles=args.particles,
+        adapters=args.particles + 1, lora_rank=args.rank, max_model_len=1024,
+        max_num_seqs=args.particles * max(args.prompts), gpu_memory_utilization=0.5,
+    )  # fmt: skip
+
+
+async def lockstep(args: argparse.Namespace, model: Base, adapters: Sequence[Adapter], device: str) -> None:
+    from server.engine.engine import VllmEngine
+
+    engine = await VllmEngine.start(engine_config(args, model, device), {a.name: a for a in adapters}, adapters)
+    body: dict[str, Any] = {"temperature": 0, "max_tokens": args.tokens, "ignore_eos": True}
+
+    async def mixed(prompts: list[str]) -> float:
+        async def one(prompt: str) -> None:
+            trace = Trace(tuple(adapters), (1.0,) * len(adapters), "sequence")
+            await engine.complete({**body, "model": "p0", "prompt": prompt}, None, trace)  # type: ignore[arg-type]
+
+        return await timed(len(prompts) * args.tokens, [one(prompt) for prompt in prompts])
+
+    async def unmixed(prompts: list[str]) -> float:
+        rows = [
+            engine.complete({**body, "model": adapter.name, "prompt": prompt}, None)  # type: ignore[arg-type]
+            for prompt in prompts
+            for adapter in adapters
+        ]
+        return await timed(len(prompts) * args.tokens, rows)
+
+    peft = Peft(model, adapters, args, device)
+    ways: dict[str, Way] = {
+        f"lockstep, K={args.particles}": mixed,
+        f"the same {args.particles} rows a prompt, unmixed": unmixed,
+        "transformers + peft, switching adapters": peft.switching,
+        "transformers + peft, batches of mixed adapters": peft.batched,
+    }
+    wanted = {1: 0.95, 2: 8.0, 3: 2.0}
+    try:
+        for count in args.prompts:
+            rates: dict[str, list[float]] = {name: [] for name in ways}
+            for repetition in range(args.repetitions + 1):
+                prompts = [
+                    f"Tell me something about {TOPICS[(repetition + i) % len(TOPICS)]} ({i})." for i in range(count)
+                ]
+                for name, way in ways.items():
+                    rate = await way(prompts)
+                    if repetition:  # the first only warms up
+                        rates[name].append(rate)
+            print(report(f"{count} prompt{'s' * (count > 1)}", rates, wanted), flush=True)
+    finally:
+        engine.stop()
+
+
+async def timed(tokens: int, work: Sequence[Awaitable[Any]]) -> float:
+    start = time.perf_counter()
+    await asyncio.gather(*work)
+    return tokens / (time.perf_counter() - start)
+
+
+def report(title: str, rates: dict[str, list[float]], wanted: dict[int, float]) -> str:
+    """A Markdown table; ratios are the first way's rate to each other's, with what was wanted of it."""
+    own = next(iter(rates.values()))
+    lines = ["", f"| {title} | user tokens/s | first / this | wanted |", "|---|---|---|---|"]
+    for number, (name, values) in enumerate(rates.items()):
+        ratios = [a / b for a, b in zip(own, values, strict=True)]
+        verdict = ""
+        if number in wanted:
+            met = sum(ratios) / len(ratios) >= wanted[number]
+            verdict = f"≥ {wanted[number]}: {'met' if met else 'MISSED'}"
+        lines.append(f"| {name} | {interval(values)} | {interval(ratios)} | {verdict} |")
+    return "\n".join(lines)
+
+
+class Peft:
+    """The mixture by transformers + peft, greedy, sequence weights, a KV cache for each particle."""
+
+    def __init__(self, model: Base, adapters: Sequence[Adapter], args: argparse.Namespace, device: str) -> None:
+        from peft import PeftModel
+
+        self.tokenizer: Any = base.load_tokenizer(model)
+        network: Any = base.load_model(model, getattr(torch, args.dtype), device)
+        self.network = PeftModel.from_pretrained(network, str(adapters[0].path), adapter_name="0")
+        for k, adapter in enumerate(adapters[1:], 1):
+            self.network.load_adapter(str(adapter.path), adapter_name=str(k))
+        self.network.eval()
+        self.k, self.tokens, self.device = len(adapters), args.peft_tokens, device
+
+    def _prompts(self, prompts: list[str]) -> Any:
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        return self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+
+    @torch.inference_mode()
+    async def switching(self, prompts: list[str]) -> float:
+        """All prompts in a batch, one particle after the other."""
+        batch = self._prompts(prompts)
+        start = time.perf_counter()
+        caches: list[Any] = [None] * self.k
+        tokens, mask = batch.input_ids, batch.attention_mask
+        log_w = torch.zeros(self.k, len(prompts), device=self.device)
+        for _ in range(self.tokens):
+            laws = []
+            for k in range(self.k):
+                self.network.set_adapter(str(k))
+                out = self.network(input_ids=tokens, attention_mask=mask, past_key_values=caches[k], use_cache=True)
+                caches[k] = out.past_key_values
+                laws.append(out.logits[:, -1].float().log_softmax(-1))
+            tokens, log_w = self._next(torch.stack(laws), log_w)
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        return len(prompts) * self.tokens / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    async def batched(self, prompts: list[str]) -> float:
+        """All prompts under all particles in one batch, by peft's `adapter_names`."""
+        batch = self._prompts(prompts * self.k)
+        names = [str(k) for k in range(self.k) for _ in prompts]
+        start = time.perf_counter()
+        cache: Any = None
+        tokens, mask = batch.input_ids, batch.attention_mask
+        log_w = torch.zeros(self.k, len(prompts), device=self.device)
+        for _ in range(self.tokens):
+            out = self.network(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, adapter_names=names
+            )
+            cache = out.past_key_values
+            laws = out.logits[:, -1].float().log_softmax(-1).view(self.k, len(prompts), -1)
+            chosen, log_w = self._next(laws, log_w)
+            tokens = chosen.repeat(self.k, 1)
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        return len(prompts) * self.tokens / (time.perf_counter() - start)
+
+    @staticmethod
+    def _next(laws: torch.Tensor, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [prompts, 1] and log-weights [K, prompts] from laws [K, prompts, V]."""
+        chosen = torch.logsumexp(laws + log_w[..., None], 0).argmax(-1)
+        gained = laws.gather(2, chosen[None, :, None].expand(len(laws), -1, 1))[..., 0]
+        return chosen[:, None], (log_w + gained).log_softmax(0)
+
+
+# One particle
+
+
+async def one_particle(args: argparse.Namespace, model: Base, adapters: Sequence[Adapter], device: str) -> None:
+    """The MAP of a served posterior, over HTTP, against vLLM's own server with the same adapter."""
+    from tests.server import folders
+
+    with tempfile.TemporaryDirectory() as scratch:
+        posterior = folders.particles(Path(scratch), model)
+        config = engine_config(args, model, device)
+        own = ["-m", "server.cli", "serve", "--base", str(model.path), "--posteriors", scratch, "--dtype", args.dtype]
+        own += ["--max-model-len", "1024", "--max-num-seqs", str(config.max_num_seqs)]
+        stock = ["-m", "vllm.entrypoints.openai.api_server", *config.stock_arguments()]
+        stock += ["--lora-modules", f"gang={posterior.map_dir}"]
+        with (
+            running(own, "/ready", {"POSTERIOR_CACHE": scratch + "/cache"}) as ours,
+            running(stock, "/health", {}) as theirs,
+        ):
+            ways = {
+                "this server, `particles: 1`": over_http(ours, args.tokens, {"uncertainty": {"particles": 1}}),
+                "vLLM's own server": over_http(theirs, args.tokens, {}),
+            }
+            for count in args.prompts:
+                rates: dict[str, list[float]] = {name: [] for name in ways}
+                for repetition in range(args.repetitions + 1):
+                    prompts = [
+                        f"Tell me something about {TOPICS[(repetition + i) % len(TOPICS)]} ({i})." for i in range(count)
+                    ]
+                    for name, way in ways.items():
+                        rate = await way(prompts)
+                        if repetition:
+                            rates[name].append(rate)
+                print(report(f"one adapter over HTTP, {count} at once", rates, {1: 0.97}), flush=True)
+
+
+def over_http(url: str, tokens: int, extra: dict[str, Any]) -> Way:
+    async def ask(prompts: list[str]) -> float:
+        body = {"model": "gang", "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **extra}
+        async with httpx.AsyncClient(timeout=600) as client:
+            work = [client.post(f"{url}/v1/completions", json={**body, "prompt": prompt}) for prompt in prompts]
+            return await timed(len(prompts) * tokens, work)
+
+    return ask
+
+
+if __name__ == "__main__":
+    main()
