@@ -1,0 +1,143 @@
+"""Is text under load what it is alone? Gangs of K, plain requests and clients that leave, in a KV cache too small for
+all.
+
+    python -m benchmarks.load               32 gangs of 8, prompts of 5 to 600 tokens, float32, one seed (minutes on 2
+    cores) python -m benchmarks.load --seeds 5     five loads
+
+Every gang that was not abandoned is run again alone, with a fresh id: its tokens must be identical and its
+log-probability equal within 1e-3 nats. At the end the engine must hold no request and no KV block. Ends with status 1
+if anything differs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+
+from benchmarks.cpu_lora import base_with_adapters
+from posterior import base
+from server.engine import Adapter
+from server.engine.config import EngineConfig, set_environment
+from server.engine.gang import Trace
+
+WORDS = "the a sea of in time old house light and river stone when it was never here again so far"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="as for `posterior serve`")
+    parser.add_argument("--gangs", type=int, default=32)
+    parser.add_argument("--plain", type=int, default=16, help="plain requests among them")
+    parser.add_argument("--particles", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--kv-tokens", type=int, default=12_000, help="what the KV cache holds, all rows together")
+    parser.add_argument("--leavers", type=float, default=0.2, help="share of the clients that leave")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.load", *sys.argv[1:]])
+    set_environment("cpu")
+    sys.exit(asyncio.run(run(args)))
+
+
+async def run(args: argparse.Namespace) -> int:
+    from server.engine.engine import VllmEngine
+
+    with tempfile.TemporaryDirectory() as folder:
+        args.rows, args.rank, args.seed = args.particles, 8, 0
+        base_with_adapters(args, Path(folder))
+        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
+        model = base.resolve(args.base)
+        config = EngineConfig(
+            model=model.path, served_name="base", device="cpu", dtype=args.dtype, particles=args.particles,
+            adapters=args.particles + 1, lora_rank=8, max_model_len=1024, max_num_seqs=64, gpu_memory_utilization=0.5,
+            kv_cache_bytes=args.kv_tokens * bytes_per_token(model.path, args.dtype),
+        )  # fmt: skip
+        engine = await VllmEngine.start(config, {a.name: a for a in adapters}, adapters)
+        try:
+            return sum([await load(engine, adapters, args, seed) for seed in range(args.seeds)])
+        finally:
+            engine.stop()
+
+
+def bytes_per_token(path: Path, dtype: str) -> int:
+    import json
+
+    config = json.loads((path / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = 4 if dtype == "float32" else 2
+    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * size)
+
+
+async def load(engine: Any, adapters: list[Adapter], args: argparse.Namespace, seed: int) -> int:
+    """Returns how many gangs were wrong."""
+    rng = random.Random(seed)
+    jobs = []
+    for number in range(args.gangs + args.plain):
+        words = " ".join(rng.choice(WORDS.split()) for _ in range(rng.randint(5, 580)))
+        body = {"prompt": f"{number} {words}", "max_tokens": args.tokens, "ignore_eos": True, "return_token_ids": True}
+        body |= rng.choice([{"temperature": 0}, {"temperature": 0.8, "seed": number, "top_p": 0.9}])
+        leaves = rng.uniform(0.5, 60) if rng.random() < args.leavers else None
+        jobs.append((body, number < args.gangs, rng.choice(["sequence", "token"]), rng.uniform(0, 20), leaves))
+    rng.shuffle(jobs)
+
+    async def one(body: dict[str, Any], gang: bool, mixing: Any) -> tuple[list[int], float]:
+        trace = Trace(tuple(adapters), (1.0,) * len(adapters), mixing) if gang else None
+        answer = await engine.complete({**body, "model": "p0"}, None, trace)
+        logprob = sum(row[0] for row in trace.text(0).rows) if trace else 0.0
+        return answer["choices"][0]["token_ids"], logprob
+
+    async def client(job: Any) -> tuple[list[int], float] | None:
+        body, gang, mixing, arrives, leaves = job
+        await asyncio.sleep(arrives)
+        work = asyncio.ensure_future(one(body, gang, mixing))
+        done, _ = await asyncio.wait([work], timeout=leaves)
+        if not done:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        return work.result() if done else None
+
+    before, start = preemptions(), time.monotonic()
+    crowd = await asyncio.gather(*map(client, jobs))
+    seconds = time.monotonic() - start
+    wrong, compared = 0, 0
+    for job, found in zip(jobs, crowd, strict=True):
+        if found is not None:
+            tokens, logprob = await one(job[0], job[1], job[2])
+            compared += 1
+            if tokens != found[0] or abs(logprob - found[1]) > 1e-3:
+                wrong += 1
+                print(f"DIFFERS: gang={job[1]} {job[2]} {len(job[0]['prompt'].split())} words: {found} alone {tokens}")
+    await asyncio.sleep(1)
+    left = gauge("vllm:num_requests_running") + gauge("vllm:num_requests_waiting")
+    usage = gauge("vllm:kv_cache_usage_perc")
+    print(
+        f"seed {seed}: {args.gangs} gangs of {args.particles} + {args.plain} plain in {seconds:.0f} s, "
+        f"{len(jobs) - compared} left early, {preemptions() - before:.0f} preemptions; "
+        f"{compared} compared with the same request alone: {wrong} differ; "
+        f"left behind: {left:.0f} requests, {usage:.0%} of the KV cache",
+        flush=True,
+    )
+    return wrong + int(left > 0 or usage > 0)
+
+
+def gauge(name: str) -> float:
+    return sum(s.value for family in REGISTRY.collect() for s in family.samples if s.name == name)
+
+
+def preemptions() -> float:
+    return gauge("vllm:num_preemptions_total")
+
+
+if __name__ == "__main__":
+    main()

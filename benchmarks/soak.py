@@ -1,0 +1,103 @@
+"""Does memory grow with finished requests? Many short gangs of 1 to K particles; resident memory of every process.
+
+    python -m benchmarks.soak               10,000 requests (some minutes on 2 cores)
+
+Prints the resident set after each tenth of the requests, and the growth over the second half in KiB a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.cpu_lora import base_with_adapters
+from posterior import base
+from server.engine import Adapter
+from server.engine.config import EngineConfig, set_environment
+from server.engine.gang import Trace
+
+FLAT = 1.0  # KiB a request: 10,000 requests then cost less than 10 MiB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="as for `posterior serve`")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--particles", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.soak", *sys.argv[1:]])
+    set_environment("cpu")
+    sys.exit(asyncio.run(run(args)))
+
+
+async def run(args: argparse.Namespace) -> int:
+    from server.engine.engine import VllmEngine
+
+    with tempfile.TemporaryDirectory() as folder:
+        args.rows, args.rank, args.seed = args.particles, 8, 0
+        base_with_adapters(args, Path(folder))
+        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
+        model = base.resolve(args.base)
+        config = EngineConfig(
+            model=model.path, served_name="base", device="cpu", dtype=args.dtype, particles=args.particles,
+            adapters=args.particles + 1, lora_rank=8, max_model_len=512, max_num_seqs=128, gpu_memory_utilization=0.5,
+        )  # fmt: skip
+        engine = await VllmEngine.start(config, {a.name: a for a in adapters}, adapters)
+        try:
+            return await soak(engine, adapters, args)
+        finally:
+            engine.stop()
+
+
+async def soak(engine: Any, adapters: list[Adapter], args: argparse.Namespace) -> int:
+    rng, slots = random.Random(0), asyncio.Semaphore(args.at_once)
+
+    async def one(number: int) -> None:
+        k = rng.randint(1, args.particles)
+        trace = Trace(tuple(adapters[:k]), (1.0,) * k, "sequence")
+        body = {"model": "p0", "prompt": f"Number {number}:", "max_tokens": 2, "temperature": 1.0, "logprobs": 1}
+        async with slots:
+            task = asyncio.ensure_future(engine.complete(body, None, trace))
+            if rng.random() < 0.05:  # some clients leave
+                await asyncio.wait([task], timeout=0.02)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            else:
+                await task
+
+    sizes: list[dict[str, float]] = []
+    for tenth in range(10):
+        per = args.requests // 10
+        await asyncio.gather(*(one(number) for number in range(tenth * per, (tenth + 1) * per)))
+        sizes.append(resident())
+        print(
+            f"{(tenth + 1) * per} requests: " + ", ".join(f"{n} {m:.1f} MiB" for n, m in sizes[-1].items()), flush=True
+        )
+    grown = {name: (sizes[-1][name] - sizes[4][name]) * 1024 / (args.requests / 2) for name in sizes[-1]}
+    worst = max(grown.values())
+    print(f"growth over the second half, KiB a request: {', '.join(f'{n} {g:+.2f}' for n, g in grown.items())}")
+    print(f"wanted below {FLAT}: {'met' if worst < FLAT else 'MISSED'}")
+    return int(worst >= FLAT)
+
+
+def resident() -> dict[str, float]:
+    """MiB of this process (front end), and of its children, largest first."""
+    own = psutil.Process()
+    sizes = sorted((child.memory_info().rss / 2**20 for child in own.children(recursive=True)), reverse=True)
+    return {"front end": own.memory_info().rss / 2**20, "worker": sizes[0], "engine core": sizes[1]}
+
+
+if __name__ == "__main__":
+    main()
