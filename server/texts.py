@@ -39,12 +39,7 @@ class Writer:
         """The record of a finished choice."""
         if not self.annotates:
             return None
-        record: dict[str, Any] = {
-            "posterior": self.served.label,
-            "predictive": self.predictive,
-            "calibrated": False,
-            "calibration": None,
-        }
+        record = self._head()
         if self.trace is None:
             return record
         text = self.trace.text(choice)
@@ -66,6 +61,11 @@ class Writer:
             record["tokens"] = _tokens(result, 0, self.options.per_particle)
         return record
 
+    def _head(self) -> dict[str, Any]:
+        return {
+            "posterior": self.served.label, "predictive": self.predictive, "calibrated": False, "calibration": None
+        }  # fmt: skip
+
     def part(self, choice: int, *, last: bool) -> dict[str, Any] | None:
         """What a chunk of a stream says: the tokens handed out since the choice's last chunk and, at its end, the
         rest."""
@@ -79,7 +79,7 @@ class Writer:
                 tokens = _tokens(result, text.told, self.options.per_particle)
                 text.told = text.delivered
         if not last:
-            return {"tokens": tokens} if tokens else None
+            return self._head() | {"tokens": tokens} if tokens else None
         record = self.whole(choice)
         if record is not None:
             record.pop("tokens", None)
@@ -140,7 +140,7 @@ def _tokens(result: TextPredictive, start: int, per_particle: bool) -> list[dict
             {
                 "logprob": float(result.logprob[t]),
                 "entropy": {n: float(getattr(result, n)[t]) for n in ("total", "aleatoric", "epistemic")},
-                "variance": {"epistemic": float(result.variance[t])},
+                "epistemic_variance": float(result.variance[t]),
                 "effective_particles": float(result.effective_particles[t]),
             }
         )

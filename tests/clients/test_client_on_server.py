@@ -11,6 +11,8 @@ from posterior_client import (
     PosteriorClient,
     Prediction,
     ServerError,
+    Text,
+    TextPart,
     uncertainty_of,
 )
 
@@ -77,8 +79,20 @@ def test_uncertainty_of_every_kind_of_response(client: PosteriorClient) -> None:
         assert isinstance(found, Prediction) and [one.answer for one in found.answers] == [" no", " yes"]
 
 
+def test_text_under_the_mixture(client: PosteriorClient) -> None:
+    extra = {"uncertainty": {"tokens": True, "per_particle": True}}
+    [found] = uncertainty_of(client.openai.completions.create(model="mood", prompt="it was", extra_body=extra))
+    assert isinstance(found, Text) and found.mixing == "sequence" and found.per_particle is not None
+    assert found.logprob == pytest.approx(found.expected_logprob + found.information)
+    assert found.tokens[0].entropy.epistemic == 0.25 and found.tokens[0].per_particle is not None
+    parts = [
+        uncertainty_of(chunk) for chunk in client.openai.completions.create(model="mood", prompt="it was", stream=True)
+    ]
+    assert type(parts[0][0]) is TextPart and len(parts[0][0].tokens) == 1 and isinstance(parts[-1][0], Text)
+
+
 def test_text_by_the_map(client: PosteriorClient) -> None:
-    [found] = uncertainty_of(client.openai.completions.create(model="mood", prompt="it was"))
+    [found] = uncertainty_of(client.openai.completions.create(model="mood/map", prompt="it was"))
     assert (found.posterior, found.predictive, found.calibrated) == ("mood@abcdef012345", "map", False)
     assert uncertainty_of(client.openai.completions.create(model="tiny-base", prompt="it was")) == []
 

@@ -75,7 +75,7 @@ def test_every_token_and_particle_on_request(client: TestClient) -> None:
     (token,) = record["tokens"]
     assert token["per_particle"]["logprob"] == pytest.approx([math.log(0.5)] * record["particles"])
     assert sum(token["per_particle"]["weight"]) == pytest.approx(1)
-    assert token["variance"]["epistemic"] == pytest.approx(0, abs=1e-12)
+    assert token["epistemic_variance"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_text_of_a_choice_is_its_most_probable_answer(client: TestClient) -> None:

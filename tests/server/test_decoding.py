@@ -69,7 +69,7 @@ def test_greedy_text_equals_the_reference(
         assert token["entropy"]["aleatoric"] == pytest.approx(aleatoric, abs=1e-3)
         p = log_p[t, :, text[t]].exp()
         variance = float((weights[t] * (p - (weights[t] * p).sum()).square()).sum())
-        assert token["variance"]["epistemic"] == pytest.approx(variance, abs=1e-4)
+        assert token["epistemic_variance"] == pytest.approx(variance, abs=1e-4)
     whole = float(sum(laws[t, token] for t, token in enumerate(text)))
     assert record["logprob"] == pytest.approx(whole, abs=1e-3)
     if mixing == "sequence":

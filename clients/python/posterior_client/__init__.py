@@ -11,7 +11,20 @@ from posterior_client._exceptions import (
     StatusError,
     UnreachableError,
 )
-from posterior_client._types import Answer, Entropy, Prediction, PredictiveResponse, Uncertainty, Usage, Variance
+from posterior_client._types import (
+    Answer,
+    Entropy,
+    Particles,
+    Prediction,
+    PredictiveResponse,
+    Text,
+    TextPart,
+    TextSummary,
+    Token,
+    Uncertainty,
+    Usage,
+    Variance,
+)
 from posterior_client._uncertainty import uncertainty_of
 
 __all__ = [
@@ -21,6 +34,7 @@ __all__ = [
     "Entropy",
     "InvalidRequestError",
     "ModelNotFoundError",
+    "Particles",
     "PosteriorClient",
     "PosteriorClientError",
     "Prediction",
@@ -28,6 +42,10 @@ __all__ = [
     "ResponseError",
     "ServerError",
     "StatusError",
+    "Text",
+    "TextPart",
+    "TextSummary",
+    "Token",
     "Uncertainty",
     "UnreachableError",
     "Usage",

@@ -80,6 +80,70 @@ class Prediction(Uncertainty):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Particles:
+    """By particle [K]: its log-probability of the token or text, and its weight before the token or after the text."""
+
+    logprob: tuple[float, ...]
+    weight: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a text: log-probability under the mixture, entropies of its law over the whole vocabulary.
+
+    `epistemic_variance` is that of the token's probability over the particles.
+    """
+
+    logprob: float
+    entropy: Entropy
+    epistemic_variance: float
+    effective_particles: float
+    per_particle: Particles | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart(Uncertainty):
+    """Text under the mixture; alone, a chunk of a stream: the tokens since the chunk before."""
+
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSummary:
+    """A whole text of T tokens: logprob = log p(text) = expected_logprob + information, information >= 0 nats.
+
+    `expected_logprob` is the weighted mean of the particles' own log-probabilities, `entropy` sums over the tokens,
+    `confidence` is exp(logprob / T), `mc_error` the Monte-Carlo standard error of `logprob`.
+    """
+
+    confidence: float
+    logprob: float
+    expected_logprob: float
+    information: float
+    entropy: Entropy
+    effective_particles: float
+    mc_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text(TextPart):
+    """A text written by K particles, with the fields of `TextSummary`; `prompt` when the request had it scored, by
+    `echo` with `logprobs`."""
+
+    confidence: float
+    logprob: float
+    expected_logprob: float
+    information: float
+    entropy: Entropy
+    effective_particles: float
+    mc_error: float
+    mixing: Literal["sequence", "token"]
+    particles: int
+    prompt: TextSummary | None = None
+    per_particle: Particles | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens read and written."""
 

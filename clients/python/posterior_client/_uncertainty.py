@@ -9,7 +9,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from pydantic import TypeAdapter, ValidationError
 
 from posterior_client._exceptions import ResponseError
-from posterior_client._types import Prediction, PredictiveResponse, Uncertainty
+from posterior_client._types import Prediction, PredictiveResponse, Text, TextPart, Uncertainty
 
 AnyResponse = ChatCompletion | ChatCompletionChunk | Completion
 AnyChoice = Choice | ChunkChoice | CompletionChoice
@@ -25,9 +25,10 @@ def uncertainty_of(response: AnyResponse | AnyChoice) -> list[Uncertainty] | Unc
 
     Args:
         response: A response or chunk gives one entry for each choice that carries an `uncertainty`
-            (none for the base model's text, nor for a chunk before the last); a choice gives its own.
+            (none for the base model's text, nor for a chunk without tokens); a choice gives its own.
 
-    Returns: a `Prediction` where the request named `answers`, a plain `Uncertainty` for text by the MAP.
+    Returns: a `Prediction` where the request named `answers`, a `Text` for text under the mixture (a `TextPart` for a
+        chunk before the last), a plain `Uncertainty` for text by the MAP.
 
     Raises:
         ResponseError: the choice carries no `uncertainty`, or one this client cannot read.
@@ -37,7 +38,8 @@ def uncertainty_of(response: AnyResponse | AnyChoice) -> list[Uncertainty] | Unc
     record = getattr(response, "uncertainty", None)
     if record is None:
         raise ResponseError("this choice carries no `uncertainty`: was it asked of a posterior?")
-    return _read(Prediction if "answers" in record else Uncertainty, record)
+    kinds = {"answers": Prediction, "mixing": Text, "tokens": TextPart}
+    return _read(next((kind for field, kind in kinds.items() if field in record), Uncertainty), record)
 
 
 def predictive_response(body: object) -> PredictiveResponse:
