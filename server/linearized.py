@@ -30,6 +30,7 @@ from server.errors import unavailable
 from server.metrics import Metrics
 
 MAX_BATCH = 32  # prompts
+MAX_WAITING = 4096  # prompts; a queue without bound would only grow older
 THREADS = 2  # of torch, on the CPU
 
 Moments = tuple[
@@ -99,6 +100,11 @@ class Linearizer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Mean [C] and covariance [C, C], float64, of the candidates' scores for each prompt. Raises ApiError 503."""
         loop = asyncio.get_running_loop()
+        self._waiting = [item for item in self._waiting if not item.result.done()]
+        if len(self._waiting) + len(prompts) > MAX_WAITING:
+            raise unavailable(
+                f"{len(self._waiting)} prompts already wait for the linearised predictive; try again later"
+            )
         items = [_Item(name, tuple(prompt), candidates, loop.create_future(), time.monotonic()) for prompt in prompts]
         self._waiting.extend(items)
         if self._drain is None or self._drain.done():

@@ -84,6 +84,14 @@ async def test_batches_and_survives_the_loss_of_its_worker(
     await asyncio.wait_for(check(), 60)
 
 
+async def test_a_full_queue_refuses_at_once(linearizer: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.linearized.MAX_WAITING", 2)
+    with pytest.raises(ApiError, match="already wait") as refusal:
+        await linearizer.moments("mood", PROMPTS, CANDIDATES)
+    assert refusal.value.status == 503 and linearizer._waiting == []
+    assert len(await linearizer.moments("mood", PROMPTS[:2], CANDIDATES)) == 2
+
+
 @pytest.mark.asyncio
 async def test_a_worker_that_cannot_load_says_why(
     tiny: tuple[Base, Posterior], metrics: Metrics, tmp_path: Path
