@@ -84,6 +84,7 @@ async def test_batches_and_survives_the_loss_of_its_worker(
     await asyncio.wait_for(check(), 60)
 
 
+@pytest.mark.asyncio
 async def test_a_full_queue_refuses_at_once(linearizer: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.linearized.MAX_WAITING", 2)
     with pytest.raises(ApiError, match="already wait") as refusal:
