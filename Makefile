@@ -2,7 +2,8 @@
 # make test    the same environment: all checks and tests
 # make check   ruff and mypy only          make bench   the numbers in the README
 # make fit     refit the shipped posterior make clean   remove the environment
-.PHONY: serve test check bench fit setup clean
+# make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
+.PHONY: serve test check bench soak fit setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -26,7 +27,12 @@ fit: setup
 	    --answers ' negative' ' positive' --epochs 3 --curvature-rank 16
 
 bench: setup
-	for question in calibration fit predictive; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+	for question in calibration fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+
+soak: setup
+	SEEDS=1000 $(BIN)/python -m pytest tests/server/test_gang.py
+	$(BIN)/python -m benchmarks.load --seeds 3
+	$(BIN)/python -m benchmarks.soak
 
 clean:
 	rm -rf .venv

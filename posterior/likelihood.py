@@ -1,10 +1,8 @@
 """Scores of the candidate answers, and the gradients of those scores at every LoRA matrix.
 
 A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is
-one
-token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both
-differ from
-log p(y|x) by at most a constant per prompt, which the softmax removes.
+one token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both
+differ from log p(y|x) by at most a constant per prompt, which the softmax removes.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 covariance.
 
 The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward
-passes when
-all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base weights ever
-exists.
+passes when all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base
+weights ever exists.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ def moments(
     precisions: Sequence[Mapping[str, float]],
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Mean [B, C] of the scores and, for each of M prior precisions, covariance [M, B, C, C] of the scores relative
-    to the
-    first candidate's (row and column 0 are 0). float64."""
+    """Mean [B, C] of the scores and, for each of M prior precisions, covariance [M, B, C, C] of the scores relative to
+    the first candidate's (row and column 0 are 0). float64."""
     with record(dict(matrices)) as tape:
         f = scores(model, batch)
         count, width = f.shape

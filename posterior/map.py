@@ -1,12 +1,9 @@
 """MAP LoRA: theta* = argmin - sum_n log p(y_n|x_n, theta) + sum_m (lambda_m / 2) |theta_m - theta_0,m|^2.
 
 The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay,
-which is
-another objective. When the examples carry a spread (see posterior.fit), log p is its expectation over the posterior
-of the
-scores, and theta* the mean of a variational posterior instead of a mode. A training state is saved after each epoch
-and resumed exactly: data order and dropout depend on
-(seed, epoch) only.
+which is another objective. When the examples carry a spread (see posterior.fit), log p is its expectation over the
+posterior of the scores, and theta* the mean of a variational posterior instead of a mode. A training state is saved
+after each epoch and resumed exactly: data order and dropout depend on (seed, epoch) only.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posterior import lora
-from posterior.data import Example, batches
+from posterior.data import Batch, Example, batches
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
 
@@ -77,7 +74,7 @@ class Trainer:
             for indices, batch in batches(self.examples, self.training.batch_size, order=order):
                 if self.done:
                     break
-                nll = self._update(batch.to(next(iter(self.matrices.values())).weight.device))
+                nll = self.update(batch.to(next(iter(self.matrices.values())).weight.device))
                 total, seen = total + nll * len(indices), seen + len(indices)
                 progress(nll)
         finally:
@@ -85,7 +82,8 @@ class Trainer:
         self.epoch += 1
         return total / max(1, seen)
 
-    def _update(self, batch) -> float:  # type: ignore[no-untyped-def]
+    def update(self, batch: Batch) -> float:
+        """One optimiser step; returns the mean negative log-likelihood of the batch in nats."""
         rate = (
             self.training.learning_rate
             * min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total))

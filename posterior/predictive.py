@@ -50,8 +50,7 @@ def from_particles(log_p: Tensor, weights: Tensor, coverage: float = 0.9) -> Pre
     """Predictive of K particles: log_p [K, C] (softmax-normalised here), weights [K] >= 0 (normalised here).
 
     The covariance is the unbiased weighted one, divided by 1 - sum w^2; one particle has no spread. The Monte-Carlo
-    error is
-    that of K weighted independent draws, sqrt(variance * sum w^2).
+    error is that of K weighted independent draws, sqrt(variance * sum w^2).
     """
     p = log_p.double().log_softmax(1).exp()
     w = weights.double() / weights.double().sum()
@@ -72,8 +71,7 @@ def from_gaussian(
     """Predictive of Gaussian scores f ~ N(mean [C], covariance [C, C]): `samples` virtual particles softmax(f).
 
     f = mean + L xi with Owen-scrambled Sobol points xi: the same numbers for the same seed, and an error far below
-    plain
-    Monte Carlo's; the error is estimated from the spread of independent scrambles.
+    plain Monte Carlo's; the error is estimated from the spread of independent scrambles.
     """
     noise = normal_points(len(mean), samples, seed, SCRAMBLES)
     f = mean.double() + noise @ square_root(covariance.double()).T
@@ -108,8 +106,8 @@ def _assemble(
 
 
 def _interval(p: Tensor, w: Tensor, coverage: float) -> Tensor:
-    """Central interval [C, 2]: weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2 (the inverse of the
-    weighted CDF)."""
+    """Central interval [C, 2]: weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2 (the inverse of the weighted
+    CDF)."""
     values, order = p.sort(0)
     cdf = w[order].cumsum(0)
     levels = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=torch.float64)

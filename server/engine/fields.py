@@ -15,7 +15,7 @@ OPENAI = (
 SAMPLING = (
     "top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids include_stop_str_in_output "
     "skip_special_tokens spaces_between_special_tokens allowed_token_ids bad_words add_generation_prompt "
-    "continue_final_message add_special_tokens return_token_ids return_tokens_as_token_ids"
+    "continue_final_message add_special_tokens return_token_ids return_tokens_as_token_ids structured_outputs"
 )
 SERVED = frozenset(f"{OPENAI} {SAMPLING}".split())
 

@@ -80,6 +80,7 @@ def test_laplace_of_somebody_elses_adapter(run_fit, tmp_path):
     [
         {"sharing": "reduce"},
         {"curvature_rank": 4},
+        {"curvature_rank": "whole"},
         {"grouping": "layer"},
         {"prior_precision": "7"},
         {"no_variational": True},
@@ -101,6 +102,13 @@ def test_a_keeps_the_precision_of_its_initialisation(run_fit):
     for name, value in lora.get(wide).items():
         if name.endswith(".A"):
             assert float(value.var()) == pytest.approx(1 / (3 * value.shape[1]), rel=0.15)
+
+
+def test_the_data_determine_no_more_than_their_number(run_fit, tmp_path):
+    """12 rows of two answers are 12 directions, however many matrices: also when the prior is weak."""
+    for choice in ("evidence", "0.001"):
+        posterior = run_fit(tmp_path / choice, prior_precision=choice)
+        assert posterior.fit["coupling"] > 1 and 0 < posterior.fit["effective_dimension"] < 12
 
 
 def test_the_variational_mean_is_not_the_mode(run_fit, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from fastapi import Request
 
 from posterior.base import Base
+from posterior.calibration import Key, Record
 from posterior.candidates import Candidates
 from posterior.task import Task
 from server.engine import Adapter, Usage
@@ -45,6 +46,7 @@ class Posterior:
     family: str
     hash: str = "abcdef0123456789"
     task: Task = field(default_factory=lambda: Task("choice", "{text}\nSentiment:", (" negative", " positive")))
+    calibration: dict[Key, Record] = field(default_factory=dict)
 
 
 def particle_logits(number: int, candidates: int) -> torch.Tensor:

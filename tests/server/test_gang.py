@@ -1,5 +1,4 @@
-"""Gangs under pressure: the real scheduler and mixer, a hash for a model, random loads. `make properties` runs more
-seeds."""
+"""Gangs under pressure: the real scheduler and mixer, a hash for a model, random loads. `make soak` runs more seeds."""
 
 from __future__ import annotations
 
