@@ -68,25 +68,22 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    root = tmp_path_factory.mktemp("serving")
+    with serving(tmp_path_factory.mktemp("serving"), "--dtype", "float32") as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(root: Path, *options: str) -> Iterator[Running]:
+    """A server of the posteriors "gang" and "mood" below `root`, up to the end of the block."""
     base = base_models.resolve()
     (root / "posteriors").mkdir()
     gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "server.cli",
-        "serve",
-        "--base",
-        str(base.path),
-        "--posteriors",
-        str(root / "posteriors"),
-    ]
-    command += ["--particles", str(PARTICLES), "--dtype", "float32", "--max-model-len", "1024", "--port", str(port)]
+    command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
+    command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
     environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
     with (root / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_until_ready(f"http://127.0.0.1:{port}", process, root / "log")
         yield Running(f"http://127.0.0.1:{port}", base, base.path.name, mood, gang, root / "cache", process)
