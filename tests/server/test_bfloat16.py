@@ -12,8 +12,8 @@ from tests.server import folders
 from tests.server.mixture import Reference
 from tests.server.running import PARTICLES, Running, serving
 
-# Of a candidate's probability. bfloat16 keeps 8 bits: a score between 16 and 32 is a multiple of 1/8, so that the difference of
-# two is up to 1/8 off, which moves a probability of 1/2 by 0.03; the layers before it cost as much again (measured: 0.033).
+# Of a candidate's probability. bfloat16 keeps 8 bits: a score between 16 and 32 is a multiple of 1/8, so that the
+# difference of two is up to 1/8 off, which moves a probability of 1/2 by 0.03; the layers before it cost as much again.
 TOLERANCE = 0.06
 TEXTS = ["The food was wonderful.", "I waited an hour and left hungry.", "It was a restaurant.", "ok"]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,18 @@ from posterior.decoding import Mixing
 from server.engine import Adapter
 from server.engine.gang import Trace
 from server.engine.laws import mix
-from tests.server.gangs import VOCABULARY, Engine, Runner, alone, law, make_scheduler, token_seed
+from server.errors import ApiError
+from tests.server.gangs import (  # with what is vLLM's: its environment is prepared there
+    VOCABULARY,
+    Engine,
+    MixingLLM,
+    Runner,
+    SamplingParams,
+    alone,
+    law,
+    make_scheduler,
+    token_seed,
+)
 
 SEEDS = int(os.environ.get("SEEDS", "25"))
 ADAPTERS = tuple(Adapter(f"p{k}", Path(f"/nowhere/p{k}"), k + 1) for k in range(8))
@@ -137,6 +150,30 @@ def test_neither_gangs_nor_plain_requests_starve(model: Path) -> None:
                 break
         assert engine.written["target"].admitted is not None
         assert engine.written["target"].admitted - arrival <= 10 + 1
+
+
+def cache(blocks: int, sequences: int) -> Any:
+    """What `_fit` reads of an engine: blocks of 16 tokens, of which vLLM keeps one."""
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks + 1, block_size=16),
+        scheduler_config=SimpleNamespace(max_num_seqs=sequences),
+    )
+    return SimpleNamespace(vllm_config=config)
+
+
+def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    explicit = replace(gang(4), explicit=True)
+    with pytest.raises(ApiError, match=r"4 particles x \(20 prompt \+ 30 new.* need 16 blocks of 16 tokens.*has 15"):
+        MixingLLM._fit(cache(15, 8), explicit, 20, SamplingParams(max_tokens=30))
+    with pytest.raises(ApiError, match="4 particles need 4 sequences in one batch; this server has 3"):
+        MixingLLM._fit(cache(100, 3), explicit, 20, SamplingParams(max_tokens=30))
+    with pytest.raises(ApiError, match="need"):
+        MixingLLM._fit(cache(4, 8), gang(4), 20, SamplingParams(max_tokens=30))
+    params = SamplingParams(max_tokens=30)
+    MixingLLM._fit(cache(16, 8), explicit, 20, params)
+    assert params.max_tokens == 30, "what just fits is served"
+    MixingLLM._fit(cache(15, 8), gang(4), 20, params)
+    assert params.max_tokens == 3 * 16 - 20, "a length that the client left to us is cut to what fits"
 
 
 def test_mixing_is_the_weighted_average_of_probabilities() -> None:
