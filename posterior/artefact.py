@@ -1,13 +1,13 @@
 """The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary
 PEFT folder.
 
-    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file,
-    calibration records
+    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   Kronecker factors and prior precisions (family "laplace")
+    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration.py)
 
-`hash` names the distribution: sha256 of posterior.json without its calibration records, which may be added later.
+`hash` names the distribution: sha256 of posterior.json, which says nothing of calibrations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posterior import laplace, lora
+from posterior import calibration, laplace, lora
 from posterior.errors import PosteriorError
 from posterior.kfac import Factor, Kronecker
 from posterior.task import Task
@@ -48,7 +48,7 @@ class Posterior:
     prior: dict[str, Any]
     fit: dict[str, Any]
     weights: tuple[float, ...]
-    calibration: list[dict[str, Any]]
+    calibration: Mapping[calibration.Key, calibration.Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Kronecker] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
 
@@ -125,7 +125,6 @@ def save(
             "fit": dict(fit),
             "weights": list(weights),
             "files": files,
-            "calibration": [],
         }
         (work / "posterior.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return load(folder)
@@ -155,7 +154,9 @@ def load(folder: Path | str) -> Posterior:
             prior=dict(record["prior"]),
             fit=dict(record["fit"]),
             weights=tuple(map(float, record["weights"])),
-            calibration=list(record["calibration"]),
+            calibration=calibration.load(
+                folder, base=record["base"]["hash"], posterior=_record_hash(record), task=Task.from_json(record["task"])
+            ),
             curvature=curvature,
             precision=precision,
         )

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     posterior = artefact.load(args.posterior)
     if posterior.task.kind != "choice":
         raise PosteriorError(f"{posterior.name!r} is a text posterior; evaluate compares candidate answers")
-    spec = args.base or _spec(posterior.base)
+    spec = args.base or base_spec(posterior.base)
     base = resolve(spec)
     posterior.check_base(base.hash)
     tokenizer: Any = load_tokenizer(base)
@@ -138,6 +138,6 @@ def as_json(table: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
     return {method: {name: asdict(value) for name, value in estimates.items()} for method, estimates in table.items()}
 
 
-def _spec(base: Mapping[str, Any]) -> str | None:
+def base_spec(base: Mapping[str, Any]) -> str | None:
     """How to find the base a posterior was fitted on: a hub id needs its revision, other names stand alone."""
     return f"{base['id']}@{base['revision']}" if "/" in str(base["id"]) and base["revision"] else base["id"]

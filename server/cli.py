@@ -13,6 +13,7 @@ from posterior.errors import PosteriorError
 VERBS = {
     "fit": ("posterior.fit", "fit a posterior on LoRA weights to your data"),
     "evaluate": ("posterior.evaluate", "accuracy and calibration of the MAP beside the posterior"),
+    "calibrate": ("posterior.calibrate", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),

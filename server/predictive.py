@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from posterior import candidates as candidate_answers
 from posterior.base import Base
+from posterior.calibration import Key, Record, template_hash
 from posterior.candidates import Candidates
 from posterior.errors import PosteriorError
 from posterior.predictive import Predictive, from_gaussian, from_particles
@@ -30,7 +31,10 @@ from server.schemas import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Predictiv
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one posterior: prompts as token ids, and the candidates that may follow them."""
+    """What is asked of one posterior: prompts as token ids, and the candidates that may follow them.
+
+    template: hash of the task, where the server itself made the prompts with it and the answers are the task's own.
+    """
 
     served: Served
     predictive: PredictiveName
@@ -38,6 +42,7 @@ class Question:
     answers: tuple[str, ...]
     candidates: Candidates
     options: Uncertainty
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,13 @@ class Service:
         return served
 
     def question(
-        self, served: Served, prompts: list[list[int]], answers: Sequence[str], options: Uncertainty, copies: int = 1
+        self,
+        served: Served,
+        prompts: list[list[int]],
+        answers: Sequence[str],
+        options: Uncertainty,
+        copies: int = 1,
+        template: str | None = None,
     ) -> Question:
         """Check everything that can be checked before any work is done; each record is sent `copies` times.
 
@@ -91,7 +102,7 @@ class Service:
             passes = len(prefix_tree(candidates)) * _particles(served, predictive, options)
         _check_size(len(prompts) * passes, MAX_SEQUENCES, "evaluations")
         _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
-        return Question(served, predictive, prompts, tuple(answers), candidates, options)
+        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
@@ -124,10 +135,17 @@ class Service:
         return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
 
     def record(self, question: Question, answer: Answer, chosen: int | None = None) -> dict[str, Any]:
-        """The JSON of one answer, about candidate `chosen` (None: the most probable one). In nats."""
+        """The JSON of one answer, about candidate `chosen` (None: the most probable one). In nats.
+
+        A matching calibration gives the probabilities, and with them answer, confidence and logprob; variances,
+        intervals, entropies and the Monte-Carlo error stay those of the posterior, whose own probabilities are named
+        `uncalibrated`.
+        """
         p = answer.predictive
-        best = int(p.probability.argmax()) if chosen is None else chosen
-        confidence = float(p.probability[best])
+        calibration = self._calibration(question, p)
+        probability = p.probability if calibration is None else calibration.apply(p.probability)
+        best = int(probability.argmax()) if chosen is None else chosen
+        confidence = float(probability[best])
         self.metrics.count_answer(_label(question.served), question.predictive, p, confidence)
         record: dict[str, Any] = {
             "posterior": question.served.label,
@@ -135,13 +153,13 @@ class Service:
             "particles": p.particles,
             "answer": question.answers[best],
             "confidence": confidence,
-            "calibrated": False,
-            "calibration": None,
+            "calibrated": calibration is not None,
+            "calibration": None if calibration is None else calibration.summary(),
             "logprob": math.log(max(confidence, 1e-300)),
             "answers": [
                 {
                     "answer": text,
-                    "probability": float(p.probability[c]),
+                    "probability": float(probability[c]),
                     "variance": float(p.variance[c]),
                     "std": float(p.std[c]),
                     "interval": p.interval[c].tolist(),
@@ -154,9 +172,28 @@ class Service:
             "effective_particles": p.effective_particles,
             "mc_error": float(p.mc_error[best]),
         }
+        if calibration is not None:
+            within = calibration.prediction_set(p.probability, question.options.coverage).tolist()
+            record["prediction_set"] = [text for text, inside in zip(question.answers, within, strict=True) if inside]
+            for item, own in zip(record["answers"], p.probability.tolist(), strict=True):
+                item["uncalibrated"] = own
         if question.options.per_particle and answer.particles is not None:
             record["per_particle"] = answer.particles.tolist()
         return record
+
+    def _calibration(self, question: Question, p: Predictive) -> Record | None:
+        """The record made for exactly this base, posterior, template, predictive and number of particles."""
+        posterior = question.served.posterior
+        if posterior is None or question.template is None:
+            return None
+        key = Key(
+            base=self.base.hash,
+            posterior=posterior.hash,
+            template=question.template,
+            predictive=question.predictive,
+            particles=p.particles,
+        )
+        return posterior.calibration.get(key)
 
     async def predict(self, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
         """POST /v1/predictive."""
@@ -189,6 +226,7 @@ class Service:
         answers = request.answers or (task.answers if task is not None else None)
         if answers is None:
             raise bad_request(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
+        template = None
         if request.inputs is not None:
             if task is None:
                 raise bad_request("the base model has no template; give 'prompts' or 'messages'", "inputs")
@@ -196,11 +234,12 @@ class Service:
                 _rendered(i, lambda row=row: task.prompt_ids(self.tokenizer, row, exact=True))
                 for i, row in enumerate(request.inputs)
             ]
+            template = template_hash(task) if tuple(answers) == task.answers else None
         elif request.prompts is not None:
             prompts = [self.tokenizer.encode(text) for text in request.prompts]
         else:
             prompts = [self.conversation(messages) for messages in request.messages or []]
-        return self.question(served, prompts, answers, request)
+        return self.question(served, prompts, answers, request, template=template)
 
     def conversation(self, messages: Any) -> list[int]:
         """Token ids of chat messages up to where the assistant answers. Raises ApiError 400."""

@@ -12,7 +12,8 @@ class Answer:
     """One candidate answer: its posterior predictive probability and how far the weights leave it open.
 
     `variance` and `std` are those of p(answer | weights) under the posterior; `interval` is its
-    central credible interval at the requested coverage.
+    central credible interval at the requested coverage. A calibrated `probability` moves none of the three;
+    `uncalibrated` then is the posterior predictive probability itself.
     """
 
     answer: str
@@ -20,6 +21,7 @@ class Answer:
     variance: float
     std: float
     interval: tuple[float, float]
+    uncalibrated: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class Prediction(Uncertainty):
 
     `answers` [C] are in the order asked; `covariance` [C, C] is that of p(answer | weights);
     `per_particle` [K, C] is there when asked for; `mc_error` is the Monte-Carlo standard error of `confidence`.
+    Calibrated, `answer`, `confidence`, `logprob` and the probabilities of `answers` come from the calibration, all
+    else from the posterior itself; `prediction_set` then holds the true answer at the requested coverage.
     """
 
     answer: str
@@ -77,6 +81,7 @@ class Prediction(Uncertainty):
     effective_particles: float
     mc_error: float
     per_particle: tuple[tuple[float, ...], ...] | None = None
+    prediction_set: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,227 @@
+"""`posterior calibrate`: labelled rows that were not fitted on in, a calibration record beside the posterior out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posterior import artefact, calibration, lora
+from posterior.base import load_model, load_tokenizer, resolve
+from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
+from posterior.data import Example, Row, data_hash, encode, read_jsonl
+from posterior.errors import PosteriorError
+from posterior.evaluate import base_spec, linearized, map_scores, markdown, sampled
+from posterior.metrics import Estimate, estimate
+from posterior.predictive import from_gaussian
+
+FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
+PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Calibrate one predictive of a choice posterior on held-out rows; the server applies the record it writes."
+    )
+    parser.add_argument("posterior", help="a posterior folder")
+    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows, JSONL, like the training data")
+    parser.add_argument(
+        "--method",
+        choices=tuple(CALIBRATORS),
+        default="temperature",
+        help="temperature: one number; vector: two an answer; platt, isotonic: of the top answer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--predictive", choices=("linearized", "mixture", "map"), help="which to calibrate (default: the served one)"
+    )
+    parser.add_argument(
+        "--particles",
+        type=int,
+        help=f"of the mixture; another number is another calibration (default: {PARTICLES}, or all in the folder)",
+    )
+    parser.add_argument(
+        "--conformal",
+        choices=get_args(Score),
+        default="lac",
+        help="prediction sets: lac, the smallest on average; aps, larger where p is spread (default %(default)s)",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        default=0.9,
+        help="of the sets reported here; requests may ask for any (default %(default)s)",
+    )
+    parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a forward pass (default %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the base's weights (default %(default)s)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the record as JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    record, path = calibrate(args)
+    if args.json:
+        print(json.dumps(record.model_dump(mode="json")))
+        return
+    name, method = record.key.predictive, record.calibrator.method
+    print(markdown({name: record.before, f"{name}, {method} (cross-fitted)": record.after}, record.n))
+    print(
+        f"\nprediction sets ({record.conformal.score}) at coverage {record.coverage:g}, cross-fitted: "
+        f"covered {record.sets['covered']}, mean size {record.sets['size']}\nwrote {path}"
+    )
+
+
+def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
+    """The record and where it was written. Raises PosteriorError for whatever the user can mend."""
+    posterior = artefact.load(args.posterior)
+    rows = read_jsonl(args.data)
+    predictive, k = _check(posterior, rows, args)
+    base = resolve(args.base or base_spec(posterior.base))
+    posterior.check_base(base.hash)
+    tokenizer: Any = load_tokenizer(base)
+    examples = encode(posterior.task, tokenizer, rows)
+    y = torch.tensor([example.label for example in examples])
+    if len(set(y.tolist())) == 1:
+        answer = (posterior.task.answers or ())[int(y[0])]
+        raise PosteriorError(f"every row has the label {answer!r}; a calibration needs rows of at least two answers")
+    model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
+    p = probabilities(model, posterior, predictive, k, examples, args.batch_size)
+    record = measure(
+        p,
+        y,
+        method=args.method,
+        score=args.conformal,
+        coverage=args.coverage,
+        key=Key(
+            base=base.hash,
+            posterior=posterior.hash,
+            template=calibration.template_hash(posterior.task),
+            predictive=predictive,
+            particles=k,
+        ),
+        data=data_hash(rows),
+        dtype=args.dtype,
+    )
+    return record, calibration.save(posterior.path, record)
+
+
+def probabilities(
+    model: Any,
+    posterior: artefact.Posterior,
+    predictive: PredictiveName,
+    k: int,
+    examples: Sequence[Example],
+    batch_size: int = 32,
+) -> Tensor:
+    """The predictive's probabilities [N, C], float64, as the server computes them."""
+    if predictive == "linearized":
+        return linearized(model, posterior.curvature, posterior.precision, examples, batch_size)
+    if predictive == "mixture":
+        return sampled(model, posterior, k, examples, batch_size)
+    return map_scores(model, examples, batch_size).softmax(1)
+
+
+def measure(
+    p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str, dtype: str
+) -> Record:
+    """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]."""
+    if not bool(torch.isfinite(p).all()):
+        raise PosteriorError("the predictive gave probabilities that are not finite; try --dtype float32")
+    if method == "temperature" and bool((p.argmax(1) == y).all()):
+        raise PosteriorError(
+            f"all {len(y)} answers are right, so that no temperature is low enough; "
+            "give more rows, or use --method platt, which allows for mistakes not seen yet"
+        )
+    after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage)
+    return Record(
+        key=key,
+        calibrator=CALIBRATORS[method].fit(p, y),
+        conformal=Conformal.fit(score, p, y),
+        n=len(y),
+        data=data,
+        dtype=dtype,
+        before=estimate(p.clamp(min=FLOOR), y),
+        after=estimate(after.clamp(min=FLOOR), y),
+        coverage=coverage,
+        sets={"covered": _share(sets.gather(1, y[:, None])), "size": _mean(sets.sum(1))},
+    )
+
+
+def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float) -> tuple[Tensor, Tensor]:
+    """Calibrated probabilities and prediction sets, both [N, C], each row's from the other folds' rows."""
+    from sklearn.model_selection import KFold  # type: ignore[import-untyped]
+
+    after, sets = torch.zeros_like(p), torch.zeros(p.shape, dtype=torch.bool)
+    for others, fold in KFold(FOLDS, shuffle=True, random_state=0).split(p):
+        calibrator = CALIBRATORS[method].fit(p[others], y[others])
+        conformal = Conformal.fit(score, p[others], y[others])
+        after[fold] = calibrator.apply(p[fold])
+        sets[fold] = calibration.prediction_set(calibrator, conformal, p[fold], coverage)
+    return after, sets
+
+
+def _check(posterior: artefact.Posterior, rows: Sequence[Row], args: argparse.Namespace) -> tuple[PredictiveName, int]:
+    """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
+    if posterior.task.kind != "choice":
+        raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
+    if posterior.task.answers is None:
+        raise PosteriorError(f"each row of {posterior.name!r} brings its own answers; fit with --answers to calibrate")
+    if not 0 < args.coverage < 1:
+        raise PosteriorError(f"--coverage is {args.coverage}; it must lie between 0 and 1")
+    if len(rows) < MIN_ROWS:
+        raise PosteriorError(
+            f"{len(rows)} rows are too few to calibrate on: below {MIN_ROWS}, not even the largest score bounds 95 % "
+            f"of all cases with 95 % confidence (0.95^{len(rows)} = {0.95 ** len(rows):.3f} > 0.05)"
+        )
+    if data_hash(rows) == posterior.fit.get("data", {}).get("hash"):
+        raise PosteriorError(f"{args.data} holds the rows that {posterior.name!r} was fitted on; give held-out rows")
+    laplace = posterior.family == "laplace"
+    predictive: PredictiveName = args.predictive or ("linearized" if laplace else "mixture")
+    if predictive == "linearized" and not laplace:
+        raise PosteriorError(f"{posterior.name!r} is made of particles, it has no linearized predictive; use mixture")
+    if predictive != "mixture" and args.particles is not None:
+        raise PosteriorError(f"--particles belongs to --predictive mixture; this is {predictive}")
+    return predictive, _particles(posterior, predictive, args.particles)
+
+
+def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted: int | None) -> int:
+    """What an answer of this predictive says as `particles`."""
+    if predictive == "map":
+        return 1
+    if predictive == "linearized":
+        return from_gaussian(torch.zeros(2), torch.zeros(2, 2)).particles
+    k = (len(posterior.weights) or PARTICLES) if wanted is None else wanted
+    if k < 1:
+        raise PosteriorError(f"--particles is {k}; at least 1 is needed")
+    if posterior.weights and k > len(posterior.weights):
+        raise PosteriorError(f"--particles is {k}; {posterior.name!r} has {len(posterior.weights)}")
+    return k
+
+
+def _share(hits: Tensor) -> Estimate:
+    """A share of rows with its exact binomial interval (Clopper & Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int(hits.sum()), hits.numel())
+    low, high = found.proportion_ci()
+    return Estimate(float(found.statistic), float(low), float(high))
+
+
+def _mean(values: Tensor) -> Estimate:
+    """A mean over rows with its bootstrap interval."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap((values.numpy(),), np.mean, n_resamples=1000, method="percentile", rng=0)
+    low, high = found.confidence_interval
+    return Estimate(float(values.double().mean()), float(low), float(high))

@@ -1,0 +1,196 @@
+"""`posterior calibrate` on a tiny posterior: what it writes, that the posterior stays the same one, what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posterior import artefact, calibrate, calibration, fit, inspect, lora
+from posterior.base import load_model, load_tokenizer, resolve
+from posterior.data import data_hash, encode
+from posterior.errors import PosteriorError
+from posterior.evaluate import linearized, map_scores, sampled
+
+ROWS = 60
+WORDS = ("good", "fine", "poor", "bad")
+
+
+def row(index: int) -> dict[str, Any]:
+    return {"text": f"{WORDS[index % 4]} thing {index}", "label": int(index % 4 > 1) ^ (index % 7 == 0)}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def arguments(module: Any, *words: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A posterior folder and, beside it, the rows it was fitted on: 60 of them."""
+    folder = tmp_path_factory.mktemp("fitted")
+    data = write(folder / "train.jsonl", [row(index) for index in range(1000, 1000 + ROWS)])
+    options = ["--out", folder / "tiny", "--template", "{text}:", "--answers", "p", "n", "--base", tiny_base]
+    fit.fit(arguments(fit, data, *options, "--rank", 2, "--epochs", 1))
+    return folder
+
+
+@pytest.fixture
+def folder(fitted: Path, tmp_path: Path) -> Path:
+    shutil.copytree(fitted / "tiny", tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "held-out.jsonl", [row(index) for index in range(ROWS)])
+
+
+@pytest.fixture
+def call(tiny_base: Path) -> Any:
+    return lambda folder, data, *options: calibrate.calibrate(
+        arguments(calibrate, folder, data, "--base", tiny_base, *options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "linearized-1024"),
+        (("--predictive", "mixture", "--particles", 3), "mixture-3"),
+        (("--predictive", "map"), "map-1"),
+    ],
+)
+def test_it_calibrates_the_predictive_the_server_gives(
+    folder: Path, data: Path, call: Any, tiny_base: Path, options: tuple[Any, ...], name: str
+) -> None:
+    record, path = call(folder, data, "--method", "platt", *options)
+    assert path == folder / "calibration" / f"{name}.json"
+    posterior, base = artefact.load(folder), resolve(str(tiny_base))
+    rows = [row(index) for index in range(ROWS)]
+    assert posterior.calibration == {record.key: record}
+    assert (record.n, record.data, record.dtype) == (ROWS, data_hash(rows), "float32")
+    assert (record.key.base, record.key.posterior) == (base.hash, posterior.hash)
+    tokenizer: Any = load_tokenizer(base)
+    examples = encode(posterior.task, tokenizer, rows)
+    model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
+    p = {
+        "linearized": lambda: linearized(model, posterior.curvature, posterior.precision, examples),
+        "mixture": lambda: sampled(model, posterior, 3, examples),
+        "map": lambda: map_scores(model, examples).softmax(1),
+    }[record.key.predictive]()
+    y = torch.tensor([one["label"] for one in rows])
+    assert record.calibrator == calibration.Platt.fit(p, y)
+    assert record.conformal == calibration.Conformal.fit("lac", p, y)
+    assert set(record.before) == set(record.after) == {"accuracy", "nll", "brier", "ece", "gap"}
+
+
+def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -> None:
+    record = (folder / "posterior.json").read_bytes()
+    before = artefact.load(folder)
+    assert before.calibration == {}
+    call(folder, data)
+    call(folder, data, "--predictive", "map")
+    after = artefact.load(folder)
+    assert (folder / "posterior.json").read_bytes() == record and after.hash == before.hash
+    assert inspect.describe(after)["calibration"] == "2 records"
+
+
+def test_a_folder_of_before_still_loads(folder: Path) -> None:
+    """Folders used to hold an empty list of records, which the hash left out."""
+    before = artefact.load(folder).hash
+    record = json.loads((folder / "posterior.json").read_text())
+    (folder / "posterior.json").write_text(json.dumps(record | {"calibration": []}))
+    assert artefact.load(folder).hash == before
+
+
+def test_another_fit_in_the_folder_has_no_calibration(folder: Path, data: Path, call: Any) -> None:
+    _, path = call(folder, data)
+    record = json.loads((folder / "posterior.json").read_text())
+    (folder / "posterior.json").write_text(json.dumps(record | {"prior": {"choice": "another"}}))
+    with pytest.raises(PosteriorError, match=f"{path.name} calibrates another posterior"):
+        artefact.load(folder)
+
+
+def test_the_table_and_json(folder: Path, data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--conformal", "aps", "--coverage", 0.8))
+    text = capsys.readouterr().out
+    assert "| linearized |" in text and "| linearized, temperature (cross-fitted) |" in text
+    assert "prediction sets (aps) at coverage 0.8, cross-fitted: covered 0." in text and "linearized-1024.json" in text
+    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--json"))
+    assert json.loads(capsys.readouterr().out)["calibrator"]["method"] == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (range(58), (), r"58 rows are too few.*0\.95\^58 = 0\.051 > 0\.05"),
+        (range(1000, 1000 + ROWS), (), "holds the rows that 'tiny' was fitted on"),
+        (range(ROWS), ("--predictive", "map", "--particles", 4), "belongs to --predictive mixture"),
+        (range(ROWS), ("--predictive", "mixture", "--particles", 0), "at least 1"),
+        (range(ROWS), ("--coverage", 1.0), "between 0 and 1"),
+    ],
+)
+def test_refusals_come_before_any_work(
+    folder: Path, tmp_path: Path, rows: range, options: tuple[Any, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "resolve", lambda _: pytest.fail("the base was loaded"))
+    data = write(tmp_path / "rows.jsonl", [row(index) for index in rows])
+    with pytest.raises(PosteriorError, match=words) as error:
+        calibrate.calibrate(arguments(calibrate, folder, data, *options))
+    assert "\n" not in str(error.value) and not (folder / "calibration").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: {"label": 0}, "every row has the label 'p'"),
+        (lambda index: {"label": 2 if index == 6 else index % 2}, "row 7: label 2 is neither"),
+        (lambda index: {"label": -1}, "row 1: label -1 is neither"),
+        (lambda index: {"text": 3}, "row 1: field 'text'"),
+    ],
+)
+def test_bad_rows_are_named(folder: Path, tmp_path: Path, call: Any, change: Any, words: str) -> None:
+    data = write(tmp_path / "rows.jsonl", [row(index) | change(index) for index in range(ROWS)])
+    with pytest.raises(PosteriorError, match=words):
+        call(folder, data)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"kind": "text", "template": "{text}", "answers": None}, "is a text posterior"),
+        ({"kind": "choice", "template": "{text}", "answers": None}, "brings its own answers"),
+    ],
+)
+def test_tasks_without_answers_are_refused(folder: Path, data: Path, task: dict[str, Any], words: str) -> None:
+    record = json.loads((folder / "posterior.json").read_text())
+    (folder / "posterior.json").write_text(json.dumps(record | {"task": task}))
+    with pytest.raises(PosteriorError, match=words):
+        calibrate.calibrate(arguments(calibrate, folder, data))
+
+
+def test_particle_posteriors(fitted: Path, tmp_path: Path, data: Path, call: Any) -> None:
+    source = artefact.load(fitted / "tiny")
+    mean = lora.read_adapter(source.map_dir)
+    artefact.save(
+        tmp_path / "gang", family="particles", base=source.base, task=source.task, prior={}, fit={}, mean=mean,
+        lora_config=lora.read_config(source.map_dir), particles=[mean, mean], weights=[0.25, 0.75],
+    )  # fmt: skip
+    with pytest.raises(PosteriorError, match="no linearized predictive"):
+        call(tmp_path / "gang", data, "--predictive", "linearized")
+    with pytest.raises(PosteriorError, match="--particles is 3; 'gang' has 2"):
+        call(tmp_path / "gang", data, "--particles", 3)
+    record, path = call(tmp_path / "gang", data)
+    assert path.name == "mixture-2.json" and record.key.particles == 2
