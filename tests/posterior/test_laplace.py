@@ -66,19 +66,24 @@ def test_optimal_precision_beats_its_neighbours(curvature):
         assert laplace.evidence(curvature, distance, {n: v * factor for n, v in best.items()}, 0.0) < top
 
 
-def test_samples_have_the_posterior_covariance(curvature):
-    """20,000 draws of one matrix; each covariance entry within 5 standard errors of P^-1."""
+@pytest.mark.parametrize("span", [3, 32])
+def test_samples_have_the_posterior_covariance_in_the_leading_directions(curvature, span, monkeypatch):
+    """20,000 draws of one matrix; each covariance entry within 5 standard errors of Q P^-1 Q, Q the projection."""
+    monkeypatch.setattr(laplace, "SPAN", span)
     name = next(iter(curvature))
     block = {name: curvature[name]}
     mean = {name: torch.zeros(block[name].shape, dtype=torch.float64)}
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([laplace.sample(block, {name: 2.0}, mean, generator)[name].flatten() for _ in range(20_000)])
-    covariance = torch.linalg.inv(dense(block[name]) + 2.0 * torch.eye(draws.shape[1]).double())
+    large = block[name].large
+    basis = large.basis.double()[:, large.values.topk(min(span, len(large.values))).indices]
+    project = torch.kron(torch.eye(block[name].shape[0]).double(), basis @ basis.T)
+    covariance = project @ torch.linalg.inv(dense(block[name]) + 2.0 * torch.eye(draws.shape[1]).double()) @ project
     error = (covariance.diagonal()[:, None] * covariance.diagonal() + covariance.square()).sqrt() / math.sqrt(
         len(draws)
     )
-    assert bool(((draws.T @ draws / len(draws) - covariance).abs() < 5 * error).all())
-    assert bool((draws.mean(0).abs() < 5 * (covariance.diagonal() / len(draws)).sqrt()).all())
+    assert bool(((draws.T @ draws / len(draws) - covariance).abs() < 5 * error + 1e-12).all())
+    assert bool((draws.mean(0).abs() < 5 * (covariance.diagonal() / len(draws)).sqrt() + 1e-9).all())
 
 
 def test_same_seed_same_sample(curvature, model):
