@@ -52,6 +52,8 @@ def score(
     count = len(tokens) - 1
     result = LogprobsTensors.empty_cpu(count, top + 1)
     rows: list[list[float]] = []
+    if count == 0:  # the first token of a text has no law to be scored under
+        return result, rows
     target = torch.tensor(tokens[1:], device=log_weights.device)
     chunk = max(1, NUMBERS // (len(hidden) * runner.model_config.get_vocab_size()))
     for part in (slice(begin, begin + chunk) for begin in range(0, count, chunk)):

@@ -186,7 +186,7 @@ def test_structured_output_and_its_meaning(server: Running) -> None:
     assert choice["uncertainty"]["logprob"] < -1, "a text the mixture would hardly have written by itself"
 
 
-def test_choices_expressions_and_tools(server: Running) -> None:
+def test_choices_and_expressions(server: Running) -> None:
     body = {"model": "gang", "prompt": "The food was", "max_tokens": 12, "temperature": 0}
     for form, allowed in (
         ({"choice": ["good", "bad"]}, r"good|bad"),
@@ -194,25 +194,6 @@ def test_choices_expressions_and_tools(server: Running) -> None:
     ):
         (choice,) = server.post("/v1/completions", **body, structured_outputs=form)["choices"]
         assert re.fullmatch(allowed, choice["text"]) and choice["uncertainty"]["predictive"] == "mixture"
-    parameters = {"type": "object", "properties": {"stars": {"enum": [1, 2, 3]}}, "required": ["stars"]}
-    tool = {
-        "type": "function",
-        "function": {"name": "rate", "parameters": {**parameters, "additionalProperties": False}},
-    }
-    messages = [{"role": "user", "content": "Rate the food."}]
-    chosen = {"type": "function", "function": {"name": "rate"}}
-    answer = server.post(
-        "/v1/chat/completions",
-        model="gang",
-        messages=messages,
-        tools=[tool],
-        tool_choice=chosen,
-        max_tokens=40,
-        temperature=0,
-    )
-    (call,) = answer["choices"][0]["message"]["tool_calls"]
-    assert call["function"]["name"] == "rate" and json.loads(call["function"]["arguments"])["stars"] in (1, 2, 3)
-    assert answer["choices"][0]["uncertainty"]["logprob"] < 0
 
 
 def test_streams_carry_each_chunks_tokens(client: openai.OpenAI, server: Running) -> None:

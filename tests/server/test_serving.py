@@ -209,8 +209,9 @@ def test_bad_requests_of_text_are_one_clear_line(client: openai.OpenAI, body: di
 def test_bad_token_ids_and_echoed_log_probabilities(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="vocabulary"):
         client.completions.create(model="mood", prompt=[1, 10**6])
-    with pytest.raises(openai.BadRequestError, match="not served"):
-        client.completions.create(model="mood", prompt="x", echo=True, logprobs=1)
+    single = client.completions.create(model="mood", prompt="x", echo=True, logprobs=1, max_tokens=1).choices[0]
+    assert single.logprobs is not None and single.logprobs.token_logprobs is not None
+    assert single.logprobs.token_logprobs[0] is None, "a prompt of one token has nothing to score"
     with pytest.raises(openai.NotFoundError, match="not served"):
         client.completions.create(model="nobody", prompt="x")
 
