@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, fit, laplace, lora
+from posterior import artefact, fit, gaussian, laplace, lora
 from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import Example, Row, encode, read_jsonl
 from posterior.evaluate import linearized, map_scores, markdown, sampled
@@ -98,7 +98,7 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
     table[f"Laplace, {PARTICLES} samples (default)"] = estimate(sampled(model, default, PARTICLES, test), labels)
-    heldout = fit.heldout_precision(model, default.curvature, default.precision, calibration, 16)
+    heldout = gaussian.heldout_precision(model, default.curvature, default.precision, calibration, 16)
     table["Laplace, linearised, prior by held-out NLL"] = estimate(
         linearized(model, default.curvature, heldout, test), labels
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from posterior.errors import PosteriorError
 
 Theta = dict[str, Tensor]
 ADAPTER = "default"
+PLAIN_INITS = ("gaussian", "eva", "orthogonal")  # by name; the others (PiSSA, OLoRA, ...) change the base's weights
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
@@ -56,6 +58,14 @@ def attach(
         ) from None
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_id
     return peft_model
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """A fresh theta in place: A random as PEFT draws it, B zero."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters(ADAPTER, True)  # type: ignore[no-untyped-call]
 
 
 def matrices(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Linear]:
@@ -116,6 +126,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PosteriorError(f"{folder} is a {config.get('peft_type')} adapter; only LORA is supported")
     if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise PosteriorError(f"{folder} uses DoRA, biases or modules_to_save; only plain LoRA matrices are supported")
+    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in PLAIN_INITS:
+        raise PosteriorError(
+            f"{folder} was initialised by {config['init_lora_weights']}, which changes the base's weights; convert it "
+            "to an ordinary LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
     return config  # type: ignore[no-any-return]
 
 

@@ -54,6 +54,7 @@ class Trainer:
         )
         self.step = 0
         self.epoch = 0
+        self.history: list[dict[str, float]] = []  # an entry each epoch
         self.total = training.total_steps(len(examples))
 
     @property
@@ -80,21 +81,15 @@ class Trainer:
         finally:
             self.model.eval().requires_grad_(False)
         self.epoch += 1
+        self.history.append({"nll": total / max(1, seen)})
         return total / max(1, seen)
 
     def update(self, batch: Batch) -> float:
         """One optimiser step; returns the mean negative log-likelihood of the batch in nats."""
-        rate = (
-            self.training.learning_rate
-            * min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total))
-            * (1 - self.step / self.total)
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate()
         self.optimizer.zero_grad(set_to_none=True)
-        nll = -log_likelihood(self.model, batch).mean()
-        (nll + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
-        value = float(nll.detach())
+        value = self.gradient(batch)
         if not math.isfinite(value):
             raise PosteriorError(
                 f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate})"
@@ -102,6 +97,17 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         return value
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        warm_up = min(1.0, (self.step + 1) / max(1.0, 0.05 * self.total))
+        return self.training.learning_rate * warm_up * (1 - self.step / self.total)
+
+    def gradient(self, batch: Batch) -> float:
+        """Leave in each matrix the gradient to descend; returns the mean negative log-likelihood of the batch."""
+        nll = -log_likelihood(self.model, batch).mean()
+        (nll + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
+        return float(nll.detach())
 
     def penalty(self) -> Tensor:
         """Negative log prior up to a constant: sum_m (lambda_m / 2) |theta_m - theta_0,m|^2."""
@@ -120,7 +126,7 @@ class Trainer:
             tensors[f"{key}/{name}"] = self.optimizer.state[module.weight][key]
         with lora.atomic_folder(folder) as work:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work / "state.safetensors")
-            state = {"step": self.step, "epoch": self.epoch, "precision": self.precision}
+            state = {"step": self.step, "epoch": self.epoch, "precision": self.precision, "history": self.history}
             (work / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def resume(self, folder: Path) -> None:
@@ -128,6 +134,7 @@ class Trainer:
         tensors = load_file(folder / "state.safetensors")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.step, self.epoch, self.precision = state["step"], state["epoch"], state["precision"]
+        self.history = state["history"]
         lora.put(self.model, {name: tensors[f"theta/{name}"] for name in self.matrices})
         self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
         self.examples = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
@@ -136,3 +143,26 @@ class Trainer:
                 "step": torch.tensor(float(self.step)),
                 **{key: tensors[f"{key}/{name}"].to(module.weight) for key in ("exp_avg", "exp_avg_sq")},
             }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a fit's training states are kept, and the mark of the fit they belong to."""
+
+    folder: Path
+    fingerprint: str
+
+    def __truediv__(self, name: str) -> Checkpoint:
+        """The same for one of several trainings of a fit."""
+        return Checkpoint(self.folder / name, self.fingerprint)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save(self.folder / "state")
+        (self.folder / "fingerprint").write_text(self.fingerprint, encoding="utf-8")
+
+    def resume(self, trainer: Trainer) -> None:
+        """Continue from the last state if it is of the same fit."""
+        mark = self.folder / "fingerprint"
+        if mark.is_file() and mark.read_text(encoding="utf-8") == self.fingerprint:
+            trainer.resume(self.folder / "state")
+            print(f"resuming from {self.folder} at step {trainer.step} of {trainer.total}")

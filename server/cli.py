@@ -12,6 +12,7 @@ from posterior.errors import PosteriorError
 
 VERBS = {
     "fit": ("posterior.fit", "fit a posterior on LoRA weights to your data"),
+    "import": ("posterior.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
     "evaluate": ("posterior.evaluate", "accuracy and calibration of the MAP beside the posterior"),
     "calibrate": ("posterior.calibrate", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.inspect", "what a posterior folder holds, verified"),

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from posterior import artefact, evaluate, fit, inspect, lora
+from posterior import artefact, evaluate, fit, gaussian, inspect, lora
 from posterior.errors import PosteriorError
 from tests.posterior.conftest import tiny_llama
 
@@ -45,7 +45,7 @@ def test_the_adapter_is_ordinary_peft(run_fit, tiny_base):
 def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys):
     """Killed after the first epoch, the second run resumes and ends where an uninterrupted one does."""
     whole = run_fit(tmp_path / "whole")
-    original = fit.measure
+    original = gaussian.measure
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -54,10 +54,10 @@ def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(fit, "measure", interrupted)
+    monkeypatch.setattr(gaussian, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_fit(tmp_path / "cut")
-    monkeypatch.setattr(fit, "measure", original)
+    monkeypatch.setattr(gaussian, "measure", original)
     cut = run_fit(tmp_path / "cut")
     assert "resuming from" in capsys.readouterr().out
     first, second = lora.read_adapter(whole.map_dir), lora.read_adapter(cut.map_dir)

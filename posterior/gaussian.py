@@ -1,0 +1,195 @@
+"""`--method laplace`: MAP or the mean of a variational Gaussian, its curvature, and the prior by the evidence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from posterior import kfac, laplace, lora
+from posterior.data import Example, batches
+from posterior.job import Job, Result, fixed_precision, number, prior_precision
+from posterior.linearized import moments
+from posterior.map import Checkpoint, Trainer, Training
+from posterior.predictive import from_gaussian
+from posterior.sketch import Sketch
+
+# The evidence must not speak before theta* has seen the data: near B = 0 it finds B hardly moved, and chooses a prior
+# so tight that B stays there. Until then B's prior is weak.
+BURN_IN = 0.5  # share of the training steps
+FIRST_PRECISION = 1.0  # of B, during the burn-in; on yelp and SST-2 the evidence then chooses 4 to 14
+HELDOUT_FACTORS = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision, for held-out NLL
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py)."""
+
+    curvature: dict[str, kfac.Kronecker]
+    precision: laplace.Precision
+    coupling: float
+
+
+def fit(job: Job) -> Result:
+    """A Laplace posterior of a new adapter, or of the one that --adapter named."""
+    model, examples, args = job.model, job.examples, job.args
+    if args.adapter:
+        origin = foreign_origin(lora.get(model))
+        gaussian = around(model, origin, examples, args)
+    else:
+        origin, gaussian = train(model, examples, args, job.training, job.checkpoint)
+    curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
+    if args.prior_precision == "heldout":
+        precision = heldout_precision(model, curvature, precision, job.heldout, args.batch_size)
+    log_lik = job.log_likelihood()
+    return Result(
+        family="laplace",
+        mean=lora.get(model),
+        prior={
+            "A": "mean: " + ("the adapter's own" if args.adapter else "its initialisation") + ", precision 3 d_in",
+            "B": "mean: zero",
+            "choice": args.prior_precision,
+            "grouping": args.grouping,
+            "precision": summary(precision, args.grouping),
+        },
+        fit={
+            "method": "laplace-kfac",
+            "variational": args.task == "choice" and not args.adapter and not args.no_variational,
+            "sharing": args.sharing,
+            "curvature_rank": args.curvature_rank,
+            "coupling": coupling,
+            "training": None if args.adapter else asdict(job.training),
+            "log_likelihood": log_lik,
+            "evidence": laplace.evidence(curvature, distances(model, origin), precision, log_lik, coupling),
+            "effective_dimension": sum(
+                laplace.effective_dimension(block, precision[name]) for name, block in curvature.items()
+            )
+            / coupling,
+        },
+        curvature=curvature,
+        precision=precision,
+    )
+
+
+def train(
+    model: Any, examples: Sequence[Example], args: argparse.Namespace, training: Training, checkpoint: Checkpoint
+) -> tuple[lora.Theta, Gaussian]:
+    """Train the adapter in place; returns the prior's mean and the Gaussian around the trained theta*.
+
+    First the burn-in: MAP under a weak prior. Then epochs of training take turns with updates of the curvature, of the
+    prior precision by the evidence (MacKay; Immer et al. 2021) and, for choices, of the posterior covariance S_n of the
+    scores. The next epoch's likelihood is its expectation over f_n ~ N(f_n(theta), S_n), which makes theta* the mean of
+    a variational Gaussian (Opper & Archambeau 2009) instead of a mode: a mode ignores what the spread costs, lies too
+    close to the prior, and leaves a plain Laplace predictive under-confident (Nickisch & Rasmussen 2008). The turns end
+    with the epochs, not at convergence: theta* belongs to the covariance of the epoch before the last.
+    benchmarks/calibration.py shows what the variational mean buys, and what it does not.
+    """
+    fixed = number(args.prior_precision)
+    start = prior_precision(lora.get(model), FIRST_PRECISION if fixed is None else fixed)
+    trainer = Trainer(model, examples, start, training)
+    checkpoint.resume(trainer)
+    gaussian: Gaussian | None = None
+    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
+
+        def progress(loss: float) -> None:
+            bar.update()
+            bar.set_postfix(nll=f"{loss:.3f}")
+
+        while not trainer.done:
+            trainer.run_epoch(progress)
+            if trainer.step >= BURN_IN * trainer.total:
+                gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
+                trainer.precision = gaussian.precision
+                if args.task == "choice" and not args.no_variational and not trainer.done:
+                    trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
+            checkpoint.save(trainer)
+    return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, args)
+
+
+def around(
+    model: Any, origin: lora.Theta, examples: Sequence[Example], args: argparse.Namespace, leave: bool = True
+) -> Gaussian:
+    """The Gaussian around the adapter as it is: curvature, and the prior precision that was asked for."""
+    blocks, sketch = measure(model, examples, args, fixed_precision(origin), leave)
+    fixed = number(args.prior_precision)
+    if fixed is None:
+        moved = distances(model, origin)
+        precision, coupling = laplace.settle(blocks, sketch, moved, args.grouping, fixed_precision(origin))
+    else:
+        precision = prior_precision(origin, fixed)
+        coupling = laplace.coupling(blocks, precision, sketch.eigenvalues(fixed))
+    return Gaussian(laplace.coupled(blocks, coupling), precision, coupling)
+
+
+def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_size: int) -> list[Example]:
+    """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
+    matrices = lora.matrices(model)
+    device = next(iter(matrices.values())).weight.device
+    result = list(examples)
+    for indices, batch in batches(examples, batch_size):
+        _, (covariance,) = moments(model, matrices, gaussian.curvature, [gaussian.precision], batch.to(device))
+        for row, index in enumerate(indices):
+            result[index] = replace(examples[index], spread=covariance[row].float().cpu())
+    return result
+
+
+def measure(
+    model: Any, examples: Sequence[Example], args: argparse.Namespace, fixed: Mapping[str, float], leave: bool = True
+) -> tuple[dict[str, kfac.Kronecker], Sketch]:
+    """Kronecker factors over all examples and a sketch of the whole Fisher, with a progress bar."""
+    model.eval().requires_grad_(False)
+    matrices = lora.matrices(model)
+    sketch = Sketch(matrices, fixed, seed=args.seed)
+    with tqdm(total=len(examples), desc="curvature", unit="row", leave=leave) as bar:
+        blocks = kfac.fit(
+            model,
+            matrices,
+            (batch.to(args.device) for _, batch in batches(examples, args.batch_size)),
+            sharing=args.sharing,
+            rank=args.curvature_rank,
+            samples=args.label_samples,
+            seed=args.seed,
+            sketch=sketch,
+            progress=bar.update,
+        )
+    return blocks, sketch
+
+
+def heldout_precision(
+    model: Any,
+    curvature: laplace.Curvature,
+    precision: Mapping[str, float],
+    heldout: Sequence[Example],
+    batch_size: int,
+) -> dict[str, float]:
+    """The multiple of `precision` whose linearised predictive has the lowest NLL on held-out rows."""
+    choices = [{name: value * factor for name, value in precision.items()} for factor in HELDOUT_FACTORS]
+    loss = torch.zeros(len(choices), dtype=torch.float64)
+    device = next(iter(lora.matrices(model).values())).weight.device
+    for _, batch in batches(heldout, batch_size):
+        mean, covariance = moments(model, lora.matrices(model), curvature, choices, batch.to(device))
+        for choice in range(len(choices)):
+            for row, label in enumerate(batch.label.tolist()):
+                loss[choice] -= from_gaussian(mean[row].cpu(), covariance[choice, row].cpu()).probability[label].log()
+    return choices[int(loss.argmin())]
+
+
+def distances(model: Any, origin: lora.Theta) -> dict[str, float]:
+    """|theta - theta_0|^2 of each matrix."""
+    theta = lora.get(model)
+    return {name: laplace.square_distance(theta, origin, [name]) for name in theta}
+
+
+def summary(precision: Mapping[str, float], grouping: laplace.Grouping) -> dict[str, float]:
+    """One prior precision per group of B matrices, for people to read."""
+    names = [name for name in precision if name.endswith(".B")]
+    return {group: precision[members[0]] for group, members in laplace.groups(names, grouping).items()}
+
+
+def foreign_origin(theta: lora.Theta) -> lora.Theta:
+    """The prior mean we can give somebody's adapter: B = 0, and A where it is (its initialisation is not known)."""
+    return {name: value if name.endswith(".A") else torch.zeros_like(value) for name, value in theta.items()}

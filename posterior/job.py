@@ -1,0 +1,104 @@
+"""What `posterior fit` prepares for a method, and what every method hands back: the seam between fit.py and one file a
+method."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from posterior import laplace, lora
+from posterior.artefact import Family
+from posterior.data import Example, batches
+from posterior.kfac import Kronecker
+from posterior.likelihood import log_likelihood
+from posterior.map import Checkpoint, Training
+
+MEMBERS = 1000  # seeds set apart for the members of one fit: two fits with neighbouring seeds share none
+
+
+@dataclass(frozen=True)
+class Job:
+    """model: the base with a fresh adapter, or with the one of --adapter; args: the command's, checked."""
+
+    model: PeftModel
+    examples: Sequence[Example]
+    heldout: Sequence[Example]
+    args: argparse.Namespace
+    checkpoint: Checkpoint
+
+    @property
+    def training(self) -> Training:
+        a = self.args
+        return Training(a.learning_rate, a.epochs, a.steps, a.batch_size, a.seed)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(lora.matrices(self.model).values())).weight.device
+
+    def member_seed(self, index: int) -> int:
+        return int(self.args.seed) * MEMBERS + index
+
+    def log_likelihood(self) -> float:
+        """log p(D|theta) in nats of the adapter as it is."""
+        self.model.eval()  # a resumed training may have had no epoch left that would have ended so
+        with torch.no_grad():
+            return sum(
+                float(log_likelihood(self.model, batch.to(self.device)).double().sum())
+                for _, batch in batches(self.examples, self.args.batch_size)
+            )
+
+
+@dataclass(frozen=True)
+class Result:
+    """The arguments of `artefact.save` that depend on the method. mean: what map/ holds; prior, fit: for the record."""
+
+    family: Family
+    mean: lora.Theta
+    prior: dict[str, Any]
+    fit: dict[str, Any]
+    curvature: Mapping[str, Kronecker] = field(default_factory=dict)
+    precision: Mapping[str, float] = field(default_factory=dict)
+    particles: Sequence[lora.Theta] = ()
+    weights: Sequence[float] = ()
+
+
+def particles(thetas: Sequence[lora.Theta], mean: lora.Theta, job: Job, fit: Mapping[str, Any]) -> Result:
+    """Equally weighted particles; map/ holds `mean`."""
+    return Result(
+        family="particles",
+        mean=mean,
+        prior={
+            "A": "mean: its initialisation, precision 3 d_in",
+            "B": "mean: zero",
+            "choice": job.args.prior_precision,
+            "precision": {"all": number(job.args.prior_precision)},
+        },
+        fit=dict(fit),
+        particles=thetas,
+        weights=[1 / len(thetas)] * len(thetas),
+    )
+
+
+def prior_precision(theta: Mapping[str, Tensor], b: float) -> dict[str, float]:
+    """Prior precisions by matrix: A's own (its initialisation's), and `b` for every B."""
+    return dict.fromkeys(theta, b) | fixed_precision(theta)
+
+
+def fixed_precision(theta: Mapping[str, Tensor]) -> dict[str, float]:
+    """Those that no method chooses: every A's."""
+    initial = {name: laplace.initial_precision(name, value) for name, value in theta.items()}
+    return {name: value for name, value in initial.items() if value is not None}
+
+
+def number(text: str) -> float | None:
+    """--prior-precision as a number; None when it is a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,181 @@
+"""`posterior import`: other people's adapters as particles, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from posterior import artefact, evaluate, imported, lora
+from posterior.data import collate
+from posterior.errors import PosteriorError
+from posterior.likelihood import scores
+from tests.posterior.conftest import make_examples
+
+
+@pytest.fixture
+def peft_folder(tiny_base, tmp_path) -> Callable[..., Path]:
+    """An adapter as PEFT itself saves it."""
+
+    def make(name: str, seed: int = 0, targets: tuple[str, ...] = ("q_proj",), **options) -> Path:
+        torch.manual_seed(seed)
+        config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": list(targets), **options})
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+        for module in lora.matrices(model).values():
+            torch.nn.init.normal_(module.weight, std=0.3)
+        model.peft_config["default"].base_model_name_or_path = "tiny-llama"
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def collect(tiny_base, tmp_path) -> Callable[..., artefact.Posterior]:
+    def call(*folders: Path, **options) -> artefact.Posterior:
+        words = [*folders, "--out", tmp_path / "joined", "--base", tiny_base]
+        for key, value in {"template": "{text}:", "answers": ["n", "p"], **options}.items():
+            words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+        parser = argparse.ArgumentParser()
+        imported.add_arguments(parser)
+        return imported.collect(parser.parse_args([str(word) for word in words]))
+
+    return call
+
+
+def test_particles_are_the_adapters(peft_folder, collect, tiny_base, capsys):
+    """Logits under PEFT of each folder given and of each particle written are equal; weights are normalised."""
+    folders = [peft_folder("a", 1), peft_folder("b", 2)]
+    posterior = collect(*folders, weights=[1, 3])
+    assert posterior.family == "particles" and posterior.weights == (0.25, 0.75)
+    assert posterior.task.template == "{text}:" and posterior.task.answers == ("n", "p")
+    assert "warning" not in capsys.readouterr().err
+    tokens = torch.arange(5, 15)[None]
+    seen = []
+    for given, written in zip(folders, posterior.adapters(2, posterior.path), strict=True):
+        with torch.no_grad():
+            expected, found = (
+                PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(path))(tokens).logits
+                for path in (given, written)
+            )
+        assert torch.equal(found, expected)
+        seen.append(found)
+    assert not torch.allclose(*seen)
+    heaviest = lora.read_adapter(folders[1])
+    assert all(torch.equal(heaviest[name], value) for name, value in lora.read_adapter(posterior.map_dir).items())
+
+
+def test_the_predictive_is_the_weighted_average(peft_folder, collect, tiny_base):
+    folders = [peft_folder("a", 1), peft_folder("b", 2)]
+    posterior = collect(*folders, weights=[1, 3])
+    examples = make_examples(4, answers=2)
+    probabilities = []
+    for folder in folders:
+        model = lora.load_peft(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+        with torch.no_grad():
+            probabilities.append(scores(model, collate(examples)).double().softmax(1))
+    found = evaluate.sampled(model, posterior, 2, examples)
+    torch.testing.assert_close(found, 0.25 * probabilities[0] + 0.75 * probabilities[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_fitted_map_can_be_imported_again(run_fit, collect, tmp_path):
+    fitted = [
+        run_fit(tmp_path / name, method="ensemble", particles=1, seed=seed) for name, seed in (("f", 1), ("g", 2))
+    ]
+    assert collect(*(posterior.map_dir for posterior in fitted)).weights == (0.5, 0.5)
+
+
+def test_another_base_s_name_is_a_warning(peft_folder, collect, capsys):
+    folder = peft_folder("a")
+    edit(folder, base_model_name_or_path="somebody/else")
+    collect(folder, peft_folder("b", 2))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "'somebody/else'; it is taken for 'tiny-llama'" in line
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def damage(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda f: shutil.rmtree(f), "b is no PEFT adapter: adapter_config.json is missing"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "no PEFT adapter"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "no readable adapter_model.safetensors"),
+        (lambda f: edit(f, peft_type="IA3"), "is a IA3 adapter; only LORA"),
+        (lambda f: edit(f, init_lora_weights="pissa"), "initialised by pissa, which changes the base's weights"),
+        (lambda f: edit(f, lora_alpha=8), "b has lora_alpha 8, but .*a has 4"),
+        (lambda f: edit(f, use_rslora=True), "b has use_rslora True"),
+        (lambda f: edit(f, alpha_pattern={"q_proj": 1}), "b has alpha_pattern"),
+        (damage, "b holds a value in model.layers.0.self_attn.q_proj.A that is not finite"),
+    ],
+)
+def test_a_bad_folder_is_one_sentence(peft_folder, collect, tmp_path, change, match):
+    folders = [peft_folder("a", 1), peft_folder("b", 2)]
+    change(folders[1])
+    with pytest.raises(PosteriorError, match=match) as error:
+        collect(*folders)
+    assert "\n" not in str(error.value) and not (tmp_path / "joined").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"r": 3}, "b has r 3, but .*a has 2"),
+        ({"targets": ("v_proj",)}, "b adapts other modules"),
+        ({"targets": ("q_proj", "v_proj")}, "b adapts other modules"),
+    ],
+)
+def test_adapters_of_other_shapes_are_refused(peft_folder, collect, options, match):
+    with pytest.raises(PosteriorError, match=match):
+        collect(peft_folder("a"), peft_folder("b", **options))
+
+
+def test_adapters_of_another_base_are_refused(peft_folder, collect):
+    folder = peft_folder("a")
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.repeat(1, 2) if "lora_A" in key else value for key, value in load_file(path).items()}, path)
+    with pytest.raises(PosteriorError, match="does not fit the base model"):
+        collect(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"weights": [1]}, "1 weights for 2 adapters"),
+        ({"weights": [1, -1]}, "must be numbers >= 0"),
+        ({"weights": [0, 0]}, "not all zero"),
+        ({"weights": ["nan", 1]}, "must be numbers >= 0"),
+        ({"answers": ["p", "p"]}, "tokenise alike"),
+        ({"template": "no field"}, "has no {field}"),
+    ],
+)
+def test_bad_options_are_one_sentence(peft_folder, collect, options, match):
+    with pytest.raises(PosteriorError, match=match):
+        collect(peft_folder("a", 1), peft_folder("b", 2), **options)
+
+
+def test_the_command_says_what_it_wrote(peft_folder, tiny_base, tmp_path, capsys):
+    from server.cli import main
+
+    words = ["import", peft_folder("a"), "--out", tmp_path / "joined", "--base", tiny_base, "--template", "{text}:"]
+    assert main([str(word) for word in words]) == 0
+    assert "1 particles" in capsys.readouterr().out
+    assert artefact.load(tmp_path / "joined").task.answers is None
