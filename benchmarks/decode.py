@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
 
-from benchmarks.cpu_lora import base_with_adapters
+from benchmarks.engines import configured, running_engine, wait_passively
 from benchmarks.predictive import interval, running
 from posterior import base
 from posterior.base import Base
 from server.engine import Adapter
 from server.engine.config import EngineConfig, set_environment
 from server.engine.gang import Trace
+
+if TYPE_CHECKING:
+    from server.engine.engine import VllmEngine
 
 Way = Callable[[list[str]], Awaitable[float]]  # prompts -> user tokens per second
 TOPICS = ["the sea", "bread", "winter", "a violin", "the moon", "a market", "chess", "rain", "a lighthouse", "ants"]
@@ -44,78 +45,65 @@ def main() -> None:
     parser.add_argument("--peft-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is first imported, so: once more, for transformers' sake
-        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:]])
+    wait_passively("benchmarks.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_environment(device)
-    with tempfile.TemporaryDirectory() as folder:
-        args.rows = args.particles
-        base_with_adapters(args, Path(folder))
-        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
-        model = base.resolve(args.base)
-        asyncio.run(lockstep(args, model, adapters, device))
-        asyncio.run(one_particle(args, model, adapters, device))
+    config = configured(args.base, args.particles, device, args.dtype, sequences=args.particles * max(args.prompts))
+    asyncio.run(lockstep(args, config))
+    asyncio.run(one_particle(args, config))
 
 
-def engine_config(args: argparse.Namespace, model: Base, device: str) -> EngineConfig:
-    return EngineConfig(
-        model=model.path, served_name="base", device=device, dtype=args.dtype, particles=args.particles,
-        adapters=args.particles + 1, lora_rank=args.rank, max_model_len=1024,
-        max_num_seqs=args.particles * max(args.prompts), gpu_memory_utilization=0.5,
-    )  # fmt: skip
+async def lockstep(args: argparse.Namespace, config: EngineConfig) -> None:
+    async with running_engine(args.base, args.particles, config) as (engine, adapters):
+        await compare(args, engine, adapters, config.device)
+        print(await turns(engine, adapters, args.repetitions), flush=True)
 
 
-async def lockstep(args: argparse.Namespace, model: Base, adapters: Sequence[Adapter], device: str) -> None:
-    from server.engine.engine import VllmEngine
-
-    engine = await VllmEngine.start(engine_config(args, model, device), {a.name: a for a in adapters}, adapters)
+async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequence[Adapter], device: str) -> None:
     body: dict[str, Any] = {"temperature": 0, "max_tokens": args.tokens, "ignore_eos": True}
 
     async def mixed(prompts: list[str]) -> float:
         async def one(prompt: str) -> None:
             trace = Trace(tuple(adapters), (1.0,) * len(adapters), "sequence")
-            await engine.complete({**body, "model": "p0", "prompt": prompt}, None, trace)  # type: ignore[arg-type]
+            await engine.complete({**body, "model": "p0", "prompt": prompt}, None, trace)
 
         return await timed(len(prompts) * args.tokens, [one(prompt) for prompt in prompts])
 
     async def unmixed(prompts: list[str]) -> float:
         rows = [
-            engine.complete({**body, "model": adapter.name, "prompt": prompt}, None)  # type: ignore[arg-type]
+            engine.complete({**body, "model": adapter.name, "prompt": prompt}, None)
             for prompt in prompts
             for adapter in adapters
         ]
         return await timed(len(prompts) * args.tokens, rows)
 
-    peft = Peft(model, adapters, args, device)
+    peft = Peft(base.resolve(args.base), adapters, args, device)
     ways: dict[str, Way] = {
         f"lockstep, K={args.particles}": mixed,
         f"the same {args.particles} rows a prompt, unmixed": unmixed,
         "transformers + peft, switching adapters": peft.switching,
         "transformers + peft, batches of mixed adapters": peft.batched,
     }
-    wanted = {1: 0.95, 2: 8.0, 3: 2.0}
-    try:
-        for count in args.prompts:
-            rates: dict[str, list[float]] = {name: [] for name in ways}
-            for repetition in range(args.repetitions + 1):
-                prompts = [
-                    f"Tell me something about {TOPICS[(repetition + i) % len(TOPICS)]} ({i})." for i in range(count)
-                ]
-                for name, way in ways.items():
-                    rate = await way(prompts)
-                    if repetition:  # the first only warms up
-                        rates[name].append(rate)
-            print(report(f"{count} prompt{'s' * (count > 1)}", rates, wanted), flush=True)
-        print(await turns(engine, adapters, args.repetitions), flush=True)
-    finally:
-        engine.stop()
+    for count in args.prompts:
+        rates = await alternate(ways, count, args.repetitions)
+        print(report(f"{count} prompt{'s' * (count > 1)}", rates, {1: 0.95, 2: 8.0, 3: 2.0}), flush=True)
 
 
-async def turns(engine: Any, adapters: Sequence[Adapter], repetitions: int, count: int = 4) -> str:
+async def alternate(ways: dict[str, Way], count: int, repetitions: int) -> dict[str, list[float]]:
+    """User tokens per second of each way and repetition, the ways taking turns on the same `count` prompts."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for repetition in range(repetitions + 1):
+        topics = [TOPICS[(repetition + i) % len(TOPICS)] for i in range(count)]
+        prompts = [f"Tell me something about {topic} ({i})." for i, topic in enumerate(topics)]
+        for name, way in ways.items():
+            rate = await way(prompts)
+            if repetition:  # the first only warms up
+                rates[name].append(rate)
+    return rates
+
+
+async def turns(engine: VllmEngine, adapters: Sequence[Adapter], repetitions: int, count: int = 4) -> str:
     """Seconds to the first token of each turn of a chat, the turns before it in each particle's prefix cache or not."""
 
     async def first_token(text: str) -> float:
@@ -229,13 +217,13 @@ class Peft:
 # One particle
 
 
-async def one_particle(args: argparse.Namespace, model: Base, adapters: Sequence[Adapter], device: str) -> None:
+async def one_particle(args: argparse.Namespace, config: EngineConfig) -> None:
     """The MAP of a served posterior, over HTTP, against vLLM's own server with the same adapter."""
     from tests.server import folders
 
     with tempfile.TemporaryDirectory() as scratch:
+        model = base.resolve(args.base)
         posterior = folders.particles(Path(scratch), model)
-        config = engine_config(args, model, device)
         own = ["-m", "server.cli", "serve", "--base", str(model.path), "--posteriors", scratch, "--dtype", args.dtype]
         own += ["--max-model-len", "1024", "--max-num-seqs", str(config.max_num_seqs)]
         stock = ["-m", "vllm.entrypoints.openai.api_server", *config.stock_arguments()]
@@ -249,15 +237,7 @@ async def one_particle(args: argparse.Namespace, model: Base, adapters: Sequence
                 "vLLM's own server": over_http(theirs, args.tokens, {}),
             }
             for count in args.prompts:
-                rates: dict[str, list[float]] = {name: [] for name in ways}
-                for repetition in range(args.repetitions + 1):
-                    prompts = [
-                        f"Tell me something about {TOPICS[(repetition + i) % len(TOPICS)]} ({i})." for i in range(count)
-                    ]
-                    for name, way in ways.items():
-                        rate = await way(prompts)
-                        if repetition:
-                            rates[name].append(rate)
+                rates = await alternate(ways, count, args.repetitions)
                 print(report(f"one adapter over HTTP, {count} at once", rates, {1: 0.97}), flush=True)
 
 

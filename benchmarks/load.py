@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
 
-from benchmarks.cpu_lora import base_with_adapters
+from benchmarks.engines import configured, running_engine, wait_passively
 from posterior import base
 from server.engine import Adapter
-from server.engine.config import EngineConfig, set_environment
+from server.engine.config import set_environment
 from server.engine.gang import Trace
 
 WORDS = "the a sea of in time old house light and river stone when it was never here again so far"
@@ -43,31 +41,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.load", *sys.argv[1:]])
+    wait_passively("benchmarks.load")
     set_environment("cpu")
     sys.exit(asyncio.run(run(args)))
 
 
 async def run(args: argparse.Namespace) -> int:
-    from server.engine.engine import VllmEngine
-
-    with tempfile.TemporaryDirectory() as folder:
-        args.rows, args.rank, args.seed = args.particles, 8, 0
-        base_with_adapters(args, Path(folder))
-        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
-        model = base.resolve(args.base)
-        config = EngineConfig(
-            model=model.path, served_name="base", device="cpu", dtype=args.dtype, particles=args.particles,
-            adapters=args.particles + 1, lora_rank=8, max_model_len=1024, max_num_seqs=64, gpu_memory_utilization=0.5,
-            kv_cache_bytes=args.kv_tokens * bytes_per_token(model.path, args.dtype),
-        )  # fmt: skip
-        engine = await VllmEngine.start(config, {a.name: a for a in adapters}, adapters)
-        try:
-            return sum([await load(engine, adapters, args, seed) for seed in range(args.seeds)])
-        finally:
-            engine.stop()
+    size = args.kv_tokens * bytes_per_token(base.resolve(args.base).path, args.dtype)
+    config = configured(args.base, args.particles, "cpu", args.dtype, sequences=64, kv_cache_bytes=size)
+    async with running_engine(args.base, args.particles, config) as (engine, adapters):
+        return sum([await load(engine, adapters, args, seed) for seed in range(args.seeds)])
 
 
 def bytes_per_token(path: Path, dtype: str) -> int:

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.cpu_lora import base_with_adapters
-from posterior import base
+from benchmarks.engines import configured, running_engine, wait_passively
 from server.engine import Adapter
-from server.engine.config import EngineConfig, set_environment
+from server.engine.config import set_environment
 from server.engine.gang import Trace
 
 FLAT = 1.0  # KiB a request: 10,000 requests then cost less than 10 MiB
@@ -35,30 +31,15 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.soak", *sys.argv[1:]])
+    wait_passively("benchmarks.soak")
     set_environment("cpu")
     sys.exit(asyncio.run(run(args)))
 
 
 async def run(args: argparse.Namespace) -> int:
-    from server.engine.engine import VllmEngine
-
-    with tempfile.TemporaryDirectory() as folder:
-        args.rows, args.rank, args.seed = args.particles, 8, 0
-        base_with_adapters(args, Path(folder))
-        adapters = [Adapter(f"p{k}", Path(folder) / f"adapter-{k}", k + 1) for k in range(args.particles)]
-        model = base.resolve(args.base)
-        config = EngineConfig(
-            model=model.path, served_name="base", device="cpu", dtype=args.dtype, particles=args.particles,
-            adapters=args.particles + 1, lora_rank=8, max_model_len=512, max_num_seqs=128, gpu_memory_utilization=0.5,
-        )  # fmt: skip
-        engine = await VllmEngine.start(config, {a.name: a for a in adapters}, adapters)
-        try:
-            return await soak(engine, adapters, args)
-        finally:
-            engine.stop()
+    config = configured(args.base, args.particles, "cpu", args.dtype, sequences=128)
+    async with running_engine(args.base, args.particles, config) as (engine, adapters):
+        return await soak(engine, adapters, args)
 
 
 async def soak(engine: Any, adapters: list[Adapter], args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posterior import artefact, calibration, lora
+from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
 from posterior.data import Example, Row, data_hash, encode, read_jsonl
@@ -57,16 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="of the sets reported here; requests may ask for any (default %(default)s)",
     )
-    parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a forward pass (default %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the base's weights (default %(default)s)",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON instead of a table")
+    add_evaluation(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -160,7 +152,7 @@ def measure(
 
 def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float) -> tuple[Tensor, Tensor]:
     """Calibrated probabilities and prediction sets, both [N, C], each row's from the other folds' rows."""
-    from sklearn.model_selection import KFold  # type: ignore[import-untyped]
+    from sklearn.model_selection import KFold
 
     after, sets = torch.zeros_like(p), torch.zeros(p.shape, dtype=torch.bool)
     for others, fold in KFold(FOLDS, shuffle=True, random_state=0).split(p):

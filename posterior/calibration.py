@@ -145,7 +145,7 @@ class Isotonic(_Part):
 
     @classmethod
     def fit(cls, p: Tensor, y: Tensor) -> Self:
-        from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
+        from sklearn.isotonic import IsotonicRegression
 
         confidence, right = _top(p, y)
         edge = 1 / (len(y) + 2)
@@ -172,7 +172,7 @@ class Platt(_Part):
 
     @classmethod
     def fit(cls, p: Tensor, y: Tensor) -> Self:
-        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+        from sklearn.linear_model import LogisticRegression
 
         confidence, right = _top(p, y)
         true, n = right.sum(), len(right)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from posterior import artefact, lora
+from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.data import Example, batches, encode, read_jsonl
 from posterior.errors import PosteriorError
@@ -33,16 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--particles", type=int, default=8, help="particles of the sampled predictive (default %(default)s)"
     )
-    parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a forward pass (default %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the base's weights (default %(default)s)",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_evaluation(parser)
 
 
 def run(args: argparse.Namespace) -> None:

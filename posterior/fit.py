@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from posterior import artefact, dropout, ensemble, gaussian, lora, svgd, swag, tfb
+from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
@@ -42,9 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", help='training rows, JSONL: {"text": ..., "label": 1} for a choice; {"messages": [...]} for text'
     )
     parser.add_argument(
-        "--out", required=True, help="the posterior folder to write; its name is the model's name when served"
-    )
-    parser.add_argument(
         "--method",
         choices=tuple(METHODS),
         default="laplace",
@@ -52,23 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trained one by one; svgd: trained together, repelling each other; dropout: one adapter under random masks; "
         "swag: the path of the optimiser; tfb: --adapter with as much noise as the data allow",
     )
-    parser.add_argument(
-        "--task", choices=("choice", "text"), default="choice", help="choice: pick one of some answers; text: write one"
-    )
-    parser.add_argument(
-        "--template",
-        default="{text}",
-        help=r"how a row becomes a prompt, e.g. '{text}\nSentiment:' (\n is a line break)",
-    )
-    parser.add_argument(
-        "--answers",
-        nargs="+",
-        help="candidate answers, each with its leading space if it has one: ' negative' ' positive'",
-    )
-    parser.add_argument("--chat", action="store_true", help="send the prompt through the base's chat template")
-    parser.add_argument(
-        "--base", help="HF folder, .gguf file or org/name@revision (default: SmolLM2-135M-Instruct from PyPI)"
-    )
+    add_task(parser, template="{text}")
     parser.add_argument(
         "--adapter",
         type=Path,

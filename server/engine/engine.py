@@ -117,19 +117,19 @@ class VllmEngine:
         raise internal_error()  # a read without result is never averaged away
 
     async def chat(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         create = self._state.openai_serving_chat.create_chat_completion
         return await self._serve(ChatCompletionRequest, create, body, request, trace)
 
     async def complete(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         create = self._state.openai_serving_completion.create_completion
         return await self._serve(CompletionRequest, create, body, request, trace)
 
     async def _serve(
-        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request, trace: Trace | None
+        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request | None, trace: Trace | None
     ) -> dict[str, Any] | AsyncIterator[str]:
         check_fields(body, frozenset(model.model_fields))
         token = CURRENT.set(trace)

@@ -82,7 +82,7 @@ class Engine:
         return rows.expand(len(prompts), *rows.shape)
 
     async def chat(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         self._trace(trace)
         return self._reply(
@@ -90,7 +90,7 @@ class Engine:
         )
 
     async def complete(
-        self, body: dict[str, Any], request: Request, trace: Trace | None = None
+        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         self._trace(trace)
         return self._reply(body, {"text": "hello"}, {"text": "hello"})

@@ -113,7 +113,7 @@ class TextPart(Uncertainty):
     tokens: tuple[Token, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: `Text` has two parents, of which only one may have them
 class TextSummary:
     """A whole text of T tokens: logprob = log p(text) = expected_logprob + information, information >= 0 nats.
 
@@ -131,17 +131,9 @@ class TextSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text(TextPart):
-    """A text written by K particles, with the fields of `TextSummary`; `prompt` when the request had it scored, by
-    `echo` with `logprobs`."""
+class Text(TextPart, TextSummary):
+    """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`."""
 
-    confidence: float
-    logprob: float
-    expected_logprob: float
-    information: float
-    entropy: Entropy
-    effective_particles: float
-    mc_error: float
     mixing: Literal["sequence", "token"]
     particles: int
     prompt: TextSummary | None = None
