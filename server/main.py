@@ -57,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int, default=64, help=text)
     text = "compile the model on a CPU: faster text, a slower start (minutes at first), needs g++; a GPU always does"
     add("--compile", action="store_true", help=text)
+    text = "let chats use tools: vLLM's name for how this base writes calls (hermes, llama3_json, mistral, ...)"
+    add("--tool-call-parser", metavar="NAME", help=text)
     text = "KV cache in GiB; a mixture fills it K times as fast (default: 1 on a CPU, what the share leaves on a GPU)"
     add("--kv-cache-gib", type=float, help=text)
     text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
@@ -124,6 +126,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_bytes=None if args.kv_cache_gib is None else int(args.kv_cache_gib * 2**30),
         compiled=args.compile,
+        tool_call_parser=args.tool_call_parser,
     )
     try:
         return await VllmEngine.start(config, served.public, served.adapters)

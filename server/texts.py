@@ -43,7 +43,7 @@ class Writer:
         if self.trace is None:
             return record
         text = self.trace.text(choice)
-        result = _predictive(self.trace, text.rows[: text.delivered])
+        result = predictive_of(self.trace, text.rows[: text.delivered])
         assert self.served.posterior is not None
         new, self.counted_resumes = self.trace.resumed - self.counted_resumes, self.trace.resumed
         self.service.metrics.count_text(self.served.posterior.name, result, new)
@@ -54,7 +54,7 @@ class Writer:
             **_summary(result),
         }
         if text.prompt:
-            record["prompt"] = _summary(_predictive(self.trace, text.prompt))
+            record["prompt"] = _summary(predictive_of(self.trace, text.prompt))
         if self.options.per_particle:
             record["per_particle"] = {"logprob": result.particles.sum(0).tolist(), "weight": after.tolist()}
         if self.options.tokens:
@@ -75,7 +75,7 @@ class Writer:
         if self.trace is not None and self.options.tokens is not False:
             text = self.trace.text(choice)
             if text.told < text.delivered:
-                result = _predictive(self.trace, text.rows[: text.delivered])
+                result = predictive_of(self.trace, text.rows[: text.delivered])
                 tokens = _tokens(result, text.told, self.options.per_particle)
                 text.told = text.delivered
         if not last:
@@ -114,7 +114,8 @@ def writer(service: Service, served: Served, options: Uncertainty, body: Mapping
     return Writer(service, served, options, trace)
 
 
-def _predictive(trace: Trace, rows: list[list[float]]) -> TextPredictive:
+def predictive_of(trace: Trace, rows: list[list[float]]) -> TextPredictive:
+    """The mixture's law of the tokens that left `rows` in the trace."""
     table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(trace.adapters) + 2)
     weights = torch.tensor(trace.weights, dtype=torch.float64)
     return text_predictive(table[:, :-2], weights, trace.mixing, table[:, -2], table[:, -1])

@@ -15,7 +15,8 @@ class EngineConfig:
     """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share.
 
     `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the CPU only, where
-    it needs a C++ compiler and a minute or two once; a GPU's engine always compiles."""
+    it needs a C++ compiler and a minute or two once; a GPU's engine always compiles. `tool_call_parser`: vLLM's name
+    of the way the base writes tool calls; None: tools are refused."""
 
     model: Path
     served_name: str
@@ -29,6 +30,7 @@ class EngineConfig:
     gpu_memory_utilization: float
     kv_cache_bytes: int | None = None
     compiled: bool = False
+    tool_call_parser: str | None = None
 
     def arguments(self) -> list[str]:
         """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
@@ -49,6 +51,8 @@ class EngineConfig:
             *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
             *("--enable-prefix-caching", "--no-async-scheduling"),
         ]
+        if self.tool_call_parser is not None:
+            arguments += ["--enable-auto-tool-choice", "--tool-call-parser", self.tool_call_parser]
         cache = self.kv_cache_bytes
         if self.device == "cpu":
             # Blocks of 32 tokens, not 128, so that short prompts too share their prefix.

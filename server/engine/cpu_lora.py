@@ -10,7 +10,8 @@ it, and gives a token without adapter (slot -1) the last slot's. Here
   x [blocks, size, inputs] @ A.T [blocks, inputs, rank] @ B.T [blocks, rank, outputs]: no row meets the weights of
   another's adapter, and unused slots cost nothing;
 - both are computed in float32 and rounded once, when they are added to the layer's output. The blocks' weights in
-  float32 are kept: the next step of a batch that decodes needs the same ones.
+  float32 are kept: the next step of a batch that decodes needs the same ones;
+- a small batch's products are computed by one thread: a second one would wake up after they are done.
 
 To torch.compile, a layer's LoRA is one opaque operator.
 """
@@ -30,6 +31,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 MENDED_VERSION = "0.32.0"
+ONE_THREAD = 2**17  # elements of a layer's input, at most: some 20 us of work, where waking a thread takes 50 to 100
 logger = logging.getLogger("posterior.server")
 T = TypeVar("T")
 
@@ -48,7 +50,8 @@ class Blocks:
     """The rows of a batch that have an adapter, in blocks of one adapter each.
 
     `slots` [blocks] are the blocks' adapters, `source` [blocks * size] the row at each place (padding repeats the
-    block's first), `rows` and `places` [n] each row with an adapter and its place. `in_order`: place i holds row i.
+    block's first), `rows` and `places` [n] each row with an adapter, in ascending order, and its place. `in_order`:
+    place i holds row i; `all_rows`: every row has an adapter.
     """
 
     slots: tuple[int, ...]
@@ -57,6 +60,7 @@ class Blocks:
     rows: Tensor
     places: Tensor
     in_order: bool
+    all_rows: bool
 
     @classmethod
     def of(cls, slot_of_row: Sequence[int]) -> Blocks:
@@ -67,27 +71,32 @@ class Blocks:
         size = -(-sum(map(len, by_slot.values())) // max(len(by_slot), 1))
         cut = [(slot, rows[i : i + size]) for slot, rows in by_slot.items() for i in range(0, len(rows), size)]
         source = [row for _, rows in cut for row in rows + rows[:1] * (size - len(rows))]
+        place = {row: size * i + j for i, (_, rows) in enumerate(cut) for j, row in enumerate(rows)}
+        rows = sorted(place)
         return cls(
             slots=tuple(slot for slot, _ in cut),
             size=size,
             source=torch.tensor(source, dtype=torch.long),
-            rows=torch.tensor([row for _, rows in cut for row in rows], dtype=torch.long),
-            places=torch.tensor([size * i + j for i, (_, rows) in enumerate(cut) for j in range(len(rows))]).long(),
+            rows=torch.tensor(rows, dtype=torch.long),
+            places=torch.tensor([place[row] for row in rows], dtype=torch.long),
             in_order=source == list(range(len(slot_of_row))),
+            all_rows=len(rows) == len(slot_of_row),
         )
 
     def gather(self, x: Tensor) -> Tensor:
         """`x` [rows, inputs] as float32 [blocks, size, inputs]."""
-        x = x if self.in_order else x[self.source]
+        x = x if self.in_order else x.index_select(0, self.source)
         return x.float().view(len(self.slots), self.size, -1)
 
     def add(self, update: Tensor, y: Tensor) -> None:
         """Add float32 `update` [blocks, size, outputs] to `y` [rows, outputs]."""
         update = update.flatten(0, 1)
-        if self.in_order:
+        if not self.in_order:
+            update = update.index_select(0, self.places)
+        if self.all_rows:
             y.add_(update)
         else:
-            y.index_copy_(0, self.rows, (y[self.rows] + update[self.places]).to(y.dtype))
+            y.index_copy_(0, self.rows, (y.index_select(0, self.rows) + update).to(y.dtype))
 
 
 @dataclass
@@ -120,6 +129,17 @@ def add_lora(
     y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], widths: list[int], slot_of_row: Tensor, scale: float
 ) -> None:
     """Add scale * x A.T B.T to `y` [rows, outputs], each A and B to its slice of the outputs; without A, x B.T."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if x.numel() <= ONE_THREAD else threads)
+    try:
+        _add_lora(y, x, a, b, widths, slot_of_row, scale)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _add_lora(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], widths: list[int], slot_of_row: Tensor, scale: float
+) -> None:
     blocks = remembered(slot_of_row, len(x), lambda: Blocks.of(slot_of_row[: len(x)].tolist()))
     gathered, end = None, 0
     for i, (b_matrices, width) in enumerate(zip(b, widths, strict=True)):

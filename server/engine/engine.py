@@ -24,6 +24,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -44,9 +45,10 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 class VllmEngine:
     """One MixingLLM and the serving classes vLLM builds on it."""
 
-    def __init__(self, llm: AsyncLLM, state: State) -> None:
+    def __init__(self, llm: AsyncLLM, state: State, tools: bool) -> None:
         self._llm = llm
         self._state = state
+        self._tools = tools
         self.max_model_len: int = llm.model_config.max_model_len
         self.vocab_size: int = llm.model_config.get_vocab_size()
 
@@ -54,7 +56,12 @@ class VllmEngine:
     async def start(
         cls, config: EngineConfig, public: Mapping[str, Adapter], adapters: Sequence[Adapter]
     ) -> VllmEngine:
-        """Load the base and every adapter; `public` maps the model names that generate text to their adapters."""
+        """Load the base and every adapter; `public` maps the model names that generate text to their adapters.
+
+        Raises ValueError for what vLLM cannot start with.
+        """
+        if config.tool_call_parser not in (None, *(parsers := ToolParserManager.list_registered())):
+            raise ValueError(f"no tool-call parser {config.tool_call_parser!r}; there are {', '.join(sorted(parsers))}")
         parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
         args = parser.parse_args(config.arguments())
         engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -71,7 +78,7 @@ class VllmEngine:
         except BaseException:
             llm.shutdown()
             raise
-        return cls(llm, state)
+        return cls(llm, state, config.tool_call_parser is not None)
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
@@ -119,6 +126,11 @@ class VllmEngine:
     async def chat(
         self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
+        if body.get("tools") and body.get("tool_choice") != "none" and not self._tools:
+            raise bad_request(
+                "tools are not served here; start the server with --tool-call-parser NAME (how this base writes calls)",
+                "tools",
+            )
         create = self._state.openai_serving_chat.create_chat_completion
         return await self._serve(ChatCompletionRequest, create, body, request, trace)
 

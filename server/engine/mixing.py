@@ -7,7 +7,7 @@ For each gang whose K rows all stand at the same position:
 - after it every sibling's row is given the leader's token, and the particles' weights are updated (posterior.decoding).
 Rows of a gang that is not complete in this step are discarded, as vLLM discards those of a prompt read in part.
 
-State: K numbers a gang, dropped with the leader; log-probabilities [gangs, K, vocabulary] only within a step.
+State: K numbers a gang, dropped with the leader; logits [gangs, K, vocabulary] only within a step.
 
 Seeded requests draw from a generator that is set anew for each token from (seed, position): the noise does not depend
 on how the prompt was cut, on preemption, or on what else is in the batch."""
@@ -44,7 +44,8 @@ class Step:
 
     leaders: list[str]
     rows: Tensor
-    log_p: Tensor  # [G, K, V]
+    logits: Tensor  # [G, K, V]
+    log_z: Tensor  # [G, K], log sum_v exp(logits)
     entropies: Tensor  # [G, 2]: total and aleatoric, nats
 
 
@@ -80,9 +81,10 @@ class Mixer:
             leaders = [leader for leader, _ in group]
             index = torch.tensor([members for _, members in group], device=logits.device)
             log_weights = torch.stack([self.gangs[leader].log_weights for leader in leaders])
-            mixture, log_p, entropies = mix(logits[index], log_weights)
+            laws = logits[index]
+            mixture, log_z, entropies = mix(laws, log_weights)
             logits[index[:, 0]] = mixture
-            self._steps.append(Step(leaders, index, log_p, entropies))
+            self._steps.append(Step(leaders, index, laws, log_z, entropies))
         return logits
 
     def _member(self, runner: Any, request_id: str) -> tuple[str, int] | None:
@@ -110,7 +112,9 @@ class Mixer:
         for step in self._steps:
             tokens = sampled[step.rows[:, 0]]  # [G, 1]
             sampled[step.rows] = tokens[:, None]
-            chosen = step.log_p.gather(2, tokens.long()[:, None].expand(-1, step.rows.shape[1], 1))[..., 0]
+            chosen = (
+                step.logits.gather(2, tokens.long()[:, None].expand(-1, step.rows.shape[1], 1))[..., 0] - step.log_z
+            )
             self.notes |= {
                 leader: {"row": [*log_p, *entropies]}
                 for leader, log_p, entropies in zip(step.leaders, chosen.tolist(), step.entropies.tolist(), strict=True)

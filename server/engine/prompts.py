@@ -57,9 +57,9 @@ def score(
     target = torch.tensor(tokens[1:], device=log_weights.device)
     chunk = max(1, NUMBERS // (len(hidden) * runner.model_config.get_vocab_size()))
     for part in (slice(begin, begin + chunk) for begin in range(0, count, chunk)):
-        logits = torch.stack([runner.model.compute_logits(states[part]) for states in hidden], 1)  # [c, K, V]
+        logits = torch.stack([runner.model.compute_logits(states[part]).float() for states in hidden], 1)  # [c, K, V]
         index = target[part].to(logits.device)
-        log_p = logits.float().log_softmax(-1)
+        log_p = logits.log_softmax(-1)
         chosen = log_p.gather(2, index[:, None, None].expand(-1, len(hidden), 1))[..., 0].double().cpu()  # [c, K]
         gained = chosen.cumsum(0) if sequence else torch.zeros_like(chosen)
         before = torch.cat([torch.zeros_like(gained[:1]), gained[:-1]])

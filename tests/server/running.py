@@ -68,7 +68,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("serving"), "--dtype", "float32") as running:
+    with serving(tmp_path_factory.mktemp("serving"), "--dtype", "float32", "--tool-call-parser", "hermes") as running:
         yield running
 
 

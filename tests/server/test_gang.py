@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -179,14 +180,22 @@ def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
 def test_mixing_is_the_weighted_average_of_probabilities() -> None:
     logits = torch.stack([torch.stack([law(f"p{k}", [g]) for k in range(3)]) for g in range(2)])
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.9, 0.1]], dtype=torch.float64)
-    mixture, log_p, entropies = mix(logits, weights.log())
-    for g in range(2):
-        p = logits[g].double().softmax(1)
+    laws = [logits[g].double().softmax(1) for g in range(2)]
+    mixture, log_z, entropies = mix(logits, weights.log())
+    for g, p in enumerate(laws):
         law_ = weights[g] @ p
         assert torch.allclose(mixture[g].double().exp(), law_, atol=1e-7)
-        assert torch.allclose(log_p[g].double(), p.log(), atol=1e-5)
+        assert torch.allclose((logits[g] - log_z[g][:, None]).double(), p.log(), atol=1e-5)
         assert entropies[g, 0].item() == pytest.approx(float(-(law_ * law_.log()).sum()), abs=1e-5)
         assert entropies[g, 1].item() == pytest.approx(float(weights[g] @ -(p * p.log()).sum(1)), abs=1e-5)
+
+
+def test_words_that_float32_cannot_hold_keep_their_logarithm() -> None:
+    """A grammar may leave nothing but words of probability e^-200."""
+    logits = torch.tensor([[[0.0, -200.0, -80.0], [0.0, -300.0, -90.0]]])
+    exact = torch.logsumexp(logits[0].double().log_softmax(1) + math.log(0.5), 0)
+    mixture, *_ = mix(logits, torch.tensor([[0.5, 0.5]], dtype=torch.float64).log())
+    assert mixture[0].tolist() == pytest.approx(exact.tolist(), rel=1e-6, abs=1e-6)
 
 
 def test_words_that_no_particle_can_say_do_no_harm() -> None:
