@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,11 +46,18 @@ def main() -> None:
     parser.add_argument("--peft-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="as for `posterior serve`")
     args = parser.parse_args()
     wait_passively("benchmarks.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    set_environment(device)
-    config = configured(args.base, args.particles, device, args.dtype, sequences=args.particles * max(args.prompts))
+    set_environment(device, base.cache_folder() / "compiled" if args.compile else None)
+    sequences = args.particles * max(args.prompts)
+    config = configured(args.base, args.particles, device, args.dtype, sequences=sequences, compiled=args.compile)
+    print(
+        f"{device}, {args.dtype}, {os.cpu_count()} cores, {'compiled' if args.compile else 'eager'}, "
+        f"GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}, {args.tokens} tokens, n = {args.repetitions} repetitions, "
+        "mean and 95 % interval"
+    )
     asyncio.run(lockstep(args, config))
     asyncio.run(one_particle(args, config))
 
@@ -226,6 +234,7 @@ async def one_particle(args: argparse.Namespace, config: EngineConfig) -> None:
         posterior = folders.particles(Path(scratch), model)
         own = ["-m", "server.cli", "serve", "--base", str(model.path), "--posteriors", scratch, "--dtype", args.dtype]
         own += ["--max-model-len", "1024", "--max-num-seqs", str(config.max_num_seqs)]
+        own += ["--compile"] * config.compiled
         stock = ["-m", "vllm.entrypoints.openai.api_server", *config.stock_arguments()]
         stock += ["--lora-modules", f"gang={posterior.map_dir}"]
         with (

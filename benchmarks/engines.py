@@ -36,13 +36,20 @@ def random_adapters(spec: str | None, count: int, folder: Path) -> list[Adapter]
 
 
 def configured(
-    spec: str | None, particles: int, device: str, dtype: str, *, sequences: int, kv_cache_bytes: int | None = None
+    spec: str | None,
+    particles: int,
+    device: str,
+    dtype: str,
+    *,
+    sequences: int,
+    kv_cache_bytes: int | None = None,
+    compiled: bool = False,
 ) -> EngineConfig:
     """As `posterior serve` would start its engine for one posterior of so many particles."""
     return EngineConfig(
         model=base.resolve(spec).path, served_name="base", device=device, dtype=dtype, particles=particles,
         adapters=particles + 1, lora_rank=RANK, max_model_len=1024, max_num_seqs=sequences, gpu_memory_utilization=0.5,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=kv_cache_bytes, compiled=compiled,
     )  # fmt: skip
 
 

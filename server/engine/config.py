@@ -8,6 +8,7 @@ from pathlib import Path
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
+FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def set_environment(device: str, compile_cache: Path | None = None) -> None:
 
     `compile_cache`: where the CPU's engine keeps what it compiles; None: it does not compile.
     """
+    if device == "cpu" and len(os.sched_getaffinity(0)) <= FEW_CORES:
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # all compute; else one is left to the front end
     if device == "cpu" and compile_cache is None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     elif device == "cpu":

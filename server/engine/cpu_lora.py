@@ -130,11 +130,12 @@ def add_lora(
 ) -> None:
     """Add scale * x A.T B.T to `y` [rows, outputs], each A and B to its slice of the outputs; without A, x B.T."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if x.numel() <= ONE_THREAD else threads)
+    set_num_threads = torch._C.set_num_threads  # vLLM puts a warning in the place of torch.set_num_threads
+    set_num_threads(1 if x.numel() <= ONE_THREAD else threads)
     try:
         _add_lora(y, x, a, b, widths, slot_of_row, scale)
     finally:
-        torch.set_num_threads(threads)
+        set_num_threads(threads)
 
 
 def _add_lora(

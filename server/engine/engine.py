@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from posterior.candidates import Candidates
 from server.engine import Adapter, Usage
@@ -68,7 +71,8 @@ class VllmEngine:
         if config.device == "cpu" and config.compiled:  # vLLM switches it off for LoRA, whose products it cannot trace
             engine_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         _choose_runner(engine_config, config.device)
-        llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+        with _threads(engine_config, config.device):
+            llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
@@ -194,6 +198,20 @@ def _choose_runner(engine_config: VllmConfig, device: str) -> None:
                 "vLLM's V1 model runner is used, not V2: mixtures of particles need it"
             )
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = wanted
+
+
+@contextlib.contextmanager
+def _threads(engine_config: VllmConfig, device: str) -> Iterator[None]:
+    """On a CPU the model runs in the engine core's own process, which starts within, one thread bound to each core.
+
+    vLLM would start a worker beside it, and keep a core for the engine core, which spins while it waits for the worker:
+    of two cores one would be lost."""
+    if device != "cpu":
+        yield
+        return
+    engine_config.parallel_config.distributed_executor_backend = UniProcExecutor
+    with OMPProcessManager(engine_config).configure_omp_envs(rank=0, local_rank=0):
+        yield
 
 
 def _lora(adapter: Adapter) -> LoRARequest:

@@ -211,7 +211,7 @@ def test_streams_carry_each_chunks_tokens(client: openai.OpenAI, server: Running
 def test_particles_of_one_request(server: Running) -> None:
     single = write(server, PROMPTS[0], uncertainty={"particles": 1})["uncertainty"]
     assert single["particles"] == 1 and single["information"] == 0.0
-    assert single["entropy"]["epistemic"] == pytest.approx(0, abs=1e-4), "rounding"
+    assert single["entropy"]["epistemic"] == pytest.approx(0, abs=1e-3), "rounding, over twelve tokens"
     plain = server.post("/v1/completions", model="gang", prompt="a", max_tokens=2, uncertainty={"particles": 1})
     assert plain["choices"][0]["uncertainty"]["predictive"] == "map", (
         "one particle, nothing else said: the MAP, for free"
