@@ -30,6 +30,7 @@ bench: setup
 	for question in calibration fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
 
 soak: setup
+	$(BIN)/python -m benchmarks.exact
 	SEEDS=1000 $(BIN)/python -m pytest tests/server/test_gang.py
 	$(BIN)/python -m benchmarks.load --seeds 3
 	$(BIN)/python -m benchmarks.soak

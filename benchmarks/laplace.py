@@ -1,7 +1,7 @@
-"""Is the uncertainty true? MAP, temperature scaling and Laplace on small fine-tuning sets, with bootstrap intervals.
+"""The Laplace posterior's choices, one by one: MAP, temperature scaling, plain and default Laplace, prior means.
 
-    python -m benchmarks.calibration                      yelp, whose sentences ship in benchmarks/data
-    python -m benchmarks.calibration --sst2 FOLDER        SST-2 too: {train,dev,test}.jsonl with "prompt" and "label"
+    python -m benchmarks.laplace                      yelp, whose sentences ship in benchmarks/data
+    python -m benchmarks.laplace --sst2 FOLDER        SST-2 too: {train,dev,test}.jsonl with "prompt" and "label"
 
 MAP, temperature scaling and plain Laplace share one mode; the default Laplace is the variational one (see
 posterior/fit.py). All see the same rows. The temperature is fitted on the calibration split; the best possible
@@ -90,17 +90,21 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
             (f / temperature).softmax(1), labels
         ),
         f"MAP, best temperature {best:.2f} chosen on test (not honest)": estimate((f / best).softmax(1), labels),
-        "plain Laplace, linearised": estimate(linearized(model, plain.curvature, plain.precision, test), labels),
-        f"plain Laplace, {PARTICLES} samples": estimate(sampled(model, plain, PARTICLES, test), labels),
+        "plain Laplace, linearised": estimate(
+            linearized(model, plain.curvature, plain.precision, test).probability, labels
+        ),
+        f"plain Laplace, {PARTICLES} samples": estimate(sampled(model, plain, PARTICLES, test).probability, labels),
     }
     model = adapted(base, default)
-    ours = linearized(model, default.curvature, default.precision, test)
+    ours = linearized(model, default.curvature, default.precision, test).probability
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
-    table[f"Laplace, {PARTICLES} samples (default)"] = estimate(sampled(model, default, PARTICLES, test), labels)
+    table[f"Laplace, {PARTICLES} samples (default)"] = estimate(
+        sampled(model, default, PARTICLES, test).probability, labels
+    )
     heldout = gaussian.heldout_precision(model, default.curvature, default.precision, calibration, 16)
     table["Laplace, linearised, prior by held-out NLL"] = estimate(
-        linearized(model, default.curvature, heldout, test), labels
+        linearized(model, default.curvature, heldout, test).probability, labels
     )
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")
     print(markdown(table, len(test)))
@@ -157,7 +161,7 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
         precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed, posterior.fit["coupling"])
         values = sorted({round(value, 1) for key, value in precision.items() if key not in fixed})
         shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
-        p = linearized(model, posterior.curvature, precision, test)
+        p = linearized(model, posterior.curvature, precision, test).probability
         table[f"{name}: {shown}"] = estimate(p, labels)
     print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised:\n")
     print(markdown(table, len(test)))

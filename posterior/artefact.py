@@ -4,7 +4,7 @@ PEFT folder.
     posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
-    laplace.safetensors   Kronecker factors and prior precisions (family "laplace")
+    laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration.py)
 
 `hash` names the distribution: sha256 of posterior.json, which says nothing of calibrations.
@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posterior import calibration, laplace, lora
+from posterior.diagonal import Diagonal
 from posterior.errors import PosteriorError
-from posterior.kfac import Factor, Kronecker
+from posterior.kfac import Block, Factor, Kronecker
 from posterior.task import Task
 
 FORMAT = 1
@@ -49,7 +50,7 @@ class Posterior:
     fit: dict[str, Any]
     weights: tuple[float, ...]
     calibration: Mapping[calibration.Key, calibration.Record] = field(default_factory=dict, repr=False)
-    curvature: dict[str, Kronecker] = field(default_factory=dict, repr=False)
+    curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
@@ -100,7 +101,7 @@ def save(
     prior: Mapping[str, Any],
     fit: Mapping[str, Any],
     mean: lora.Theta,
-    curvature: Mapping[str, Kronecker] | None = None,
+    curvature: Mapping[str, Block] | None = None,
     precision: Mapping[str, float] | None = None,
     particles: Sequence[lora.Theta] = (),
     weights: Sequence[float] = (),
@@ -227,35 +228,42 @@ def _finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _pack(curvature: Mapping[str, Kronecker], precision: Mapping[str, float]) -> dict[str, Tensor]:
+def _pack(curvature: Mapping[str, Block], precision: Mapping[str, float]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, block in curvature.items():
-        parts = {
-            "small.basis": block.small.basis,
-            "small.values": block.small.values,
-            "large.basis": block.large.basis,
-            "large.values": block.large.values,
-            "large.rest": torch.tensor([block.large.rest], dtype=torch.float64),
-            "precision": torch.tensor([precision[name]], dtype=torch.float64),
-        }
+        parts = {"precision": torch.tensor([precision[name]], dtype=torch.float64)}
+        if isinstance(block, Diagonal):
+            parts["diagonal"] = block.values
+        else:
+            parts |= {
+                "small.basis": block.small.basis,
+                "small.values": block.small.values,
+                "large.basis": block.large.basis,
+                "large.values": block.large.values,
+                "large.rest": torch.tensor([block.large.rest], dtype=torch.float64),
+            }
         tensors |= {f"{name}/{part}": value.cpu().contiguous() for part, value in parts.items()}
     return tensors
 
 
-def _unpack(path: Path) -> tuple[dict[str, Kronecker], dict[str, float]]:
+def _unpack(path: Path) -> tuple[dict[str, Block], dict[str, float]]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):
         raise PosteriorError(f"{path} is missing or no safetensors file; restore it or refit") from None
     _finite(path, tensors)
-    curvature, precision = {}, {}
+    curvature: dict[str, Block] = {}
+    precision = {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
+        precision[name] = float(tensors[f"{name}/precision"][0])
+        if f"{name}/diagonal" in tensors:
+            curvature[name] = Diagonal(tensors[f"{name}/diagonal"])
+            continue
         small = Factor(tensors[f"{name}/small.basis"], tensors[f"{name}/small.values"], 0.0)
         large = Factor(
             tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0])
         )
         curvature[name] = Kronecker(small, large)
-        precision[name] = float(tensors[f"{name}/precision"][0])
     return curvature, precision
 
 

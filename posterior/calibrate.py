@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, 
 from posterior.data import Example, Row, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
 from posterior.evaluate import base_spec, linearized, map_scores, markdown, sampled
-from posterior.metrics import Estimate, estimate
+from posterior.metrics import Estimate, check, estimate
 from posterior.predictive import from_gaussian
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
@@ -118,9 +119,9 @@ def probabilities(
 ) -> Tensor:
     """The predictive's probabilities [N, C], float64, as the server computes them."""
     if predictive == "linearized":
-        return linearized(model, posterior.curvature, posterior.precision, examples, batch_size)
+        return linearized(model, posterior.curvature, posterior.precision, examples, batch_size).probability
     if predictive == "mixture":
-        return sampled(model, posterior, k, examples, batch_size)
+        return sampled(model, posterior, k, examples, batch_size).probability
     return map_scores(model, examples, batch_size).softmax(1)
 
 
@@ -128,8 +129,7 @@ def measure(
     p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str, dtype: str
 ) -> Record:
     """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]."""
-    if not bool(torch.isfinite(p).all()):
-        raise PosteriorError("the predictive gave probabilities that are not finite; try --dtype float32")
+    check(p)
     if method == "temperature" and bool((p.argmax(1) == y).all()):
         raise PosteriorError(
             f"all {len(y)} answers are right, so that no temperature is low enough; "
@@ -143,8 +143,8 @@ def measure(
         n=len(y),
         data=data,
         dtype=dtype,
-        before=estimate(p.clamp(min=FLOOR), y),
-        after=estimate(after.clamp(min=FLOOR), y),
+        before=_defined(estimate(p.clamp(min=FLOOR), y)),
+        after=_defined(estimate(after.clamp(min=FLOOR), y)),
         coverage=coverage,
         sets={"covered": _share(sets.gather(1, y[:, None])), "size": _mean(sets.sum(1))},
     )
@@ -199,6 +199,11 @@ def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted
     if posterior.weights and k > len(posterior.weights):
         raise PosteriorError(f"--particles is {k}; {posterior.name!r} has {len(posterior.weights)}")
     return k
+
+
+def _defined(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """Without those that have no value on these rows, like the AUROC where every answer is right."""
+    return {name: each for name, each in estimates.items() if not math.isnan(each.value)}
 
 
 def _share(hits: Tensor) -> Estimate:

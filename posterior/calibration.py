@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from posterior import files
 from posterior.errors import PosteriorError
 from posterior.metrics import Estimate, best_temperature
 from posterior.task import Task
@@ -283,19 +282,7 @@ def save(folder: Path, record: Record) -> Path:
     path = folder / "calibration" / record.key.file_name
     content = record.model_dump(mode="json")
     text = json.dumps(content | {"hash": _digest(content)}, indent=1, allow_nan=False) + "\n"
-    work = None
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            work = Path(file.name)
-            file.write(text)
-        work.chmod(0o644)
-        os.replace(work, path)
-    except OSError as error:
-        raise PosteriorError(f"cannot write {path}: {error.strerror}; make room or mend its permissions") from error
-    finally:
-        if work is not None:
-            work.unlink(missing_ok=True)
+    files.write(path, text.encode())
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from posterior import lora
+from posterior import lora, pissa
 from posterior.job import Job, Result, particles, prior_precision
 from posterior.map import Trainer
 
@@ -45,7 +45,10 @@ def fit(job: Job) -> Result:
 def train_member(job: Job, index: int, bar: tqdm[Any]) -> Trainer:
     """MAP from the member's own seed, left in the model; or what was missing of it."""
     seed = job.member_seed(index)
-    lora.initialise(job.model, seed)
+    if job.args.init == "pissa":
+        pissa.initialise(job.model)
+    else:
+        lora.initialise(job.model, seed)
     precision = prior_precision(lora.get(job.model), float(job.args.prior_precision))
     trainer = Trainer(job.model, job.examples, precision, replace(job.training, seed=seed))
     checkpoint = job.checkpoint / f"{index:03d}"

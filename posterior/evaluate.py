@@ -1,12 +1,15 @@
-"""`posterior evaluate`: the MAP beside the posterior on test rows, in accuracy, NLL, Brier, ECE and signed gap."""
+"""`posterior evaluate`: the MAP beside the posterior on test rows. How often right, how calibrated, and what is not
+known."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +17,148 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from posterior import artefact, lora
+from posterior import artefact, laplace, lora
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Example, batches, encode, read_jsonl
+from posterior.calibration import Temperature
+from posterior.data import Example, batches, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
-from posterior.kfac import Kronecker
 from posterior.likelihood import scores
 from posterior.linearized import moments
-from posterior.metrics import METRICS, Estimate, best_temperature, estimate
-from posterior.predictive import from_gaussian, from_particles
+from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
+from posterior.predictive import Predictive, entropy, from_gaussian, from_particles
+from posterior.report import ENTROPIES, Report, Source, cells
+from posterior.task import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compare the MAP adapter with the posterior predictive on labelled rows of a choice task."
     parser.add_argument("posterior", help="a posterior folder")
-    parser.add_argument("data", help="test rows, JSONL, like the training data")
-    parser.add_argument("--calibration", type=Path, help="held-out rows to fit a temperature on, shown as a baseline")
+    parser.add_argument("data", type=Path, help="test rows, JSONL, like the training data")
     parser.add_argument(
-        "--particles", type=int, default=8, help="particles of the sampled predictive (default %(default)s)"
+        "--calibration",
+        type=Path,
+        help="held-out rows for prediction sets, and for a temperature of the MAP, shown as a baseline",
     )
+    parser.add_argument(
+        "--ood", type=Path, help="rows of another kind (labels are not read): does entropy tell them from DATA's?"
+    )
+    parser.add_argument(
+        "--particles",
+        type=int,
+        default=8,
+        help="of the sampled predictive, or all in the folder if it has fewer (default %(default)s)",
+    )
+    parser.add_argument("--report", type=Path, metavar="HTML", help="also write one page with tables and plots")
     add_evaluation(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.report and not args.report.parent.is_dir():
+        raise PosteriorError(f"--report {args.report}: there is no folder {args.report.parent}; make it first")
+    report = evaluate(args)
+    if args.report:
+        report.save(args.report)
+    if args.json:
+        print(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        print("\n\n".join(map(_markdown, report.tables())))
+
+
+def evaluate(args: argparse.Namespace) -> Report:
+    """What is known of the posterior on these rows. Raises PosteriorError for whatever the user can mend."""
     posterior = artefact.load(args.posterior)
     if posterior.task.kind != "choice":
         raise PosteriorError(f"{posterior.name!r} is a text posterior; evaluate compares candidate answers")
-    spec = args.base or base_spec(posterior.base)
-    base = resolve(spec)
+    base = resolve(args.base or base_spec(posterior.base))
     posterior.check_base(base.hash)
-    tokenizer: Any = load_tokenizer(base)
-    test = encode(posterior.task, tokenizer, read_jsonl(args.data))
-    labels = torch.tensor([example.label for example in test])
+    read = partial(Rows.read, posterior.task, load_tokenizer(base))
+    test = read(args.data)
+    held = read(args.calibration) if args.calibration else None
+    ood = read(args.ood, labels=False) if args.ood else None
+    again = test.repeated(held) if held else 0
+    if again:
+        _warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
+    if test.source.hash == posterior.fit.get("data", {}).get("hash"):
+        _warn(f"{args.data} holds the rows that {posterior.name!r} was fitted on; what it has not seen is harder")
     model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
-    f = map_scores(model, test, args.batch_size)
-    table = {"MAP": estimate(f.softmax(1), labels)}
-    if args.calibration:
-        rows = encode(posterior.task, tokenizer, read_jsonl(args.calibration))
-        temperature = best_temperature(
-            map_scores(model, rows, args.batch_size), torch.tensor([row.label for row in rows])
-        )
-        table[f"MAP, temperature {temperature:.2f}"] = estimate((f / temperature).softmax(1), labels)
-    if posterior.family == "laplace":
-        table["linearized"] = estimate(
-            linearized(model, posterior.curvature, posterior.precision, test, args.batch_size), labels
-        )
-    table[f"{args.particles} particles"] = estimate(
-        sampled(model, posterior, args.particles, test, args.batch_size), labels
+    predict = partial(predictives, model, posterior, args.particles, args.batch_size)
+    at_held = predict(held.examples) if held else {}
+    temperature = Temperature.fit(at_held["MAP"].probability, held.y).temperature if held else None
+    at_test = predict(test.examples, temperature)
+    at_ood = predict(ood.examples, temperature) if ood else {}
+    return Report(
+        posterior={"name": posterior.name, "hash": posterior.hash, "family": posterior.family},
+        base=posterior.base,
+        data=test.source,
+        calibration=held.source if held else None,
+        repeated=again,
+        ood=ood.source if ood else None,
+        table={name: estimate(each.probability, test.y) for name, each in at_test.items()},
+        sets={}
+        if held is None
+        else {
+            name: sets(each.probability, held.y, at_test[name].probability, test.y) for name, each in at_held.items()
+        },
+        ood_auroc={
+            name: {kind: ood_auroc(getattr(at_test[name], kind), getattr(each, kind)) for kind in ENTROPIES}
+            for name, each in at_ood.items()
+        },
+        curves={name: (each.probability, test.y) for name, each in at_test.items()},
+        fit=posterior.fit,
     )
-    print(json.dumps(as_json(table)) if args.json else markdown(table, len(test)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A file of rows: where they are from, as examples, and their labels [N]."""
+
+    source: Source
+    examples: list[Example]
+    y: Tensor
+
+    @classmethod
+    def read(cls, task: Task, tokenizer: Any, path: Path, labels: bool = True) -> Rows:
+        rows = read_jsonl(path)
+        examples = encode(task, tokenizer, rows if labels else [row | {"label": 0} for row in rows])
+        y = torch.tensor([example.label for example in examples])
+        return cls(Source(path.name, data_hash(rows), len(rows)), examples, y)
+
+    def repeated(self, others: Rows) -> int:
+        """How many of these are in `others` too: the same prompt with the same answers."""
+        known = {(example.prompt, example.continuations) for example in others.examples}
+        return sum((example.prompt, example.continuations) in known for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of N rows with C answers, float64 on the CPU: probability [N, C]; epistemic and total entropy [N], in nats."""
+
+    probability: Tensor
+    epistemic: Tensor
+    total: Tensor
+
+
+def predictives(
+    model: Any,
+    posterior: artefact.Posterior,
+    k: int,
+    batch_size: int,
+    examples: Sequence[Example],
+    temperature: float | None = None,
+) -> dict[str, Predictions]:
+    """Of every predictive the posterior has, and of its MAP at a temperature. Raises PosteriorError where one is not
+    finite."""
+    f = map_scores(model, examples, batch_size)
+    found = {"MAP": point(f)}
+    if temperature is not None:
+        found[f"MAP, temperature {temperature:.2f}"] = point(f / temperature)
+    if posterior.family == "laplace":
+        found["linearized"] = linearized(model, posterior.curvature, posterior.precision, examples, batch_size)
+    found[f"{_available(posterior, k)} particles"] = sampled(model, posterior, k, examples, batch_size)
+    for each in found.values():
+        check(each.probability)
+    return found
 
 
 def map_scores(model: Any, examples: Sequence[Example], batch_size: int = 32) -> Tensor:
@@ -78,29 +173,37 @@ def map_scores(model: Any, examples: Sequence[Example], batch_size: int = 32) ->
     return result
 
 
+def point(scores: Tensor) -> Predictions:
+    """Of one theta, by its scores [N, C]: it knows of no epistemic uncertainty."""
+    p = scores.softmax(1)
+    return Predictions(p, torch.zeros(len(p), dtype=p.dtype), entropy(p))
+
+
 def linearized(
     model: Any,
-    curvature: Mapping[str, Kronecker],
+    curvature: laplace.Curvature,
     precision: Mapping[str, float],
     examples: Sequence[Example],
     batch_size: int = 32,
-) -> Tensor:
-    """Posterior predictive probabilities [N, C] under the linearised Laplace covariance at the active adapter."""
+) -> Predictions:
+    """The posterior predictive under the linearised Laplace covariance at the active adapter."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     device = next(model.parameters()).device
-    result = torch.zeros(len(examples), len(examples[0].continuations), dtype=torch.float64)
+    found: dict[int, Predictive] = {}
     for indices, batch in tqdm(list(batches(examples, batch_size)), desc="linearising", unit="batch", leave=False):
         mean, (covariance,) = moments(model, matrices, curvature, [precision], batch.to(device))
         for row, index in enumerate(indices):
-            result[index] = from_gaussian(mean[row].cpu(), covariance[row].cpu()).probability
-    return result
+            found[index] = from_gaussian(mean[row].cpu(), covariance[row].cpu())
+    return _stack([found[index] for index in range(len(examples))])
 
 
 def sampled(
     model: Any, posterior: artefact.Posterior, k: int, examples: Sequence[Example], batch_size: int = 32, seed: int = 0
-) -> Tensor:
-    """Posterior predictive probabilities [N, C] of k particles; leaves theta as it was."""
+) -> Predictions:
+    """The posterior predictive of k Laplace samples, or of the first k particles if there are so many; leaves theta
+    as it was."""
+    k = _available(posterior, k)
     mean = lora.get(model)
     with tempfile.TemporaryDirectory() as scratch:
         particles = [lora.read_adapter(folder) for folder in posterior.adapters(k, Path(scratch), seed)]
@@ -112,24 +215,32 @@ def sampled(
     finally:
         lora.put(model, mean)
     weights = torch.tensor(posterior.weights[:k] or [1.0] * k, dtype=torch.float64)
-    stacked = torch.stack(log_p, 1)
-    return torch.stack([from_particles(row, weights).probability for row in stacked])
+    return _stack([from_particles(row, weights) for row in torch.stack(log_p, 1)])
+
+
+def _available(posterior: artefact.Posterior, k: int) -> int:
+    return min(k, len(posterior.weights)) if posterior.family == "particles" else k
+
+
+def _stack(rows: Sequence[Predictive]) -> Predictions:
+    epistemic, total = torch.tensor([(row.epistemic, row.total) for row in rows], dtype=torch.float64).T
+    return Predictions(torch.stack([row.probability for row in rows]), epistemic, total)
 
 
 def markdown(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> str:
     """A Markdown table: methods x metrics, with 95 % bootstrap intervals."""
-    lines = [f"| {rows} rows | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    lines += [
-        f"| {method} | " + " | ".join(str(estimates[name]) for name in METRICS) + " |"
-        for method, estimates in table.items()
-    ]
-    return "\n".join(lines)
+    return _markdown(cells(table, rows))
 
 
-def as_json(table: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
-    return {method: {name: asdict(value) for name, value in estimates.items()} for method, estimates in table.items()}
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
+
+
+def _warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr)
 
 
 def base_spec(base: Mapping[str, Any]) -> str | None:
-    """How to find the base a posterior was fitted on: a hub id needs its revision, other names stand alone."""
+    """How to find the base a posterior was fitted on: a hub id needs its revision, at_ood names stand alone."""
     return f"{base['id']}@{base['revision']}" if "/" in str(base["id"]) and base["revision"] else base["id"]

@@ -6,8 +6,8 @@ import argparse
 import errno
 import hashlib
 import json
-import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,28 +17,30 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from posterior import artefact, dropout, ensemble, gaussian, lora, svgd, swag, tfb
+from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, svgd, swag, tfb
 from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import data_hash, encode, read_jsonl
+from posterior.data import Example, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
-from posterior.job import MEMBERS, Job, Result, number
+from posterior.job import PRECISION, Job, Result, number
 from posterior.map import Checkpoint
 from posterior.task import Task
 
-PARTICLE_PRECISION = "10"  # of B where no evidence chooses it: the Laplace's evidence finds 4 to 14 on yelp and SST-2
 METHODS: dict[str, Callable[[Job], Result]] = {
     "laplace": gaussian.fit,
     "ensemble": ensemble.fit,
     "svgd": svgd.fit,
     "dropout": dropout.fit,
     "swag": swag.fit,
+    "blob": blob.fit,
     "tfb": tfb.fit,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fit a posterior over LoRA adapters to labelled rows."
+    parser.register("action", None, options.Given)
+    parser.register("action", "store_true", options.Flag)
     parser.add_argument(
         "data", help='training rows, JSONL: {"text": ..., "label": 1} for a choice; {"messages": [...]} for text'
     )
@@ -48,18 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="laplace",
         help="laplace (default): a Gaussian around one adapter. The others end in particles; ensemble: adapters "
         "trained one by one; svgd: trained together, repelling each other; dropout: one adapter under random masks; "
-        "swag: the path of the optimiser; tfb: --adapter with as much noise as the data allow",
+        "swag: the path of the optimiser; blob: a variational Gaussian on A; tfb: --adapter with as much noise as the "
+        "data allow",
     )
     add_task(parser, template="{text}")
     parser.add_argument(
         "--adapter",
         type=Path,
-        help="laplace or tfb of this trained PEFT adapter instead of training one (data: what it was trained on)",
+        help="laplace or tfb of this trained PEFT adapter, LoRA or AdaLoRA, instead of training one (data: what it was "
+        "trained on)",
     )
     group = parser.add_argument_group("LoRA and training")
     group.add_argument("--rank", type=int, default=8, help="rank r of A and B (default %(default)s)")
     group.add_argument("--alpha", type=int, default=16, help="update scale s = alpha / r (default %(default)s)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead")
+    group.add_argument(
+        "--init",
+        choices=("random", "pissa"),
+        default="random",
+        help="where training starts: at B = 0 (default) or, for ensemble, dropout and swag, at the r principal "
+        "components of the base's matrices, which makes an adapter of rank 2 r",
+    )
     group.add_argument(
         "--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="module names to adapt (default q_proj v_proj)"
     )
@@ -82,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prior-precision",
         help="of B: evidence (default) or heldout, both for laplace only, or a number to hold fixed "
-        f"(default of the other methods: {PARTICLE_PRECISION})",
+        f"(default of the other methods: {PRECISION:g})",
     )
     group = parser.add_argument_group("particles (every method but laplace)")
     group.add_argument("--particles", type=int, default=8, help="how many adapters (default %(default)s)")
@@ -106,6 +117,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tfb: share by which the noise may raise the negative log-likelihood (default %(default)s)",
     )
     group = parser.add_argument_group("Laplace (--method laplace)")
+    group.add_argument(
+        "--structure",
+        choices=("kfac", "diagonal"),
+        default="kfac",
+        help="of each matrix's curvature: Kronecker factors (default), or its diagonal alone",
+    )
+    group.add_argument(
+        "--last-layer",
+        action="store_true",
+        help="only the last layer's matrices are uncertain, the others stay at theta*",
+    )
     group.add_argument(
         "--grouping",
         choices=("scalar", "layer"),
@@ -163,9 +185,8 @@ def run(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace) -> artefact.Posterior:
     """Everything from rows to the written folder. Raises PosteriorError for whatever the user can mend."""
-    args = _with_defaults(args)
-    _check(args)
-    _check_method(args)
+    args = options.with_defaults(args)
+    options.check(args)
     started = time.monotonic()
     task = Task(
         args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
@@ -175,6 +196,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     tokenizer: Any = load_tokenizer(base)
     examples = encode(task, tokenizer, rows, max_length=args.max_length)
     heldout = encode(task, tokenizer, read_jsonl(args.heldout), max_length=args.max_length) if args.heldout else []
+    _check_rows(args, task, examples, heldout)
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
     job = Job(_model(base, args), examples, heldout, args, checkpoint)
@@ -196,8 +218,10 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     model = load_model(base, dtype, args.device)
     if args.adapter:
-        return lora.load_peft(model, args.adapter)
-    return lora.attach(
+        with adalora.ordinary(args.adapter) as folder:
+            return lora.load_peft(model, folder)
+    attach = pissa.attach if args.init == "pissa" else lora.attach
+    return attach(
         model,
         rank=args.rank,
         alpha=args.alpha,
@@ -209,48 +233,23 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     )
 
 
-def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with the prior precision that the method takes when none is given."""
-    default = "evidence" if args.method == "laplace" else PARTICLE_PRECISION
-    return argparse.Namespace(**vars(args) | {"prior_precision": args.prior_precision or default})
-
-
-def _check(args: argparse.Namespace) -> None:
-    fixed = number(args.prior_precision)
-    if fixed is None and args.prior_precision not in ("evidence", "heldout"):
-        raise PosteriorError(
-            f"--prior-precision {args.prior_precision!r} is neither 'evidence', 'heldout' nor a number"
+def _check_rows(args: argparse.Namespace, task: Task, examples: Sequence[Example], heldout: Sequence[Example]) -> None:
+    """What the rows say about each other."""
+    if task.answers is not None and len({example.label for example in examples}) == 1:
+        same = f"every row has the answer {task.answers[examples[0].label]!r}"
+        if number(args.prior_precision) is None:
+            raise PosteriorError(
+                f"{same}, which is no evidence of a prior; add rows of other answers or give --prior-precision a number"
+            )
+        print(f"warning: {same}; the posterior learns to give it, and nothing else", file=sys.stderr)
+    known = {(example.prompt, example.continuations) for example in examples}
+    again = sum((example.prompt, example.continuations) in known for example in heldout)
+    if again:
+        print(
+            f"warning: {again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too "
+            "sure of theta*",
+            file=sys.stderr,
         )
-    if fixed is not None and not (math.isfinite(fixed) and fixed > 0):
-        raise PosteriorError(f"--prior-precision {fixed} must be positive; typical values are 1 to 1000")
-    if (args.prior_precision == "heldout") != bool(args.heldout):
-        raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
-    if args.prior_precision == "heldout" and args.task == "text":
-        raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
-    if not 0 <= args.dropout < 1:
-        raise PosteriorError(f"--dropout is {args.dropout}; it must be at least 0 and below 1")
-    for name in ("rank", "particles", "epochs", "batch_size", "label_samples", "max_length"):
-        if getattr(args, name) < 1:
-            raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-
-
-def _check_method(args: argparse.Namespace) -> None:
-    """What belongs to some methods only."""
-    if args.method != "laplace" and number(args.prior_precision) is None:
-        raise PosteriorError(
-            f"--prior-precision {args.prior_precision} belongs to --method laplace; {args.method} needs a number"
-        )
-    if args.adapter and args.method not in ("laplace", "tfb"):
-        raise PosteriorError(f"--adapter belongs to --method laplace and tfb; {args.method} trains its own adapter")
-    if args.method == "tfb" and not args.adapter:
-        raise PosteriorError("--method tfb needs the trained adapter that it spreads; give --adapter FOLDER")
-    if args.method == "dropout" and args.dropout == 0:
-        raise PosteriorError("--method dropout needs a --dropout above 0, for example 0.1")
-    if args.particles > MEMBERS:
-        raise PosteriorError(f"--particles is {args.particles}; at most {MEMBERS} are possible")
-    for name in ("temperature", "tolerance"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
-            raise PosteriorError(f"--{name} {getattr(args, name)} must be positive")
 
 
 def _rank(text: str) -> int | None:
@@ -263,7 +262,7 @@ def _rank(text: str) -> int | None:
 
 
 def _fingerprint(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], base: Base) -> str:
-    options = {key: str(value) for key, value in vars(args).items() if key not in ("out", "verb")}
+    chosen = {key: str(value) for key, value in vars(args).items() if key not in ("out", "verb", "given")}
     return hashlib.sha256(
-        json.dumps([options, data_hash([dict(row) for row in rows]), base.hash], sort_keys=True).encode()
+        json.dumps([chosen, data_hash([dict(row) for row in rows]), base.hash], sort_keys=True).encode()
     ).hexdigest()

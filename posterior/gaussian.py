@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from posterior import kfac, laplace, lora
 from posterior.data import Example, batches
-from posterior.job import Job, Result, fixed_precision, number, prior_precision
+from posterior.errors import PosteriorError
+from posterior.job import PRECISION, Job, Result, fixed_precision, number, prior_precision
 from posterior.linearized import moments
 from posterior.map import Checkpoint, Trainer, Training
 from posterior.predictive import from_gaussian
@@ -27,9 +29,10 @@ HELDOUT_FACTORS = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py)."""
+    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py).
+    Matrices that it does not name are certain."""
 
-    curvature: dict[str, kfac.Kronecker]
+    curvature: dict[str, kfac.Block]
     precision: laplace.Precision
     coupling: float
 
@@ -57,10 +60,10 @@ def fit(job: Job) -> Result:
             "precision": summary(precision, args.grouping),
         },
         fit={
-            "method": "laplace-kfac",
+            "method": f"laplace-{args.structure}",
+            "last_layer": args.last_layer,
             "variational": args.task == "choice" and not args.adapter and not args.no_variational,
-            "sharing": args.sharing,
-            "curvature_rank": args.curvature_rank,
+            **({"sharing": args.sharing, "curvature_rank": args.curvature_rank} if args.structure == "kfac" else {}),
             "coupling": coupling,
             "training": None if args.adapter else asdict(job.training),
             "log_likelihood": log_lik,
@@ -85,11 +88,14 @@ def train(
     scores. The next epoch's likelihood is its expectation over f_n ~ N(f_n(theta), S_n), which makes theta* the mean of
     a variational Gaussian (Opper & Archambeau 2009) instead of a mode: a mode ignores what the spread costs, lies too
     close to the prior, and leaves a plain Laplace predictive under-confident (Nickisch & Rasmussen 2008). The turns end
-    with the epochs, not at convergence: theta* belongs to the covariance of the epoch before the last.
+    with the epochs, not at convergence: theta* belongs to the covariance of the epoch before the last. With
+    --last-layer the other layers are at their MAP under B's precision PRECISION, and the evidence is that given them.
     benchmarks/calibration.py shows what the variational mean buys, and what it does not.
     """
     fixed = number(args.prior_precision)
-    start = prior_precision(lora.get(model), FIRST_PRECISION if fixed is None else fixed)
+    start = prior_precision(lora.get(model), PRECISION if fixed is None else fixed)
+    if fixed is None:
+        start |= {name: FIRST_PRECISION for name in uncertain(start, args.last_layer) if name.endswith(".B")}
     trainer = Trainer(model, examples, start, training)
     checkpoint.resume(trainer)
     gaussian: Gaussian | None = None
@@ -103,7 +109,7 @@ def train(
             trainer.run_epoch(progress)
             if trainer.step >= BURN_IN * trainer.total:
                 gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
-                trainer.precision = gaussian.precision
+                trainer.precision |= gaussian.precision
                 if args.task == "choice" and not args.no_variational and not trainer.done:
                     trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
             checkpoint.save(trainer)
@@ -114,6 +120,7 @@ def around(
     model: Any, origin: lora.Theta, examples: Sequence[Example], args: argparse.Namespace, leave: bool = True
 ) -> Gaussian:
     """The Gaussian around the adapter as it is: curvature, and the prior precision that was asked for."""
+    origin = {name: origin[name] for name in uncertain(origin, args.last_layer)}
     blocks, sketch = measure(model, examples, args, fixed_precision(origin), leave)
     fixed = number(args.prior_precision)
     if fixed is None:
@@ -139,16 +146,19 @@ def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_si
 
 def measure(
     model: Any, examples: Sequence[Example], args: argparse.Namespace, fixed: Mapping[str, float], leave: bool = True
-) -> tuple[dict[str, kfac.Kronecker], Sketch]:
-    """Kronecker factors over all examples and a sketch of the whole Fisher, with a progress bar."""
+) -> tuple[dict[str, kfac.Block], Sketch]:
+    """The curvature of the uncertain matrices over all examples and a sketch of their whole Fisher, with a progress
+    bar."""
     model.eval().requires_grad_(False)
-    matrices = lora.matrices(model)
+    found = lora.matrices(model)
+    matrices = {name: found[name] for name in uncertain(found, args.last_layer)}
     sketch = Sketch(matrices, fixed, seed=args.seed)
     with tqdm(total=len(examples), desc="curvature", unit="row", leave=leave) as bar:
         blocks = kfac.fit(
             model,
             matrices,
             (batch.to(args.device) for _, batch in batches(examples, args.batch_size)),
+            structure=args.structure,
             sharing=args.sharing,
             rank=args.curvature_rank,
             samples=args.label_samples,
@@ -181,7 +191,18 @@ def heldout_precision(
 def distances(model: Any, origin: lora.Theta) -> dict[str, float]:
     """|theta - theta_0|^2 of each matrix."""
     theta = lora.get(model)
-    return {name: laplace.square_distance(theta, origin, [name]) for name in theta}
+    return {name: laplace.square_distance(theta, origin, [name]) for name in origin}
+
+
+def uncertain(names: Iterable[str], last_layer: bool) -> list[str]:
+    """The matrices that get a Gaussian: all, or those of the last layer that has any. Raises PosteriorError."""
+    layers = {name: int(found[1]) if (found := re.search(r"\.(\d+)\.", name)) else -1 for name in names}
+    last = max(layers.values())
+    if last_layer and last < 0:
+        raise PosteriorError(
+            f"--last-layer finds no layer's number in names such as {next(iter(layers))!r}; leave it out"
+        )
+    return [name for name, layer in layers.items() if layer == last or not last_layer]
 
 
 def summary(precision: Mapping[str, float], grouping: laplace.Grouping) -> dict[str, float]:

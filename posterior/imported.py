@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, candidates, lora
+from posterior import adalora, artefact, candidates, lora
 from posterior.arguments import add_task
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
@@ -41,23 +42,26 @@ def run(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> artefact.Posterior:
     """The posterior folder of the adapters. map/ holds the one of the largest weight, the first of several.
 
-    Raises PosteriorError for adapters that are no plain LoRA, do not fit the base or each other, or are not finite.
+    Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or are not
+    finite.
     """
     weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
     task = Task(
         args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
     )
-    configs = [lora.read_config(folder) for folder in args.adapters]
-    thetas = [read(folder) for folder in args.adapters]
-    check_alike(args.adapters, configs, thetas)
-    base = resolve(args.base)
-    if task.answers is not None:
-        candidates.encode(load_tokenizer(base), task.answers)
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(adalora.ordinary(folder)) for folder in args.adapters]
+        configs = [lora.read_config(folder) for folder in folders]
+        thetas = [read(folder) for folder in folders]
+        check_alike(args.adapters, configs, thetas)
+        base = resolve(args.base)
+        if task.answers is not None:
+            candidates.encode(load_tokenizer(base), task.answers)
+        lora.load_peft(load_model(base, torch.float32, "cpu"), folders[0])
     for folder, config in zip(args.adapters, configs, strict=True):
         named = config.get("base_model_name_or_path")
         if named != base.id:
             print(f"warning: {folder} names its base {named!r}; it is taken for {base.id!r}", file=sys.stderr)
-    lora.load_peft(load_model(base, torch.float32, "cpu"), args.adapters[0])
     return artefact.save(
         Path(args.out),
         family="particles",

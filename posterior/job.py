@@ -15,10 +15,11 @@ from torch import Tensor
 from posterior import laplace, lora
 from posterior.artefact import Family
 from posterior.data import Example, batches
-from posterior.kfac import Kronecker
+from posterior.kfac import Block
 from posterior.likelihood import log_likelihood
 from posterior.map import Checkpoint, Training
 
+PRECISION = 10.0  # of B where no evidence chooses it: the Laplace's evidence finds 4 to 14 on yelp and SST-2
 MEMBERS = 1000  # seeds set apart for the members of one fit: two fits with neighbouring seeds share none
 
 
@@ -62,7 +63,7 @@ class Result:
     mean: lora.Theta
     prior: dict[str, Any]
     fit: dict[str, Any]
-    curvature: Mapping[str, Kronecker] = field(default_factory=dict)
+    curvature: Mapping[str, Block] = field(default_factory=dict)
     precision: Mapping[str, float] = field(default_factory=dict)
     particles: Sequence[lora.Theta] = ()
     weights: Sequence[float] = ()
@@ -75,7 +76,7 @@ def particles(thetas: Sequence[lora.Theta], mean: lora.Theta, job: Job, fit: Map
         mean=mean,
         prior={
             "A": "mean: its initialisation, precision 3 d_in",
-            "B": "mean: zero",
+            "B": "mean: its initialisation" if job.args.init == "pissa" else "mean: zero",
             "choice": job.args.prior_precision,
             "precision": {"all": number(job.args.prior_precision)},
         },

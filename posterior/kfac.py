@@ -20,18 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from posterior.data import Batch
+from posterior.diagonal import Diagonal, Entries, by_example
 from posterior.errors import PosteriorError
 from posterior.likelihood import Tape, draws, record, sampled_score, scores
 from posterior.sketch import Sketch
 
 Sharing = Literal["expand", "reduce"]
+Structure = Literal["kfac", "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ class Kronecker:
         """(kept [r, k], of the remainder [r], multiplicity d - k of each of the latter)."""
         multiplicity = self.large.basis.shape[0] - self.large.basis.shape[1]
         return self.small.values[:, None] * self.large.values, self.small.values * self.large.rest, multiplicity
+
+    def scaled(self, factor: float) -> Kronecker:
+        return replace(self, small=replace(self.small, values=factor * self.small.values))
+
+    def coordinates(self, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+        """A jacobian [N, C, r, d] in the eigenbases: (of both sides [N, C, r, k], of the small side [N, C, r, d])."""
+        rotated = torch.einsum("ri,ncrd->ncid", self.small.basis.to(jacobian), jacobian)
+        return rotated @ self.large.basis.to(jacobian), rotated
+
+    def leading(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the `count` leading directions of the large side, in float64 on the CPU: the small side's basis [r, r],
+        their own [d, m], and the eigenvalues [r, m]."""
+        values, columns = self.large.values.double().cpu().topk(min(count, len(self.large.values)))
+        small, large = self.small.basis.double().cpu(), self.large.basis.double().cpu()[:, columns]
+        return small, large, self.small.values.double().cpu()[:, None] * values
+
+
+Block = Kronecker | Diagonal
 
 
 class _Sum:
@@ -104,55 +124,75 @@ def _nystroem(sketch: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     return (singular.square() - shift).clamp(min=0), basis
 
 
+class _Factors:
+    """Running sums of the two Kronecker factors of one matrix, and of its block's exact trace."""
+
+    def __init__(self, name: str, sharing: Sharing, rank: int | None, seed: int):
+        self.name, self.sharing, self.rank, self.seed = name, sharing, rank, seed
+        self.sums: tuple[_Sum, _Sum] | None = None
+        self.trace = 0.0
+
+    def add(self, a: Tensor, g: Tensor, batch: Batch, first: bool) -> None:
+        """Inputs a and output gradients g, [S, T, width]; first: these inputs were not yet added."""
+        self.trace += _exact_trace(a, g, batch)
+        a, g = _rows(a, g, batch, self.sharing)
+        if self.sums is None:
+            wide = self.name.endswith(".A")
+            self.sums = (
+                _Sum(a.shape[1], self.rank if wide else None, self.seed, a),
+                _Sum(g.shape[1], None if wide else self.rank, self.seed, g),
+            )
+        if first:
+            self.sums[0].add(a)
+        self.sums[1].add(g)
+
+    def block(self) -> Kronecker:
+        assert self.sums is not None
+        a, g = self.sums
+        return _oriented(self.name, a.factor(_matched(a, g, self.trace)), g.factor(1.0))
+
+
 def fit(
     model: nn.Module,
     matrices: dict[str, nn.Linear],
     batches: Iterable[Batch],
     *,
+    structure: Structure = "kfac",
     sharing: Sharing = "expand",
     rank: int | None = None,
     samples: int = 1,
     seed: int = 0,
     sketch: Sketch | None = None,
     progress: Callable[[int], object] = lambda rows: None,
-) -> dict[str, Kronecker]:
-    """Kronecker factors of every matrix over all batches.
+) -> dict[str, Block]:
+    """The curvature of every matrix over all batches: Kronecker factors, or its diagonal (posterior/diagonal.py).
 
     The model must be in eval mode (dropout would add noise to the curvature) and need no parameter gradients.
-    `samples`: label draws per example for text. `sketch` is filled in the same pass. `progress` is told the number of
-    examples after each batch.
+    `sharing` and `rank` are of the Kronecker factors. `samples`: label draws per example for text. `sketch` is filled
+    in the same pass. `progress` is told the number of examples after each batch.
     """
     if model.training:
         raise PosteriorError("curvature needs eval mode: dropout would change it; call model.eval() first")
-    sums: dict[str, tuple[_Sum, _Sum]] = {}
-    traces: dict[str, float] = {}
+    sums: dict[str, _Factors | Entries] = {
+        name: Entries(name) if structure == "diagonal" else _Factors(name, sharing, rank, seed + number)
+        for number, name in enumerate(matrices)
+    }
     generator = torch.Generator().manual_seed(seed)
+    seen = 0
     for batch in batches:
         with record(matrices) as tape:
-            gradients = _gradients(model, tape, batch, samples, generator)
             first = True
-            for grads in gradients:
-                for number, (name, grad) in enumerate(grads.items()):
-                    a, g = _rows(tape.inputs[name], grad, batch, sharing)
-                    traces[name] = traces.get(name, 0.0) + _exact_trace(tape.inputs[name], grad, batch)
-                    if name not in sums:
-                        wide = name.endswith(".A")
-                        sums[name] = (
-                            _Sum(a.shape[1], rank if wide else None, seed + number, a),
-                            _Sum(g.shape[1], None if wide else rank, seed + number, g),
-                        )
-                    if first:
-                        sums[name][0].add(a)
-                    sums[name][1].add(g)
+            for grads in _gradients(model, tape, batch, samples, generator):
+                for name, grad in grads.items():
+                    sums[name].add(tape.inputs[name], grad, batch, first)
                 if sketch is not None:
                     sketch.add(tape.inputs, grads, batch)
                 first = False
+        seen += len(batch.label)
         progress(len(batch.label))
-    if not sums:
+    if not seen:
         raise PosteriorError("no data to compute the curvature from")
-    return {
-        name: _oriented(name, a.factor(_matched(a, g, traces[name])), g.factor(1.0)) for name, (a, g) in sums.items()
-    }
+    return {name: each.block() for name, each in sums.items()}
 
 
 def _matched(a: _Sum, g: _Sum, trace: float) -> float:
@@ -175,6 +215,8 @@ def _gradients(
             yield tape.gradients(drawn, torch.full_like(drawn, samples**-0.5), keep=False)
         return
     f = scores(model, batch)
+    if not bool(torch.isfinite(f).all()):
+        raise PosteriorError("the scores are not finite: the adapter has diverged; lower --learning-rate")
     columns = fisher_columns(draws(f.detach(), batch))
     for c in range(columns.shape[2]):
         yield tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
@@ -194,10 +236,8 @@ def fisher_columns(f: Tensor) -> Tensor:
 
 def _exact_trace(a: Tensor, g: Tensor, batch: Batch) -> float:
     """sum over the batch's examples of |sum_t g_t a_t^T|_F^2, without forming the matrices."""
-    groups = len(batch.label)
-    masked = (a * batch.mask[..., None]).to(g.dtype).view(groups, -1, a.shape[-1])
-    g = g.view(groups, -1, g.shape[-1])
-    return float(((masked @ masked.mT) * (g @ g.mT)).sum())
+    a, g = by_example(a, g, batch)
+    return float(((a @ a.mT) * (g @ g.mT)).sum())
 
 
 def _rows(a: Tensor, g: Tensor, batch: Batch, sharing: Sharing) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ def moments(
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
     """Mean [B, C] of the scores and, for each of M prior precisions, covariance [M, B, C, C] of the scores relative to
-    the first candidate's (row and column 0 are 0). float64."""
-    with record(dict(matrices)) as tape:
+    the first candidate's (row and column 0 are 0). float64. Matrices without a curvature are certain."""
+    with record({name: matrices[name] for name in curvature}) as tape:
         f = scores(model, batch)
         count, width = f.shape
         if batch.answer is None:

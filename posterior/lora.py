@@ -32,7 +32,7 @@ def attach(
     model: PreTrainedModel,
     *,
     rank: int = 8,
-    alpha: int = 16,
+    alpha: float = 16,
     targets: Sequence[str] = DEFAULT_TARGETS,
     dropout: float = 0.0,
     rslora: bool = False,
@@ -43,7 +43,7 @@ def attach(
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         target_modules=list(targets),
         lora_dropout=dropout,
         use_rslora=rslora,

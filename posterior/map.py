@@ -49,9 +49,8 @@ class Trainer:
         self.precision = dict(precision)
         self.matrices = lora.matrices(model)
         self.origin = lora.get(model)
-        self.optimizer = torch.optim.Adam(
-            [module.weight for module in self.matrices.values()], lr=training.learning_rate
-        )
+        self.parameters: dict[str, Tensor] = {name: module.weight for name, module in self.matrices.items()}
+        self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=training.learning_rate)
         self.step = 0
         self.epoch = 0
         self.history: list[dict[str, float]] = []  # an entry each epoch
@@ -91,8 +90,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         value = self.gradient(batch)
         if not math.isfinite(value):
+            again = f": the checkpoint after epoch {self.epoch} would lead here again" if self.epoch else ""
             raise PosteriorError(
-                f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate})"
+                f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate}) "
+                f"and begin anew{again}"
             )
         self.optimizer.step()
         self.step += 1
@@ -119,29 +120,37 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; a crash leaves the previous one."""
-        tensors = {f"theta/{name}": value for name, value in lora.get(self.model).items()}
-        tensors |= {f"origin/{name}": value for name, value in self.origin.items()}
-        tensors |= {f"spread/{i}": e.spread for i, e in enumerate(self.examples) if e.spread is not None}
-        for (name, module), key in ((item, key) for item in self.matrices.items() for key in ("exp_avg", "exp_avg_sq")):
-            tensors[f"{key}/{name}"] = self.optimizer.state[module.weight][key]
+        tensors = self.state()
         with lora.atomic_folder(folder) as work:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work / "state.safetensors")
-            state = {"step": self.step, "epoch": self.epoch, "precision": self.precision, "history": self.history}
-            (work / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            numbers = {"step": self.step, "epoch": self.epoch, "precision": self.precision, "history": self.history}
+            (work / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint written by `save`."""
-        tensors = load_file(folder / "state.safetensors")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.step, self.epoch, self.precision = state["step"], state["epoch"], state["precision"]
-        self.history = state["history"]
-        lora.put(self.model, {name: tensors[f"theta/{name}"] for name in self.matrices})
+        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.step, self.epoch, self.precision = numbers["step"], numbers["epoch"], numbers["precision"]
+        self.history = numbers["history"]
+        self.restore(load_file(folder / "state.safetensors"))
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        tensors = {f"theta/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"origin/{name}": value for name, value in self.origin.items()}
+        tensors |= {f"spread/{i}": e.spread for i, e in enumerate(self.examples) if e.spread is not None}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{key}/{name}": self.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave; `step` is already the checkpoint's."""
         self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
         self.examples = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
-        for name, module in self.matrices.items():
-            self.optimizer.state[module.weight] = {
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"theta/{name}"])
+            self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.step)),
-                **{key: tensors[f"{key}/{name}"].to(module.weight) for key in ("exp_avg", "exp_avg_sq")},
+                **{key: tensors[f"{key}/{name}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
             }
 
 

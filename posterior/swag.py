@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from posterior import lora
@@ -50,14 +50,27 @@ class SwagTrainer(Trainer):
             self.snapshots.append(lora.get(self.model))
         return value
 
+    def state(self) -> dict[str, Tensor]:
+        taken = {f"snapshot/{i}/{name}": x for i, one in enumerate(self.snapshots) for name, x in one.items()}
+        return super().state() | taken
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        super().restore(tensors)
+        count = sum(key.startswith("snapshot/") for key in tensors) // len(self.matrices)
+        self.snapshots = [
+            {name: tensors[f"snapshot/{i}/{name}"].to(module.weight) for name, module in self.matrices.items()}
+            for i in range(count)
+        ]
+
 
 def fit(job: Job) -> Result:
-    """K draws from the Gaussian; map/ holds its mean. An interrupted fit begins anew."""
+    """K draws from the Gaussian; map/ holds its mean. An interrupted fit goes on."""
     precision = prior_precision(lora.get(job.model), float(job.args.prior_precision))
     trainer = SwagTrainer(job.model, job.examples, precision, job.training)
     if trainer.total - trainer.first < 2:
         raise PosteriorError(f"swag needs at least 2 snapshots, but trains {trainer.total} steps; raise --epochs")
-    with tqdm(total=trainer.total, desc="training", unit="step") as bar:
+    job.checkpoint.resume(trainer)
+    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
 
         def progress(loss: float) -> None:
             bar.update()
@@ -65,6 +78,7 @@ def fit(job: Job) -> Result:
 
         while not trainer.done:
             trainer.run_epoch(progress)
+            job.checkpoint.save(trainer)
     mean = {name: value.mean(0) for name, value in stack(trainer.snapshots).items()}
     lora.put(job.model, mean)
     record = {

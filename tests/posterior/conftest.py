@@ -126,11 +126,9 @@ def run_fit(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
             str(out or tmp_path / "tiny"),
             "--base",
             str(tiny_base),
-            "--rank",
-            "2",
-            "--epochs",
-            "2",
         ]
+        if "adapter" not in options:  # which is trained already
+            options = {"rank": 2, "epochs": 2, **options}
         for key, value in {**choice, **options}.items():
             values = value if isinstance(value, list) else [value]
             words += [f"--{key.replace('_', '-')}", *([] if value is True else map(str, values))]

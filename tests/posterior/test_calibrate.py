@@ -16,6 +16,7 @@ from posterior.base import load_model, load_tokenizer, resolve
 from posterior.data import data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.evaluate import linearized, map_scores, sampled
+from posterior.metrics import METRICS
 
 ROWS = 60
 WORDS = ("good", "fine", "poor", "bad")
@@ -86,14 +87,14 @@ def test_it_calibrates_the_predictive_the_server_gives(
     examples = encode(posterior.task, tokenizer, rows)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     p = {
-        "linearized": lambda: linearized(model, posterior.curvature, posterior.precision, examples),
-        "mixture": lambda: sampled(model, posterior, 3, examples),
+        "linearized": lambda: linearized(model, posterior.curvature, posterior.precision, examples).probability,
+        "mixture": lambda: sampled(model, posterior, 3, examples).probability,
         "map": lambda: map_scores(model, examples).softmax(1),
     }[record.key.predictive]()
     y = torch.tensor([one["label"] for one in rows])
     assert record.calibrator == calibration.Platt.fit(p, y)
     assert record.conformal == calibration.Conformal.fit("lac", p, y)
-    assert set(record.before) == set(record.after) == {"accuracy", "nll", "brier", "ece", "gap"}
+    assert set(record.before) == set(record.after) == set(METRICS)
 
 
 def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posterior import calibration, metrics
+from posterior import calibration, files, metrics
 from posterior.calibrate import cross_fit, measure
 from posterior.calibration import CALIBRATORS, MIN_ROWS, Conformal, Isotonic, Key, Platt, Record, Temperature, Vector
 from posterior.errors import PosteriorError
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_the_old_record_and_no_rubbish(tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibration.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(PosteriorError, match="No space left on device; make room"):
         save(tmp_path, make(method="platt"))
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]

@@ -132,6 +132,35 @@ def test_text_task(run_fit):
     assert posterior.task.kind == "text" and posterior.task.answers is None
 
 
+def test_heldout_rows_that_are_training_rows_are_counted(run_fit, tmp_path, capsys):
+    heldout = tmp_path / "heldout.jsonl"
+    fresh = [{"text": "new and good", "label": 1}, {"text": "new and bad", "label": 0}]
+    for rows, warned in ((ROWS[:3] + fresh, True), (fresh, False)):
+        heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run_fit(tmp_path / str(warned), prior_precision="heldout", heldout=heldout)
+        assert ("warning: 3 of 5 rows of --heldout are training rows too" in capsys.readouterr().err) == warned
+
+
+def test_rows_of_one_answer_need_a_fixed_prior(run_fit, capsys):
+    rows = [{"text": f"row {index}", "label": 1} for index in range(4)]
+    with pytest.raises(PosteriorError, match="every row has the answer 'p', which is no evidence of a prior"):
+        run_fit(rows=rows)
+    assert run_fit(rows=rows, prior_precision="7").prior["choice"] == "7"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "every row has the answer 'p'" in line
+
+
+def test_a_diverged_fit_begins_anew_with_a_lower_rate(run_fit, tmp_path, capsys):
+    """The message names the step and the checkpoint, and what it says of both rates is true."""
+    options = {"method": "ensemble", "particles": 1, "batch_size": 12, "epochs": 3}
+    for _ in range(2):  # the same command goes on from the checkpoint, and fails at the same step
+        with pytest.raises(PosteriorError, match=r"at step 2; .* begin anew: the checkpoint after epoch 2 would lead"):
+            run_fit(tmp_path / "it", learning_rate=1e30, **options)
+    assert capsys.readouterr().out.count("resuming from") == 1
+    run_fit(tmp_path / "it", learning_rate=1e-3, **options)
+    assert "resuming from" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -173,7 +202,7 @@ def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     call(evaluate, posterior.path, data, "--base", tiny_base, "--calibration", data, "--json", "--particles", 3)
-    table = json.loads(capsys.readouterr().out)
+    table = json.loads(capsys.readouterr().out)["table"]
     assert [method.split(",")[0] for method in table] == ["MAP", "MAP", "linearized", "3 particles"]
     assert table["MAP"]["nll"]["value"] > 0
     call(evaluate, posterior.path, data, "--base", tiny_base)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from posterior import artefact, evaluate, imported, lora
+from posterior import adalora, artefact, evaluate, imported, lora
 from posterior.data import collate
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
@@ -73,6 +73,95 @@ def test_particles_are_the_adapters(peft_folder, collect, tiny_base, capsys):
     assert all(torch.equal(heaviest[name], value) for name, value in lora.read_adapter(posterior.map_dir).items())
 
 
+@pytest.fixture
+def adalora_folder(tiny_base, tmp_path) -> Callable[..., Path]:
+    """An AdaLoRA adapter as PEFT itself saves it, its layers cut to ranks 2 and 3 of 4."""
+
+    def make(name: str, seed: int = 0) -> Path:
+        config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=6, target_modules=["q_proj"])
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+        kept = {"0": [True, False, True, False], "1": [True, True, False, True]}
+        model.peft_config["default"].rank_pattern = {
+            f"model.layers.{layer}.self_attn.q_proj.lora_E.default": mask for layer, mask in kept.items()
+        }
+        model.peft_config["default"].base_model_name_or_path = "tiny-llama"
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        return tmp_path / name
+
+    return make
+
+
+def logits(tiny_base: Path, folder: Path) -> torch.Tensor:
+    """By PEFT alone."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(folder))
+    with torch.no_grad():
+        return model(torch.arange(5, 15)[None]).logits
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT, of what PEFT wrote
+def test_adalora_becomes_lora(adalora_folder, collect, tiny_base):
+    """Logits under PEFT of the AdaLoRA folder and of the LoRA particle are equal to 1e-5; ranks are filled to 4."""
+    folders = [adalora_folder("a", 1), adalora_folder("b", 2)]
+    posterior = collect(*folders)
+    assert posterior.lora["r"] == 4 and posterior.lora["lora_alpha"] == 6
+    for given, written in zip(folders, posterior.adapters(2, posterior.path), strict=True):
+        expected = logits(tiny_base, given)
+        torch.testing.assert_close(logits(tiny_base, written), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(expected, logits(tiny_base, folders[0] if given is folders[1] else folders[1]))
+    theta = lora.read_adapter(posterior.map_dir)
+    assert [int(value.any(1).sum()) for name, value in theta.items() if name.endswith(".A")] == [2, 3]
+
+
+def test_a_layer_that_adalora_cut_to_nothing(tmp_path):
+    shapes = {"A": (0, 3), "B": (5, 0), "E": (0, 1)}
+    tensors = {f"base_model.model.0.q.lora_{part}": torch.ones(shape) for part, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    theta, config = adalora.convert(tmp_path, {"init_r": 2, "lora_alpha": 8, "tinit": 3})
+    assert theta["0.q.A"].shape == (2, 3) and theta["0.q.B"].shape == (5, 2) and not theta["0.q.B"].any()
+    assert config["r"] == 2 and config["peft_type"] == "LORA" and "tinit" not in config
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT, of what PEFT wrote
+def test_laplace_of_adalora(adalora_folder, run_fit, tiny_base):
+    folder = adalora_folder("a", 1)
+    posterior = run_fit(adapter=folder)
+    torch.testing.assert_close(logits(tiny_base, posterior.map_dir), logits(tiny_base, folder), rtol=1e-5, atol=1e-5)
+
+
+def test_rslora_round_trips(peft_folder, collect, tiny_base):
+    folder = peft_folder("a", 1, use_rslora=True, r=4)
+    posterior = collect(folder)
+    (written,) = posterior.adapters(1, posterior.path)
+    assert torch.equal(logits(tiny_base, written), logits(tiny_base, folder))
+    plain = peft_folder("b", 1, r=4)
+    assert not torch.allclose(logits(tiny_base, plain), logits(tiny_base, folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda f: edit(f, init_r=None), "a is no readable AdaLoRA adapter"),
+        (lambda f: edit(f, init_r=2), "a is no readable AdaLoRA adapter"),
+        (lambda f: edit(f, lora_alpha=0), "a is no readable AdaLoRA adapter"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "a is no readable AdaLoRA adapter"),
+        (
+            lambda f: save_file({"x": torch.ones(1)}, f / "adapter_model.safetensors"),
+            "or more than those",
+        ),
+    ],
+)
+def test_a_bad_adalora_folder_is_one_sentence(adalora_folder, collect, change, match):
+    folder = adalora_folder("a")
+    change(folder)
+    with pytest.raises(PosteriorError, match=match) as error:
+        collect(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_the_predictive_is_the_weighted_average(peft_folder, collect, tiny_base):
     folders = [peft_folder("a", 1), peft_folder("b", 2)]
     posterior = collect(*folders, weights=[1, 3])
@@ -83,7 +172,9 @@ def test_the_predictive_is_the_weighted_average(peft_folder, collect, tiny_base)
         with torch.no_grad():
             probabilities.append(scores(model, collate(examples)).double().softmax(1))
     found = evaluate.sampled(model, posterior, 2, examples)
-    torch.testing.assert_close(found, 0.25 * probabilities[0] + 0.75 * probabilities[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.probability, 0.25 * probabilities[0] + 0.75 * probabilities[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_fitted_map_can_be_imported_again(run_fit, collect, tmp_path):

@@ -61,6 +61,30 @@ def test_fit(run_fit, tmp_path):
     )
 
 
+def test_an_interrupted_fit_goes_on_with_its_snapshots(run_fit, tmp_path, monkeypatch, capsys):
+    """Killed before the last of four epochs, when the first snapshots are taken."""
+    options = {"method": "swag", "particles": 2, "epochs": 4}
+    whole = run_fit(tmp_path / "whole", **options)
+    original = SwagTrainer.run_epoch
+
+    def interrupted(self, progress):
+        if self.epoch == 3:
+            assert self.snapshots
+            raise KeyboardInterrupt
+        return original(self, progress)
+
+    monkeypatch.setattr(SwagTrainer, "run_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(tmp_path / "cut", **options)
+    monkeypatch.setattr(SwagTrainer, "run_epoch", original)
+    cut = run_fit(tmp_path / "cut", **options)
+    assert "resuming from" in capsys.readouterr().out
+    assert cut.fit["snapshots"] == whole.fit["snapshots"] and cut.fit["history"] == whole.fit["history"]
+    for one, other in zip(whole.adapters(2, tmp_path), cut.adapters(2, tmp_path), strict=True):
+        first, second = lora.read_adapter(one), lora.read_adapter(other)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_too_few_steps_are_refused(run_fit):
     with pytest.raises(PosteriorError, match="at least 2 snapshots, but trains 2 steps"):
         run_fit(method="swag", steps=2)

@@ -1,0 +1,233 @@
+"""Which posterior deserves trust? Every family on small fine-tuning sets, by what its probabilities are worth.
+
+    python -m benchmarks.calibration                         yelp, whose sentences ship: missing cells, then the tables
+    python -m benchmarks.calibration --data FOLDER --sets yelp sst2 --seeds 0 1 2 --minutes 60
+    python -m benchmarks.calibration --data FOLDER --sets yelp sst2 --seeds 0 1 2 --minutes 0      only the tables
+
+A cell (benchmarks/cells.py) takes minutes to half an hour on 2 cores and is kept in benchmarks/results, so the grid is
+run in as many sessions as it takes; what has not been run says so. Writes benchmarks/results/README.md and its plots.
+
+Several tokens: a candidate's score is the sum of its tokens' log-probabilities, log p(answer | prompt). Divided by the
+length it would no longer be the logarithm of a probability that the likelihood of the fit, and Bayes' rule, know of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.cells import FAMILIES, PARTICLES, RESULTS, Cell, Data, Result, read
+from posterior import plots
+from posterior.base import resolve
+from posterior.evaluate import Predictions, point
+from posterior.metrics import COVERAGE, METRICS, best_temperature, nll, ood_auroc, sets
+
+SETS = ("yelp", "sst2", "arc_easy", "openbookqa", "arc_challenge")
+LINEARISED = [family for family in FAMILIES if family.startswith("laplace")]
+SAMPLED = [family for family in FAMILIES if not family.startswith("laplace") and family != "map"]
+# The rows of a table: title, family, predictive.
+METHODS = [
+    ("MAP", "map", "MAP"),
+    ("MAP, temperature", "map", "temperature"),
+    ("plain Laplace, linearised", "map", "linearized"),
+    *((f"{family}, linearised", family, "linearized") for family in LINEARISED),
+    (f"laplace, {PARTICLES} samples", "laplace", "particles"),
+    *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
+]
+Values = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with sentiment/, sst2/, arc_easy/, ..., mmlu_cs/, mmlu_chem/")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["yelp"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--rows", type=int, default=128, help="training rows (default %(default)s)")
+    parser.add_argument("--test-rows", type=int, default=396, help="at most (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+    parser.add_argument("--work", type=Path, help="folder that keeps the fitted posteriors between runs")
+    args = parser.parse_args()
+    base, begun = resolve(), time.monotonic()
+    data = [read(name, args.data, args.rows, args.test_rows) for name in args.sets]
+    found: dict[tuple[str, int, str], Result] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in args.seeds:
+            for each in data:
+                for family in FAMILIES:
+                    cell = Cell(each, seed, family, args.epochs)
+                    result = cell.known(base)
+                    if result is None and family in args.families and time.monotonic() - begun < 60 * args.minutes:
+                        print(f"{cell.path.stem} ({(time.monotonic() - begun) / 60:.0f} min)", file=sys.stderr)
+                        result = cell.run(base, args.work or Path(scratch))
+                    if result is not None:
+                        found[each.name, seed, family] = result
+    text = report(data, args, found)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[str, int, str], Result]) -> str:
+    """All tables in Markdown; the plots, of the first seed, go to files beside them."""
+    parts = [
+        "# Which posterior deserves trust?\n\n"
+        "Written by `python -m benchmarks.calibration --data FOLDER "
+        f"--sets {' '.join(args.sets)} --seeds {' '.join(map(str, args.seeds))} --rows {args.rows} "
+        f"--epochs {args.epochs}`; each set's own data and seeds, see benchmarks/calibration.py. Means over the seeds "
+        "that were run ± their standard error; a dash: undefined or not run. ECE with 15 bins of equal width, adaptive "
+        "ECE of equal mass; gap: confidence minus accuracy; AUROC of right against wrong answers; AURC: area under "
+        f"risk-coverage; cover, size: split-conformal sets (LAC) at {COVERAGE:.0%}; fit in epochs of MAP, predict in "
+        "MAP forwards (wall clock of a machine that does other things too)."
+    ]
+    summaries: dict[str, dict[str, list[Values]]] = {}
+    for each in data:
+        summaries[each.name] = {}
+        for title, family, predictive in METHODS:
+            results = [found[key] for seed in args.seeds if (key := (each.name, seed, family)) in found]
+            summaries[each.name][title] = [values(result, predictive) for result in results]
+        parts.append(table(each, summaries[each.name]))
+        parts.append(figures(each, {k: v for k, v in found.items() if k[0] == each.name and k[1] == args.seeds[0]}))
+    parts.append(verdicts(summaries))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def predictions(result: Result, part: str, predictive: str) -> Predictions:
+    """Those of a cell; "temperature": MAP's at the temperature of least NLL on the calibration split."""
+    if predictive != "temperature":
+        return result.predictions[part][predictive]
+    logs = {name: _log(result.predictions[name]["MAP"]) for name in ("calibration", part)}
+    return point(logs[part] / best_temperature(logs["calibration"], result.labels["calibration"]))
+
+
+def _log(found: Predictions) -> torch.Tensor:
+    return found.probability.clamp(min=1e-30).log()
+
+
+def values(result: Result, predictive: str) -> Values:
+    """Every column of one cell's predictive."""
+    p, y = predictions(result, "test", predictive), result.labels["test"]
+    row = {name: metric(p.probability, y) for name, metric in METRICS.items()}
+    if "shift" in result.labels:
+        row["shift nll"] = nll(predictions(result, "shift", predictive).probability, result.labels["shift"])
+    outside = [predictions(result, part, predictive) for part in sorted(result.labels) if part.startswith("ood")]
+    if outside:
+        row["ood total"] = ood_auroc(p.total, torch.cat([each.total for each in outside]))
+        if bool(p.epistemic.any()):
+            row["ood epistemic"] = ood_auroc(p.epistemic, torch.cat([each.epistemic for each in outside]))
+    calibration = predictions(result, "calibration", predictive).probability
+    row["cover"], row["size"] = sets(calibration, result.labels["calibration"], p.probability, y)
+    row["fit"] = result.seconds["fit"] / result.seconds["epoch"]
+    own = "MAP" if predictive == "temperature" else predictive
+    row["predict"] = result.seconds[own] / result.seconds["MAP"]
+    return row
+
+
+COLUMNS = (*METRICS, "shift nll", "ood epistemic", "ood total", "cover", "size", "fit", "predict")
+COARSE = ("fit", "predict")
+
+
+def table(data: Data, rows: Mapping[str, Sequence[Values]]) -> str:
+    """Methods x columns, mean ± standard error over seeds."""
+    lines = [
+        f"## {data.name}: {len(data.train)} rows, {len(data.test)} test rows",
+        "",
+        "| | seeds | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for title, found in rows.items():
+        cells = [_mean([row[name] for row in found if name in row], name) for name in COLUMNS]
+        lines.append(f"| {title} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(found: Sequence[float], column: str) -> str:
+    digits = 1 if column in COARSE else 3
+    found = [value for value in found if not math.isnan(value)]
+    if not found:
+        return "-"
+    text = f"{statistics.fmean(found):.{digits}f}"
+    return text if len(found) < 2 else f"{text} ± {statistics.stdev(found) / math.sqrt(len(found)):.{digits}f}"
+
+
+def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
+    """Reliability and risk-coverage of one seed's methods, as files; the Markdown that shows them."""
+    curves = {}
+    for title, family, predictive in METHODS:
+        for (_, _, name), result in found.items():
+            if name == family:
+                curves[title] = (predictions(result, "test", predictive).probability, result.labels["test"])
+    if not curves:
+        return ""
+    images = []
+    for kind, plot in (("reliability", plots.reliability), ("risk-coverage", plots.risk_coverage)):
+        path = RESULTS / f"{data.name}-{len(data.train)}-{kind}.png"
+        path.write_bytes(plots.png(plot(curves)))
+        images.append(f"![{kind} on {data.name}]({path.name})")
+    return " ".join(images)
+
+
+def verdicts(summaries: Mapping[str, Mapping[str, Sequence[Values]]]) -> str:
+    """What was wanted of the defaults, averaged over the sets and seeds that were run."""
+    lines = [
+        "## What was wanted",
+        "",
+        "Averaged over the sets and seeds in which both methods of a comparison were run.",
+    ]
+    for title in ("laplace, linearised", *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
+        pairs = _paired(summaries, title, "MAP", "MAP, temperature")
+        if not pairs:
+            lines.append(f"- {title}: not run")
+            continue
+        ours, plain, scaled = ([triple[i] for triple in pairs] for i in range(3))
+        ece = _average(ours, "ece") / _average(plain, "ece")
+        ratio = _average(ours, "nll") / _average(scaled, "nll")
+        gap = statistics.fmean(abs(row["gap"]) for row in ours)
+        points = 100 * (_average(ours, "accuracy") - _average(plain, "accuracy"))
+        wishes = [
+            (f"ECE / MAP's {ece:.2f} (<= 0.33)", ece <= 1 / 3),
+            (f"NLL / temperature scaling's {ratio:.3f} (<= 1)", ratio <= 1),
+            (f"mean |gap| {gap:.3f} (<= 0.03)", gap <= 0.03),
+            (f"accuracy {points:+.1f} points of MAP's (>= -0.5)", points >= -0.5),
+        ]
+        lines.append(
+            f"- {title} ({len(pairs)} fits): "
+            + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
+        )
+    lines.append(_repulsion(summaries))
+    return "\n".join(lines)
+
+
+def _repulsion(summaries: Mapping[str, Mapping[str, Sequence[Values]]]) -> str:
+    pairs = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
+    if not pairs:
+        return "- SVGD against the same without repulsion: not run"
+    found = [with_["nll"] - without["nll"] for with_, without in pairs]
+    error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
+    return f"- SVGD's NLL minus that without repulsion: {statistics.fmean(found):+.4f}{error} nats ({len(found)} fits)"
+
+
+def _paired(summaries: Mapping[str, Mapping[str, Sequence[Values]]], *titles: str) -> list[tuple[Values, ...]]:
+    """The values of these methods at the sets where all have the same number of seeds."""
+    found: list[tuple[Values, ...]] = []
+    for rows in summaries.values():
+        if len({len(rows[title]) for title in titles}) == 1:
+            found += zip(*(rows[title] for title in titles), strict=True)
+    return found
+
+
+def _average(rows: Sequence[Values], column: str) -> float:
+    return statistics.fmean(row[column] for row in rows)
+
+
+if __name__ == "__main__":
+    main()

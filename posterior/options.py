@@ -1,0 +1,102 @@
+"""Which options of `posterior fit` go together, and which method uses them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from posterior.errors import PosteriorError
+from posterior.job import MEMBERS, PRECISION, number
+
+TRAINERS = ("laplace", "ensemble", "svgd", "dropout", "swag", "blob")  # methods that can train an adapter
+TRAINING = ("rank", "alpha", "rslora", "targets", "dropout", "learning_rate", "epochs", "steps")
+KFAC = ("sharing", "curvature_rank")
+LAPLACE = ("structure", "last_layer", "grouping", "no_variational", "heldout", "label_samples", *KFAC)
+METHODS: dict[str, tuple[str, ...]] = {  # of the options that not every method uses
+    **dict.fromkeys((*TRAINING, "prior_precision"), TRAINERS),
+    **dict.fromkeys(LAPLACE, ("laplace",)),
+    **dict.fromkeys(("kernel", "temperature", "no_repulsion"), ("svgd",)),
+    "particles": (*TRAINERS[1:], "tfb"),
+    "init": ("ensemble", "dropout", "swag"),
+    "tolerance": ("tfb",),
+}
+
+
+class Given(argparse.Action):
+    """Stores an option, and that it was given: its value may be the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.given = (*getattr(namespace, "given", ()), self.dest)
+
+
+class Flag(Given):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, const=True, default=False, **options)
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the prior precision that the method takes when none is given."""
+    default = "evidence" if args.method == "laplace" else f"{PRECISION:g}"
+    return argparse.Namespace(**vars(args) | {"prior_precision": args.prior_precision or default})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises PosteriorError for values out of range, or options that do not go together."""
+    _check_values(args)
+    _check_method(args)
+    _check_given(args)
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    fixed = number(args.prior_precision)
+    if fixed is None and args.prior_precision not in ("evidence", "heldout"):
+        raise PosteriorError(
+            f"--prior-precision {args.prior_precision!r} is neither 'evidence', 'heldout' nor a number"
+        )
+    if fixed is not None and not (math.isfinite(fixed) and fixed > 0):
+        raise PosteriorError(f"--prior-precision {fixed} must be positive; typical values are 1 to 1000")
+    if (args.prior_precision == "heldout") != bool(args.heldout):
+        raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
+    if args.prior_precision == "heldout" and args.task == "text":
+        raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
+    if not 0 <= args.dropout < 1:
+        raise PosteriorError(f"--dropout is {args.dropout}; it must be at least 0 and below 1")
+    for name in ("rank", "particles", "epochs", "batch_size", "label_samples", "max_length"):
+        if getattr(args, name) < 1:
+            raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    """What belongs to some methods only."""
+    if args.method != "laplace" and number(args.prior_precision) is None:
+        raise PosteriorError(
+            f"--prior-precision {args.prior_precision} belongs to --method laplace; {args.method} needs a number"
+        )
+    if args.adapter and args.method not in ("laplace", "tfb"):
+        raise PosteriorError(f"--adapter belongs to --method laplace and tfb; {args.method} trains its own adapter")
+    if args.method == "tfb" and not args.adapter:
+        raise PosteriorError("--method tfb needs the trained adapter that it spreads; give --adapter FOLDER")
+    if args.method == "dropout" and args.dropout == 0:
+        raise PosteriorError("--method dropout needs a --dropout above 0, for example 0.1")
+    if args.particles > MEMBERS:
+        raise PosteriorError(f"--particles is {args.particles}; at most {MEMBERS} are possible")
+    for name in ("temperature", "tolerance"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
+            raise PosteriorError(f"--{name} {getattr(args, name)} must be positive")
+
+
+def _check_given(args: argparse.Namespace) -> None:
+    """No option that was given is ignored."""
+    for name in args.given:
+        option, methods = f"--{name.replace('_', '-')}", METHODS.get(name, (args.method,))
+        if args.method not in methods:
+            raise PosteriorError(f"{option} belongs to --method {', '.join(methods)}; {args.method} does not use it")
+        if args.adapter and name in (*TRAINING, "no_variational"):
+            raise PosteriorError(f"{option} is for training an adapter, but --adapter is a trained one; leave one out")
+        if args.structure == "diagonal" and name in KFAC:
+            raise PosteriorError(f"{option} belongs to --structure kfac; diagonal does not use it")
