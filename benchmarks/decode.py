@@ -86,12 +86,19 @@ async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequen
         ]
         return await timed(len(prompts) * args.tokens, rows)
 
+    async def bare(prompts: list[str]) -> float:
+        rows = [
+            engine.complete({**body, "model": "base", "prompt": prompt}, None) for prompt in prompts for _ in adapters
+        ]
+        return await timed(len(prompts) * args.tokens, rows)
+
     peft = Peft(base.resolve(args.base), adapters, args, device)
     ways: dict[str, Way] = {
         f"lockstep, K={args.particles}": mixed,
         f"the same {args.particles} rows a prompt, unmixed": unmixed,
         "transformers + peft, switching adapters": peft.switching,
         "transformers + peft, batches of mixed adapters": peft.batched,
+        f"{args.particles} rows a prompt without adapters: the most there is": bare,
     }
     for count in args.prompts:
         rates = await alternate(ways, count, args.repetitions)
