@@ -9,15 +9,14 @@ from multiprocessing.connection import Connection
 from server.engine.orphan import die_with_parent
 
 
-def _child() -> None:
+def _child(pipe: Connection) -> None:
     die_with_parent()
+    pipe.send(os.getpid())
     time.sleep(600)
 
 
 def _parent(pipe: Connection) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=_child)
-    child.start()
-    pipe.send(child.pid)
+    multiprocessing.get_context("spawn").Process(target=_child, args=(pipe,)).start()
     time.sleep(600)
 
 
@@ -25,8 +24,8 @@ def test_a_killed_parent_takes_its_child_along() -> None:
     ours, theirs = multiprocessing.Pipe()
     parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(theirs,))
     parent.start()
+    assert ours.poll(60)
     child = ours.recv()
-    time.sleep(2)  # let the child come to its call
     assert parent.pid is not None
     os.kill(parent.pid, signal.SIGKILL)
     parent.join(10)
