@@ -1,9 +1,10 @@
 # make serve   a server with the sentiment posterior on 127.0.0.1:8000 (makes the environment first)
 # make test    the same environment: all checks and tests
-# make check   ruff and mypy only          make bench   the numbers in the README
+# make check   ruff and mypy only          make bench   the numbers in benchmarks/README.md
+# make grid    hours: every family of posteriors, cell by cell (GRID='--data FOLDER --sets yelp sst2 --seeds 0 1 2')
 # make fit     refit the shipped posterior make clean   remove the environment
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test check bench soak fit setup clean
+.PHONY: serve test check bench grid soak fit setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -27,7 +28,10 @@ fit: setup
 	    --answers ' negative' ' positive' --epochs 3 --curvature-rank 16
 
 bench: setup
-	for question in calibration fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+	for question in laplace fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+
+grid: setup
+	$(BIN)/python -m benchmarks.calibration $(GRID)
 
 soak: setup
 	$(BIN)/python -m benchmarks.exact
