@@ -25,7 +25,6 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from posterior import lora
 from posterior.data import Batch, Example
@@ -79,16 +78,7 @@ def fit(job: Job) -> Result:
     """K draws of A, all with the one B; map/ holds M and B. An interrupted fit goes on."""
     precision = prior_precision(lora.get(job.model), float(job.args.prior_precision))
     trainer = BlobTrainer(job.model, job.examples, precision, job.training)
-    job.checkpoint.resume(trainer)
-    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
-
-        def progress(loss: float) -> None:
-            bar.update()
-            bar.set_postfix(nll=f"{loss:.3f}")
-
-        while not trainer.done:
-            trainer.run_epoch(progress)
-            job.checkpoint.save(trainer)
+    job.checkpoint.complete(trainer)
     mean, deviation = lora.get(job.model), trainer.deviation()
     relative = torch.cat([(value * precision[name] ** 0.5).flatten() for name, value in deviation.items()])
     record = {

@@ -90,29 +90,24 @@ def train(
     close to the prior, and leaves a plain Laplace predictive under-confident (Nickisch & Rasmussen 2008). The turns end
     with the epochs, not at convergence: theta* belongs to the covariance of the epoch before the last. With
     --last-layer the other layers are at their MAP under B's precision PRECISION, and the evidence is that given them.
-    benchmarks/calibration.py shows what the variational mean buys, and what it does not.
+    benchmarks/laplace.py shows what the variational mean buys, and what it does not.
     """
     fixed = number(args.prior_precision)
     start = prior_precision(lora.get(model), PRECISION if fixed is None else fixed)
     if fixed is None:
         start |= {name: FIRST_PRECISION for name in uncertain(start, args.last_layer) if name.endswith(".B")}
     trainer = Trainer(model, examples, start, training)
-    checkpoint.resume(trainer)
     gaussian: Gaussian | None = None
-    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
 
-        def progress(loss: float) -> None:
-            bar.update()
-            bar.set_postfix(nll=f"{loss:.3f}")
+    def after_epoch() -> None:
+        nonlocal gaussian
+        if trainer.step >= BURN_IN * trainer.total:
+            gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
+            trainer.precision |= gaussian.precision
+            if args.task == "choice" and not args.no_variational and not trainer.done:
+                trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
 
-        while not trainer.done:
-            trainer.run_epoch(progress)
-            if trainer.step >= BURN_IN * trainer.total:
-                gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
-                trainer.precision |= gaussian.precision
-                if args.task == "choice" and not args.no_variational and not trainer.done:
-                    trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
-            checkpoint.save(trainer)
+    checkpoint.complete(trainer, after_epoch)
     return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, args)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from posterior import lora
 from posterior.data import Batch, Example, batches
@@ -175,3 +176,22 @@ class Checkpoint:
         if mark.is_file() and mark.read_text(encoding="utf-8") == self.fingerprint:
             trainer.resume(self.folder / "state")
             print(f"resuming from {self.folder} at step {trainer.step} of {trainer.total}")
+
+    def complete(
+        self,
+        trainer: Trainer,
+        after_epoch: Callable[[], object] = lambda: None,
+        shown: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """Train to the end from the last state, if there is one, with a progress bar that says what is `shown`, too."""
+        self.resume(trainer)
+        with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
+
+            def progress(loss: float) -> None:
+                bar.update()
+                bar.set_postfix({"nll": f"{loss:.3f}", **shown()})
+
+            while not trainer.done:
+                trainer.run_epoch(progress)
+                after_epoch()
+                self.save(trainer)

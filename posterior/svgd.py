@@ -24,7 +24,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from posterior import laplace, lora
 from posterior.data import Batch, Example, batches
@@ -188,17 +187,12 @@ def fit(job: Job) -> Result:
             args.temperature,
             not args.no_repulsion,
         )
-        job.checkpoint.resume(trainer)
-        with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
 
-            def progress(loss: float) -> None:
-                now = trainer.similarities[-1]
-                bar.update()
-                bar.set_postfix(nll=f"{loss:.3f}", kernel=f"{now.kernel:.2f}", bandwidth=f"{now.bandwidth:.2g}")
+        def shown() -> dict[str, str]:
+            now = trainer.similarities[-1]
+            return {"kernel": f"{now.kernel:.2f}", "bandwidth": f"{now.bandwidth:.2g}"}
 
-            while not trainer.done:
-                trainer.run_epoch(progress)
-                job.checkpoint.save(trainer)
+        job.checkpoint.complete(trainer, shown=shown)
         likelihood, joint = trainer.log_posterior()
         thetas = unstack(lora.get(job.model))
     best = int(joint.argmax())

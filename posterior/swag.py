@@ -14,7 +14,6 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from posterior import lora
 from posterior.data import Batch, Example
@@ -69,16 +68,7 @@ def fit(job: Job) -> Result:
     trainer = SwagTrainer(job.model, job.examples, precision, job.training)
     if trainer.total - trainer.first < 2:
         raise PosteriorError(f"swag needs at least 2 snapshots, but trains {trainer.total} steps; raise --epochs")
-    job.checkpoint.resume(trainer)
-    with tqdm(total=trainer.total, initial=trainer.step, desc="training", unit="step") as bar:
-
-        def progress(loss: float) -> None:
-            bar.update()
-            bar.set_postfix(nll=f"{loss:.3f}")
-
-        while not trainer.done:
-            trainer.run_epoch(progress)
-            job.checkpoint.save(trainer)
+    job.checkpoint.complete(trainer)
     mean = {name: value.mean(0) for name, value in stack(trainer.snapshots).items()}
     lora.put(job.model, mean)
     record = {
