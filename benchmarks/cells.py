@@ -30,7 +30,7 @@ from posterior.map import Trainer, Training
 DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results"
 VERSION = 1  # raised when the methods themselves change: older cells are then computed again
 PARTICLES = 8
-CALIBRATION, OTHER = 200, 100  # rows, at most, of the calibration split and of each other set
+CALIBRATION, OTHER = 200, 50  # rows, at most, of the calibration split and of each other set
 OOD = ("mmlu_cs", "mmlu_chem")
 
 # `posterior fit`'s arguments of each family; "tfb" spreads the adapter of "map".

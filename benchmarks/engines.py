@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cpu_lora import base_with_adapters
 from posterior import base
+from posterior.lora import DEFAULT_TARGETS
 from server.engine import Adapter
 from server.engine.config import EngineConfig
 
@@ -49,7 +50,7 @@ def configured(
     return EngineConfig(
         model=base.resolve(spec).path, served_name="base", device=device, dtype=dtype, particles=particles,
         adapters=particles + 1, lora_rank=RANK, max_model_len=1024, max_num_seqs=sequences, gpu_memory_utilization=0.5,
-        kv_cache_bytes=kv_cache_bytes, compiled=compiled,
+        targets=DEFAULT_TARGETS, kv_cache_bytes=kv_cache_bytes, compiled=compiled,
     )  # fmt: skip
 
 

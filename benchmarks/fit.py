@@ -1,12 +1,16 @@
-"""What does the curvature cost, and how close is it? Everything as a ratio to passes of the same model over the same
+"""What do fits cost, and how close is the curvature? Everything as a ratio to other work of the same model on the same
 rows.
 
     python -m benchmarks.fit                              the shipped posterior's adapter and the Yelp training rows
 
-Time: repetitions take turns (training epoch, factors, forwards, linearised predictive), so that a machine that slows
-down slows all of them; ratios are of the same repetition, quoted as median [min, max]. Memory: peak resident size of a
-process of its own for each job (on CUDA: the allocator's peak). Closeness: relative Frobenius distance of each
-Kronecker block to the exact GGN block, from per-example Jacobians, without ever forming a block.
+Three tables: the curvature and the linearised predictive against passes over the rows; Laplace against laplace-torch
+and bayesian-lora (benchmarks/rivals.py); an epoch of SVGD's K particles against K epochs of MAP, one after the other.
+
+Time: repetitions take turns, so that a machine that slows down slows all of them; ratios are of the same repetition,
+quoted as median [min, max]. Memory: peak resident size of a process of its own for each job (on CUDA: the allocator's
+peak). Closeness: relative Frobenius distance of each Kronecker block to the exact GGN block, from per-example
+Jacobians, without ever forming a block; and of the predictive variances on other rows to those of the exact GGN of all
+parameters together.
 """
 
 from __future__ import annotations
@@ -22,16 +26,20 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, kfac, laplace, lora
+from benchmarks.rivals import WAYS, dense
+from posterior import artefact, kfac, laplace, lora, svgd
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Example, batches, encode, read_jsonl
+from posterior.data import Batch, Example, batches, encode, read_jsonl
+from posterior.job import PRECISION, prior_precision
 from posterior.likelihood import record, scores
 from posterior.linearized import moments
 from posterior.map import Trainer, Training
 from posterior.sketch import Sketch
+from posterior.stacked import stack, stacked
 from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"
+PARTICLES = 8
 
 
 class Bench:
@@ -41,15 +49,16 @@ class Bench:
         posterior = artefact.load(args.posterior)
         base = resolve(args.base)
         tokenizer: Any = load_tokenizer(base)
-        rows = read_jsonl(args.data)[: args.rows]
-        self.examples: list[Example] = encode(posterior.task, tokenizer, rows)
+        rows = encode(posterior.task, tokenizer, read_jsonl(args.data)[: args.rows + args.asked])
+        self.examples: list[Example] = rows[: args.rows]
+        self.asked: list[Example] = rows[args.rows :]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = lora.load_peft(load_model(base, getattr(torch, args.dtype), self.device), posterior.map_dir)
         self.model.eval().requires_grad_(False)
         self.posterior, self.size = posterior, args.batch_size
 
-    def batches(self) -> Any:
-        return (batch.to(self.device) for _, batch in batches(self.examples, self.size))
+    def batches(self, examples: Sequence[Example] | None = None) -> list[Batch]:
+        return [batch.to(self.device) for _, batch in batches(examples or self.examples, self.size)]
 
     def epoch(self) -> None:
         """One epoch of forward + backward + Adam, in the same batches of like length that the factors see."""
@@ -78,6 +87,22 @@ class Bench:
                 for _ in range(len(self.examples[0].continuations) + 1):
                     scores(self.model, batch)
 
+    def particles_together(self) -> None:
+        """An epoch of SVGD."""
+        origin = lora.get(self.model)
+        precision = prior_precision(origin, PRECISION)
+        start = stack([svgd.draw(origin, precision, seed) for seed in range(PARTICLES)])
+        with stacked(self.model, start):
+            svgd.SvgdTrainer(self.model, self.examples, precision, Training(epochs=9), origin).run_epoch()
+
+    def particles_apart(self) -> None:
+        """As many epochs of MAP as particles."""
+        origin = lora.get(self.model)
+        for seed in range(PARTICLES):
+            precision = prior_precision(origin, PRECISION)
+            Trainer(self.model, self.examples, precision, Training(epochs=9, seed=seed)).run_epoch()
+            lora.put(self.model, origin)
+
     def linearised(self) -> None:
         matrices = lora.matrices(self.model)
         for batch in self.batches():
@@ -90,6 +115,7 @@ def main() -> None:
     parser.add_argument("--base")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--asked", type=int, default=32, help="other rows, whose predictive is compared with rivals")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -97,7 +123,14 @@ def main() -> None:
     bench = Bench(args)
     answers = len(bench.examples[0].continuations)
     print(f"{len(bench.examples)} rows, {answers} candidates, batches of {args.batch_size}, {args.dtype}\n")
-    times = measure(bench, args.repetitions)
+    curvature(bench, args)
+    rivals(bench, args.repetitions)
+    together(bench, args)
+
+
+def curvature(bench: Bench, args: argparse.Namespace) -> None:
+    answers = len(bench.examples[0].continuations)
+    times = measure(bench, ("epoch", "factors", "low_rank_factors", "forwards", "linearised"), args.repetitions)
     peaks = {name: peak_memory(name, args) for name in ("epoch", "factors", "low_rank_factors")}
     print("| job | seconds (median) | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
     rows = [
@@ -115,11 +148,61 @@ def main() -> None:
         print(f"| {label} | {near['A']:.3f} | {near['B']:.3f} |")
 
 
-def measure(bench: Bench, repetitions: int) -> dict[str, list[float]]:
+def rivals(bench: Bench, repetitions: int) -> None:
+    """Ours, laplace-torch and bayesian-lora: seconds of the curvature and of the predictive; distance to the dense
+    answer."""
+    precision = max(bench.posterior.precision[name] for name in bench.posterior.precision if name.endswith(".B"))
+    ways = {name: make(bench.model, precision) for name, make in WAYS.items()}
+    rows, asked = bench.batches(), bench.batches(bench.asked)
+    exact = torch.cat(dense(bench.model, precision, rows, asked)).cpu()
+    spent: dict[str, dict[str, list[float]]] = {name: {"fit": [], "predict": [], "both": []} for name in ways}
+    found: dict[str, torch.Tensor] = {}
+    for _ in range(repetitions):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way.fit(rows)
+            middle = time.perf_counter()
+            found[name] = torch.cat([way.variance(batch).cpu() for batch in asked])
+            end = time.perf_counter()
+            for part, seconds in {"fit": middle - start, "predict": end - middle, "both": end - start}.items():
+                spent[name][part].append(seconds)
+    print(f"\nPrior precision {precision:.1f} of all matrices; the predictive variances of {len(exact)} other rows:\n")
+    head = [
+        "Laplace",
+        "curvature, s",
+        "/ ours",
+        "predictive, s",
+        "/ ours",
+        "both / ours",
+        "distance to the dense answer",
+    ]
+    print(f"| {' | '.join(head)} | mean of log(variance / dense) |\n|{'---|' * (len(head) + 1)}")
+    for name, seconds in spent.items():
+        cells = []
+        for part in ("fit", "predict"):
+            cells += [f"{statistics.median(seconds[part]):.2f}", ratio(seconds[part], spent["ours"][part])]
+        cells.append(ratio(seconds["both"], spent["ours"]["both"]))
+        cells.append(f"{float((found[name] - exact).norm() / exact.norm()):.3f}")
+        cells.append(f"{float((found[name] / exact).log().mean()):+.2f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def together(bench: Bench, args: argparse.Namespace) -> None:
+    """SVGD's particles in one forward pass against MAP runs one by one."""
+    times = measure(bench, ("particles_together", "particles_apart"), max(1, args.repetitions - 2))
+    peaks = {name: peak_memory(name, args) for name in ("epoch", "particles_together")}
+    took = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"\n| K = {PARTICLES} | seconds | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
+    print(
+        f"| an epoch of SVGD / {PARTICLES} epochs of MAP | {took['particles_together']:.1f} / "
+        f"{took['particles_apart']:.1f} | {ratio(times['particles_together'], times['particles_apart'])} | "
+        f"{peaks['particles_together'] / peaks['epoch']:.2f} | <= 0.7, <= 1.5 |"
+    )
+
+
+def measure(bench: Bench, names: Sequence[str], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each job in each repetition, after one warm-up, in turns."""
-    jobs: dict[str, Callable[[], None]] = {
-        name: getattr(bench, name) for name in ("epoch", "factors", "low_rank_factors", "forwards", "linearised")
-    }
+    jobs: dict[str, Callable[[], None]] = {name: getattr(bench, name) for name in names}
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for repetition in range(repetitions + 1):
         for name, job in jobs.items():

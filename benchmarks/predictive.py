@@ -32,7 +32,7 @@ from posterior import artefact, base, lora
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.candidates import encode
-from server.engine.config import EngineConfig, set_environment
+from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.test.jsonl"
@@ -191,6 +191,7 @@ def stock(
         particles=args.particles,
         adapters=len(adapters),
         lora_rank=int(posterior.lora["r"]),
+        targets=lora_targets([posterior.lora]),
         max_model_len=MODEL_LENGTH,
         max_num_seqs=64,
         gpu_memory_utilization=0.3,

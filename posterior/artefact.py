@@ -5,6 +5,7 @@ PEFT folder.
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
+    rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration.py)
 
 `hash` names the distribution: sha256 of posterior.json, which says nothing of calibrations.
@@ -26,12 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posterior import calibration, laplace, lora
+from posterior.data import Example, digests
 from posterior.diagonal import Diagonal
 from posterior.errors import PosteriorError
 from posterior.kfac import Block, Factor, Kronecker
 from posterior.task import Task
 
 FORMAT = 1
+ROWS = "rows.safetensors"
 Family = Literal["laplace", "particles"]
 
 
@@ -60,6 +63,12 @@ class Posterior:
     @property
     def map_dir(self) -> Path:
         return self.path / "map"
+
+    def trained_on(self, examples: Sequence[Example]) -> int:
+        """How many of the examples are rows of its fit; 0 for a folder that does not tell."""
+        path = self.path / ROWS
+        known = set(load_file(path)["digest"].tolist()) if path.is_file() else set()
+        return sum(digest in known for digest in digests(examples).tolist())
 
     def check_base(self, base_hash: str) -> None:
         """Raises PosteriorError when the weights that were loaded are not the ones this posterior was fitted on."""
@@ -105,6 +114,7 @@ def save(
     precision: Mapping[str, float] | None = None,
     particles: Sequence[lora.Theta] = (),
     weights: Sequence[float] = (),
+    rows: Sequence[Example] = (),
 ) -> Posterior:
     """Write a posterior folder atomically (a crash or a full disk leaves what was there before) and load it back."""
     with lora.atomic_folder(folder) as work:
@@ -113,6 +123,8 @@ def save(
             lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
         if family == "laplace":
             save_file(_pack(curvature or {}, precision or {}), work / "laplace.safetensors")
+        if rows:
+            save_file({"digest": digests(rows)}, work / ROWS)
         files = {str(path.relative_to(work)): _file_hash(path) for path in sorted(work.rglob("*")) if path.is_file()}
         record = {
             "format": FORMAT,

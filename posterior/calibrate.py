@@ -84,6 +84,11 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     posterior.check_base(base.hash)
     tokenizer: Any = load_tokenizer(base)
     examples = encode(posterior.task, tokenizer, rows)
+    seen = posterior.trained_on(examples)
+    if seen:
+        raise PosteriorError(
+            f"{seen} of the {len(rows)} rows are rows that {posterior.name!r} was fitted on; calibrate on others"
+        )
     y = torch.tensor([example.label for example in examples])
     if len(set(y.tolist())) == 1:
         answer = (posterior.task.answers or ())[int(y[0])]
@@ -176,8 +181,6 @@ def _check(posterior: artefact.Posterior, rows: Sequence[Row], args: argparse.Na
             f"{len(rows)} rows are too few to calibrate on: below {MIN_ROWS}, not even the largest score bounds 95 % "
             f"of all cases with 95 % confidence (0.95^{len(rows)} = {0.95 ** len(rows):.3f} > 0.05)"
         )
-    if data_hash(rows) == posterior.fit.get("data", {}).get("hash"):
-        raise PosteriorError(f"{args.data} holds the rows that {posterior.name!r} was fitted on; give held-out rows")
     laplace = posterior.family == "laplace"
     predictive: PredictiveName = args.predictive or ("linearized" if laplace else "mixture")
     if predictive == "linearized" and not laplace:

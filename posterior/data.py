@@ -91,6 +91,12 @@ def data_hash(rows: Sequence[Row]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def digests(examples: Sequence[Example]) -> Tensor:
+    """64 bits of the sha256 of each example's tokens, prompt and candidates, int64 [N]: enough to know it again."""
+    found = [hashlib.sha256(repr((e.prompt, tuple(e.continuations))).encode()).digest()[:8] for e in examples]
+    return torch.tensor([int.from_bytes(each, "big", signed=True) for each in found], dtype=torch.int64)
+
+
 def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, max_length: int = 1024) -> list[Example]:
     """Examples of all rows. A bad row is an error that names its number; nothing is cut silently."""
     examples = []

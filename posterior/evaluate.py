@@ -79,8 +79,9 @@ def evaluate(args: argparse.Namespace) -> Report:
     again = test.repeated(held) if held else 0
     if again:
         _warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
-    if test.source.hash == posterior.fit.get("data", {}).get("hash"):
-        _warn(f"{args.data} holds the rows that {posterior.name!r} was fitted on; what it has not seen is harder")
+    seen = posterior.trained_on(test.examples)
+    if seen:
+        _warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")
     model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
     predict = partial(predictives, model, posterior, args.particles, args.batch_size)
     at_held = predict(held.examples) if held else {}

@@ -207,6 +207,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
         base={"id": base.id, "revision": base.revision, "hash": base.hash},
         task=task,
         lora_config=lora.config_of(job.model) | {"base_model_name_or_path": base.id},
+        rows=examples,
         **vars(replace(result, fit=result.fit | record)),
     )
     shutil.rmtree(checkpoint.folder, ignore_errors=True)

@@ -21,7 +21,7 @@ import posterior
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from server import auth, registry
-from server.engine.config import EngineConfig, set_environment
+from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.linearized import Linearizer
 from server.metrics import Metrics
 from server.registry import Registry
@@ -121,6 +121,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         particles=max(len(entry.particles) for entry in served.served.values()),
         adapters=len(served.adapters),
         lora_rank=max(int(item.lora["r"]) for item in served.posteriors),
+        targets=lora_targets(item.lora for item in served.posteriors),
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
         max_num_seqs=args.max_num_seqs,
         gpu_memory_utilization=args.gpu_memory_utilization,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
@@ -15,9 +17,10 @@ FEW_CORES = 4
 class EngineConfig:
     """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share.
 
-    `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the CPU only, where
-    it needs a C++ compiler and a minute or two once; a GPU's engine always compiles. `tool_call_parser`: vLLM's name
-    of the way the base writes tool calls; None: tools are refused."""
+    `targets`: the layers that adapters change, by the last part of their names; None: any. The others are spared LoRA's
+    memory and calls. `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the
+    CPU only, where it needs a C++ compiler and a minute or two once; a GPU's engine always compiles.
+    `tool_call_parser`: vLLM's name of the way the base writes tool calls; None: tools are refused."""
 
     model: Path
     served_name: str
@@ -29,6 +32,7 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int
     gpu_memory_utilization: float
+    targets: tuple[str, ...] | None = None
     kv_cache_bytes: int | None = None
     compiled: bool = False
     tool_call_parser: str | None = None
@@ -52,6 +56,8 @@ class EngineConfig:
             *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
             *("--enable-prefix-caching", "--no-async-scheduling"),
         ]
+        if self.targets is not None:
+            arguments += ["--lora-target-modules", *self.targets]
         if self.tool_call_parser is not None:
             arguments += ["--enable-auto-tool-choice", "--tool-call-parser", self.tool_call_parser]
         cache = self.kv_cache_bytes
@@ -62,6 +68,17 @@ class EngineConfig:
         else:
             arguments += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
         return arguments if cache is None else [*arguments, "--kv-cache-memory-bytes", str(cache)]
+
+
+def lora_targets(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """`EngineConfig.targets` of adapters with these PEFT configurations; None where one gives a pattern of names."""
+    found: set[str] = set()
+    for config in configs:
+        names = config.get("target_modules")
+        if not isinstance(names, list):
+            return None
+        found |= {name.rpartition(".")[2] for name in names}
+    return tuple(sorted(found))
 
 
 def set_environment(device: str, compile_cache: Path | None = None) -> None:

@@ -137,7 +137,6 @@ def test_the_table_and_json(folder: Path, data: Path, tiny_base: Path, capsys: p
     ("rows", "options", "words"),
     [
         (range(58), (), r"58 rows are too few.*0\.95\^58 = 0\.051 > 0\.05"),
-        (range(1000, 1000 + ROWS), (), "holds the rows that 'tiny' was fitted on"),
         (range(ROWS), ("--predictive", "map", "--particles", 4), "belongs to --predictive mixture"),
         (range(ROWS), ("--predictive", "mixture", "--particles", 0), "at least 1"),
         (range(ROWS), ("--coverage", 1.0), "between 0 and 1"),
@@ -160,6 +159,10 @@ def test_refusals_come_before_any_work(
         (lambda index: {"label": 2 if index == 6 else index % 2}, "row 7: label 2 is neither"),
         (lambda index: {"label": -1}, "row 1: label -1 is neither"),
         (lambda index: {"text": 3}, "row 1: field 'text'"),
+        (
+            lambda index: row(1000 + index) if index < 4 else {},
+            f"4 of the {ROWS} rows are rows that 'tiny' was fitted on",
+        ),
     ],
 )
 def test_bad_rows_are_named(folder: Path, tmp_path: Path, call: Any, change: Any, words: str) -> None:

@@ -117,8 +117,8 @@ def test_repeated_rows_are_counted(run_fit, call, capsys):
     assert json.loads(output.out)["repeated"] == 3
     call(posterior.path, FRESH, calibration=ROWS)
     assert "warning" not in capsys.readouterr().err
-    call(posterior.path, ROWS)
-    assert "holds the rows that 'tiny' was fitted on" in capsys.readouterr().err
+    call(posterior.path, FRESH + [row | {"source": "another"} for row in ROWS[:5]])
+    assert "warning: 5 of 45 test rows are rows that 'tiny' was fitted on" in capsys.readouterr().err
 
 
 def test_particles_are_those_of_the_folder(gang, call, capsys):

@@ -78,6 +78,13 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
     base = base_models.resolve()
     (root / "posteriors").mkdir()
     gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
+    with launched(root, base, *options) as (url, process):
+        yield Running(url, base, base.path.name, mood, gang, root / "cache", process)
+
+
+@contextlib.contextmanager
+def launched(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The URL and process of a server of all posteriors in root/posteriors, up to the end of the block."""
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
     command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
@@ -86,7 +93,7 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_until_ready(f"http://127.0.0.1:{port}", process, root / "log")
-        yield Running(f"http://127.0.0.1:{port}", base, base.path.name, mood, gang, root / "cache", process)
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (root / "log").read_text()
