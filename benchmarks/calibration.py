@@ -37,7 +37,7 @@ SAMPLED = [family for family in FAMILIES if not family.startswith("laplace") and
 METHODS = [
     ("MAP", "map", "MAP"),
     ("MAP, temperature", "map", "temperature"),
-    ("plain Laplace, linearised", "map", "linearized"),
+    ("plain Laplace, full, linearised", "map", "linearized"),
     *((f"{family}, linearised", family, "linearized") for family in LINEARISED),
     (f"laplace, {PARTICLES} samples", "laplace", "particles"),
     *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
@@ -87,7 +87,7 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
         "that were run ± their standard error; a dash: undefined or not run. ECE with 15 bins of equal width, adaptive "
         "ECE of equal mass; gap: confidence minus accuracy; AUROC of right against wrong answers; AURC: area under "
         f"risk-coverage; cover, size: split-conformal sets (LAC) at {COVERAGE:.0%}; fit in epochs of MAP, predict in "
-        "MAP forwards (wall clock of a machine that does other things too)."
+        "MAP forwards, of CPU time."
     ]
     summaries: dict[str, dict[str, list[Values]]] = {}
     for each in data:

@@ -90,22 +90,21 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
             (f / temperature).softmax(1), labels
         ),
         f"MAP, best temperature {best:.2f} chosen on test (not honest)": estimate((f / best).softmax(1), labels),
-        "plain Laplace, linearised": estimate(
-            linearized(model, plain.curvature, plain.precision, test).probability, labels
-        ),
+        "plain Laplace, linearised": estimate(linearized(model, plain.law, test).probability, labels),
         f"plain Laplace, {PARTICLES} samples": estimate(sampled(model, plain, PARTICLES, test).probability, labels),
     }
     model = adapted(base, default)
-    ours = linearized(model, default.curvature, default.precision, test).probability
+    ours = linearized(model, default.law, test).probability
+    blocks = laplace.Blocks(default.curvature, default.precision)
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
+    table["Laplace, linearised by blocks"] = estimate(linearized(model, blocks, test).probability, labels)
     table[f"Laplace, {PARTICLES} samples (default)"] = estimate(
         sampled(model, default, PARTICLES, test).probability, labels
     )
-    heldout = gaussian.heldout_precision(model, default.curvature, default.precision, calibration, 16)
-    table["Laplace, linearised, prior by held-out NLL"] = estimate(
-        linearized(model, default.curvature, heldout, test).probability, labels
-    )
+    assert default.full is not None
+    heldout = default.full.rescaled(gaussian.heldout_factor(model, default.full, calibration, 16))
+    table["Laplace, linearised, prior by held-out NLL"] = estimate(linearized(model, heldout, test).probability, labels)
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")
     print(markdown(table, len(test)))
     print(f"\nPrior precision of B: plain {plain.prior['precision']}, default {default.prior['precision']}")
@@ -161,9 +160,9 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
         precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed, posterior.fit["coupling"])
         values = sorted({round(value, 1) for key, value in precision.items() if key not in fixed})
         shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
-        p = linearized(model, posterior.curvature, precision, test).probability
+        p = linearized(model, laplace.Blocks(posterior.curvature, precision), test).probability
         table[f"{name}: {shown}"] = estimate(p, labels)
-    print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised:\n")
+    print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised by blocks:\n")
     print(markdown(table, len(test)))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -42,23 +43,25 @@ class Way(Protocol):
 
 @dataclass
 class Ours:
-    """What `posterior fit` does: rank 32, a sketch of the whole Fisher in the same pass, and the coupling from it."""
+    """What `posterior fit` measures in one pass: Kronecker factors of rank 32, and a sketch of the whole Fisher."""
 
     model: Any
     precision: float
+    structure: kfac.Structure = "kfac"
 
     def fit(self, batches: Batches) -> None:
         matrices = lora.matrices(self.model)
         self.model.eval().requires_grad_(False)
         sketch = Sketch(matrices, {})
         blocks = kfac.fit(self.model, matrices, batches, rank=32, sketch=sketch)
-        self.lambdas = dict.fromkeys(blocks, self.precision)
-        c = laplace.coupling(blocks, self.lambdas, sketch.eigenvalues(self.precision))
-        self.curvature = laplace.coupled(blocks, c)
+        lambdas = dict.fromkeys(blocks, self.precision)
+        c = laplace.coupling(blocks, lambdas, sketch.eigenvalues(self.precision))
+        by_blocks = laplace.Blocks(laplace.coupled(blocks, c), lambdas)
+        self.law: laplace.Law = sketch.full(self.precision) if self.structure == "full" else by_blocks
 
     def variance(self, batch: Batch) -> Tensor:
         matrices = lora.matrices(self.model)
-        _, (covariance,) = moments(self.model, matrices, self.curvature, [self.lambdas], batch)
+        _, (covariance,) = moments(self.model, matrices, self.law, batch)
         return covariance.diagonal(dim1=1, dim2=2)[:, 1:]
 
 
@@ -135,7 +138,8 @@ class BayesianLora:
 
 
 WAYS: dict[str, Callable[[Any, float], Way]] = {
-    "ours": Ours,
+    "ours, full": partial(Ours, structure="full"),
+    "ours, kfac": Ours,
     "laplace-torch": LaplaceTorch,
     "bayesian-lora": BayesianLora,
 }
@@ -143,13 +147,14 @@ WAYS: dict[str, Callable[[Any, float], Way]] = {
 
 def dense(model: Any, precision: float, rows: Batches, asked: Batches) -> list[Tensor]:
     """The exact variances [B, C - 1] of each batch that is asked for, in float64."""
-    phi = torch.cat([jacobian(model, batch, root=True) for batch in rows]).double()
+    empty = torch.zeros(0, sum(module.weight.numel() for module in lora.matrices(model).values()))
+    phi = torch.cat([empty, *(jacobian(model, batch, root=True).cpu() for batch in rows)]).double()
     gram = torch.eye(len(phi), dtype=torch.float64) + phi @ phi.T / precision
     found = []
     for batch in asked:
-        j = jacobian(model, batch).double()
+        j = jacobian(model, batch).cpu().double()
         cross = j @ phi.T / precision
-        value = (j.square().sum(1) - (cross * torch.linalg.solve(gram, cross.T).T).sum(1)) / precision
+        value = j.square().sum(1) / precision - (cross * torch.linalg.solve(gram, cross.T).T).sum(1)
         found.append(value.view(len(batch.label), -1))
     return found
 

@@ -5,6 +5,7 @@ PEFT folder.
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
+    full.safetensors      a sketch of the whole Fisher (posterior/sketch.py), unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration.py)
 
@@ -31,10 +32,12 @@ from posterior.data import Example, digests
 from posterior.diagonal import Diagonal
 from posterior.errors import PosteriorError
 from posterior.kfac import Block, Factor, Kronecker
+from posterior.sketch import Full, Signs
 from posterior.task import Task
 
 FORMAT = 1
 ROWS = "rows.safetensors"
+FULL = "full.safetensors"
 Family = Literal["laplace", "particles"]
 
 
@@ -55,6 +58,12 @@ class Posterior:
     calibration: Mapping[calibration.Key, calibration.Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
+    full: Full | None = field(default=None, repr=False)
+
+    @property
+    def law(self) -> laplace.Law:
+        """The covariance of family "laplace" that the linearised predictive uses."""
+        return self.full or laplace.Blocks(self.curvature, self.precision)
 
     @property
     def name(self) -> str:
@@ -112,6 +121,7 @@ def save(
     mean: lora.Theta,
     curvature: Mapping[str, Block] | None = None,
     precision: Mapping[str, float] | None = None,
+    full: Full | None = None,
     particles: Sequence[lora.Theta] = (),
     weights: Sequence[float] = (),
     rows: Sequence[Example] = (),
@@ -123,6 +133,8 @@ def save(
             lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
         if family == "laplace":
             save_file(_pack(curvature or {}, precision or {}), work / "laplace.safetensors")
+        if full is not None:
+            save_file(_pack_full(full), work / FULL)
         if rows:
             save_file({"digest": digests(rows)}, work / ROWS)
         files = {str(path.relative_to(work)): _file_hash(path) for path in sorted(work.rglob("*")) if path.is_file()}
@@ -172,6 +184,7 @@ def load(folder: Path | str) -> Posterior:
             ),
             curvature=curvature,
             precision=precision,
+            full=_unpack_full(folder / FULL, precision) if FULL in record["files"] else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PosteriorError(
@@ -277,6 +290,26 @@ def _unpack(path: Path) -> tuple[dict[str, Block], dict[str, float]]:
         )
         curvature[name] = Kronecker(small, large)
     return curvature, precision
+
+
+def _pack_full(full: Full) -> dict[str, Tensor]:
+    tensors = {f"narrow/{name}": signs for name, signs in full.signs.narrow.items()}
+    tensors |= {f"wide/{width}": signs for width, signs in full.signs.wide.items()}
+    tensors |= {"basis": full.basis.float(), "values": full.values}
+    return {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+
+def _unpack_full(path: Path, precision: Mapping[str, float]) -> Full:
+    tensors = load_file(path)
+    _finite(path, {name: tensors[name] for name in ("basis", "values")})
+    parts = [(name.partition("/"), value) for name, value in tensors.items() if "/" in name]
+    signs = Signs(
+        {key: value for (kind, _, key), value in parts if kind == "narrow"},
+        {int(key): value for (kind, _, key), value in parts if kind == "wide"},
+    )
+    if set(signs.narrow) != set(precision) or len(tensors["basis"]) != signs.columns:
+        raise PosteriorError(f"{path} does not fit laplace.safetensors; restore it or refit")
+    return Full(signs, precision, tensors["basis"].double(), tensors["values"].double())
 
 
 def _record_hash(record: Mapping[str, Any]) -> str:

@@ -30,6 +30,9 @@ class Diagonal:
         """As kfac.Kronecker's; nothing remains."""
         return self.values, self.values.new_zeros(len(self.values)), 0
 
+    def to(self, device: torch.device | str) -> Diagonal:
+        return Diagonal(self.values.to(device))
+
     def scaled(self, factor: float) -> Diagonal:
         return Diagonal(factor * self.values)
 

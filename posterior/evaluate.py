@@ -155,7 +155,7 @@ def predictives(
     if temperature is not None:
         found[f"MAP, temperature {temperature:.2f}"] = point(f / temperature)
     if posterior.family == "laplace":
-        found["linearized"] = linearized(model, posterior.curvature, posterior.precision, examples, batch_size)
+        found["linearized"] = linearized(model, posterior.law, examples, batch_size)
     found[f"{_available(posterior, k)} particles"] = sampled(model, posterior, k, examples, batch_size)
     for each in found.values():
         check(each.probability)
@@ -182,8 +182,7 @@ def point(scores: Tensor) -> Predictions:
 
 def linearized(
     model: Any,
-    curvature: laplace.Curvature,
-    precision: Mapping[str, float],
+    law: laplace.Law,
     examples: Sequence[Example],
     batch_size: int = 32,
 ) -> Predictions:
@@ -191,9 +190,10 @@ def linearized(
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     device = next(model.parameters()).device
+    law = law.to(device)
     found: dict[int, Predictive] = {}
     for indices, batch in tqdm(list(batches(examples, batch_size)), desc="linearising", unit="batch", leave=False):
-        mean, (covariance,) = moments(model, matrices, curvature, [precision], batch.to(device))
+        mean, (covariance,) = moments(model, matrices, law, batch.to(device))
         for row, index in enumerate(indices):
             found[index] = from_gaussian(mean[row].cpu(), covariance[row].cpu())
     return _stack([found[index] for index in range(len(examples))])

@@ -119,9 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Laplace (--method laplace)")
     group.add_argument(
         "--structure",
-        choices=("kfac", "diagonal"),
+        choices=("kfac", "full", "diagonal"),
         default="kfac",
-        help="of each matrix's curvature: Kronecker factors (default), or its diagonal alone",
+        help="of the curvature: each matrix's Kronecker factors (default); for the linearised predictive that of all "
+        "matrices together; or each matrix's diagonal alone",
     )
     group.add_argument(
         "--last-layer",
@@ -132,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grouping",
         choices=("scalar", "layer"),
         default="scalar",
-        help="one prior precision for all B (default), or one for each; A keeps the precision of its initialisation",
+        help="one prior precision for all B (default) or, by blocks, one for each; A keeps that of its initialisation",
     )
     group.add_argument(
         "--no-variational",

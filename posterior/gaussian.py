@@ -18,23 +18,28 @@ from posterior.job import PRECISION, Job, Result, fixed_precision, number, prior
 from posterior.linearized import moments
 from posterior.map import Checkpoint, Trainer, Training
 from posterior.predictive import from_gaussian
-from posterior.sketch import Sketch
+from posterior.sketch import Full, Sketch
 
 # The evidence must not speak before theta* has seen the data: near B = 0 it finds B hardly moved, and chooses a prior
 # so tight that B stays there. Until then B's prior is weak.
 BURN_IN = 0.5  # share of the training steps
 FIRST_PRECISION = 1.0  # of B, during the burn-in; on yelp and SST-2 the evidence then chooses 4 to 14
-HELDOUT_FACTORS = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision, for held-out NLL
+HELDOUT_FACTORS: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py).
-    Matrices that it does not name are certain."""
+    """The posterior's covariance: P = precision + curvature, the blocks already coupled (see posterior/laplace.py), or
+    the whole Fisher (`full`) where only scores matter. Matrices that it does not name are certain."""
 
     curvature: dict[str, kfac.Block]
     precision: laplace.Precision
     coupling: float
+    full: Full | None
+
+    @property
+    def law(self) -> laplace.Law:
+        return self.full or laplace.Blocks(self.curvature, self.precision)
 
 
 def fit(job: Job) -> Result:
@@ -45,9 +50,9 @@ def fit(job: Job) -> Result:
         gaussian = around(model, origin, examples, args)
     else:
         origin, gaussian = train(model, examples, args, job.training, job.checkpoint)
-    curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
     if args.prior_precision == "heldout":
-        precision = heldout_precision(model, curvature, precision, job.heldout, args.batch_size)
+        gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, args.batch_size))
+    curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
     log_lik = job.log_likelihood()
     return Result(
         family="laplace",
@@ -63,7 +68,9 @@ def fit(job: Job) -> Result:
             "method": f"laplace-{args.structure}",
             "last_layer": args.last_layer,
             "variational": args.task == "choice" and not args.adapter and not args.no_variational,
-            **({"sharing": args.sharing, "curvature_rank": args.curvature_rank} if args.structure == "kfac" else {}),
+            **(
+                {"sharing": args.sharing, "curvature_rank": args.curvature_rank} if args.structure != "diagonal" else {}
+            ),
             "coupling": coupling,
             "training": None if args.adapter else asdict(job.training),
             "log_likelihood": log_lik,
@@ -75,6 +82,7 @@ def fit(job: Job) -> Result:
         },
         curvature=curvature,
         precision=precision,
+        full=gaussian.full,
     )
 
 
@@ -124,16 +132,19 @@ def around(
     else:
         precision = prior_precision(origin, fixed)
         coupling = laplace.coupling(blocks, precision, sketch.eigenvalues(fixed))
-    return Gaussian(laplace.coupled(blocks, coupling), precision, coupling)
+    common = next(value for name, value in precision.items() if name.endswith(".B"))
+    full = sketch.full(common) if args.structure == "full" else None
+    return Gaussian(laplace.coupled(blocks, coupling), precision, coupling, full)
 
 
 def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_size: int) -> list[Example]:
     """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
     matrices = lora.matrices(model)
     device = next(iter(matrices.values())).weight.device
+    law = gaussian.law.to(device)
     result = list(examples)
     for indices, batch in batches(examples, batch_size):
-        _, (covariance,) = moments(model, matrices, gaussian.curvature, [gaussian.precision], batch.to(device))
+        _, (covariance,) = moments(model, matrices, law, batch.to(device))
         for row, index in enumerate(indices):
             result[index] = replace(examples[index], spread=covariance[row].float().cpu())
     return result
@@ -164,23 +175,24 @@ def measure(
     return blocks, sketch
 
 
-def heldout_precision(
-    model: Any,
-    curvature: laplace.Curvature,
-    precision: Mapping[str, float],
-    heldout: Sequence[Example],
-    batch_size: int,
-) -> dict[str, float]:
-    """The multiple of `precision` whose linearised predictive has the lowest NLL on held-out rows."""
-    choices = [{name: value * factor for name, value in precision.items()} for factor in HELDOUT_FACTORS]
-    loss = torch.zeros(len(choices), dtype=torch.float64)
+def heldout_factor(model: Any, law: laplace.Law, heldout: Sequence[Example], batch_size: int) -> float:
+    """The multiple of the prior precision whose linearised predictive has the lowest NLL on held-out rows."""
+    loss = torch.zeros(len(HELDOUT_FACTORS), dtype=torch.float64)
     device = next(iter(lora.matrices(model).values())).weight.device
+    law = law.to(device)
     for _, batch in batches(heldout, batch_size):
-        mean, covariance = moments(model, lora.matrices(model), curvature, choices, batch.to(device))
-        for choice in range(len(choices)):
+        mean, covariance = moments(model, lora.matrices(model), law, batch.to(device), HELDOUT_FACTORS)
+        for choice in range(len(loss)):
             for row, label in enumerate(batch.label.tolist()):
                 loss[choice] -= from_gaussian(mean[row].cpu(), covariance[choice, row].cpu()).probability[label].log()
-    return choices[int(loss.argmin())]
+    return HELDOUT_FACTORS[int(loss.argmin())]
+
+
+def rescaled(gaussian: Gaussian, factor: float) -> Gaussian:
+    """With `factor` times the prior precision."""
+    precision = {name: value * factor for name, value in gaussian.precision.items()}
+    full = gaussian.full.rescaled(factor) if gaussian.full else None
+    return replace(gaussian, precision=precision, full=full)
 
 
 def distances(model: Any, origin: lora.Theta) -> dict[str, float]:

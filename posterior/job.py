@@ -18,6 +18,7 @@ from posterior.data import Example, batches
 from posterior.kfac import Block
 from posterior.likelihood import log_likelihood
 from posterior.map import Checkpoint, Training
+from posterior.sketch import Full
 
 PRECISION = 10.0  # of B where no evidence chooses it: the Laplace's evidence finds 4 to 14 on yelp and SST-2
 MEMBERS = 1000  # seeds set apart for the members of one fit: two fits with neighbouring seeds share none
@@ -65,6 +66,7 @@ class Result:
     fit: dict[str, Any]
     curvature: Mapping[str, Block] = field(default_factory=dict)
     precision: Mapping[str, float] = field(default_factory=dict)
+    full: Full | None = None
     particles: Sequence[lora.Theta] = ()
     weights: Sequence[float] = ()
 

@@ -33,7 +33,7 @@ from posterior.likelihood import Tape, draws, record, sampled_score, scores
 from posterior.sketch import Sketch
 
 Sharing = Literal["expand", "reduce"]
-Structure = Literal["kfac", "diagonal"]
+Structure = Literal["full", "kfac", "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Factor:
     basis: Tensor
     values: Tensor
     rest: float
+
+    def to(self, device: torch.device | str) -> Factor:
+        return replace(self, basis=self.basis.to(device), values=self.values.to(device))
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Kronecker:
         """(kept [r, k], of the remainder [r], multiplicity d - k of each of the latter)."""
         multiplicity = self.large.basis.shape[0] - self.large.basis.shape[1]
         return self.small.values[:, None] * self.large.values, self.small.values * self.large.rest, multiplicity
+
+    def to(self, device: torch.device | str) -> Kronecker:
+        return Kronecker(self.small.to(device), self.large.to(device))
 
     def scaled(self, factor: float) -> Kronecker:
         return replace(self, small=replace(self.small, values=factor * self.small.values))
@@ -165,7 +171,8 @@ def fit(
     sketch: Sketch | None = None,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, Block]:
-    """The curvature of every matrix over all batches: Kronecker factors, or its diagonal (posterior/diagonal.py).
+    """The curvature of every matrix over all batches: Kronecker factors, or its diagonal (posterior/diagonal.py). What
+    "full" adds is the sketch's.
 
     The model must be in eval mode (dropout would add noise to the curvature) and need no parameter gradients.
     `sharing` and `rank` are of the Kronecker factors. `samples`: label draws per example for text. `sketch` is filled

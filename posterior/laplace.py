@@ -1,5 +1,7 @@
 """Laplace: theta ~ N(theta*, P^-1), P = lambda I + c H block by block, H from Kronecker factors or their diagonal.
 
+Blocks give draws of theta. The covariance of scores can be had without them, from the whole Fisher (sketch.Full).
+
 After Laplace-LoRA (arXiv 2308.13111). The prior is N(theta_0, I / lambda) with theta_0 the initialisation (A random, B
 zero), not zero: the random A is evidence of nothing. A group is a set of matrices that share one lambda. The evidence
 of a group is, up to a constant,
@@ -20,8 +22,9 @@ what it is without blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from scipy.optimize import brentq, minimize_scalar
@@ -37,6 +40,38 @@ Curvature = Mapping[str, Block]
 Precision = dict[str, float]
 SPAN = 32  # directions of a matrix's large side that samples move in
 LOG_BOUNDS = (math.log(1e-4), math.log(1e8))
+
+
+class Law(Protocol):
+    """The Gaussian's covariance, as the linearised predictive needs it. precision: of each uncertain matrix."""
+
+    @property
+    def precision(self) -> Mapping[str, float]: ...
+
+    def to(self, device: torch.device | str) -> Law: ...
+
+    def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
+        """J P^-1 J^T [M, B, C, C] in float64, at M multiples of the prior precision, from each matrix's
+        [B, C, r, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block by block; `curvature`: c H."""
+
+    curvature: Curvature
+    precision: Mapping[str, float]
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return Blocks({name: block.to(device) for name, block in self.curvature.items()}, self.precision)
+
+    def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
+        total = torch.zeros(())
+        for name, jacobian in jacobians:
+            precisions = [self.precision[name] * factor for factor in factors]
+            total = total + quadratic(self.curvature[name], precisions, jacobian)
+        return total.double()
 
 
 def groups(names: list[str], grouping: Grouping) -> dict[str, list[str]]:

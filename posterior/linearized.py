@@ -8,7 +8,7 @@ weights ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +25,35 @@ from posterior.likelihood import record, scores
 def moments(
     model: nn.Module,
     matrices: Mapping[str, nn.Linear],
-    curvature: laplace.Curvature,
-    precisions: Sequence[Mapping[str, float]],
+    law: laplace.Law,
     batch: Batch,
+    factors: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
-    """Mean [B, C] of the scores and, for each of M prior precisions, covariance [M, B, C, C] of the scores relative to
-    the first candidate's (row and column 0 are 0). float64. Matrices without a curvature are certain."""
-    with record({name: matrices[name] for name in curvature}) as tape:
+    """Mean [B, C] of the scores and, at M multiples of the prior precision, covariance [M, B, C, C] of the scores
+    relative to the first candidate's (row and column 0 are 0). float64. Matrices that the law does not name are
+    certain."""
+    with record({name: matrices[name] for name in law.precision}) as tape:
         f = scores(model, batch)
         count, width = f.shape
         if batch.answer is None:
             gradients = [tape.gradients(f, torch.ones_like(f), keep=False)]
         else:
             gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
-    covariance = f.new_zeros(len(precisions), count, width - 1, width - 1)
-    mask = batch.mask[..., None]
-    for name, block in curvature.items():
-        a = tape.inputs[name] * mask.to(tape.inputs[name])
-        jacobian = torch.stack([laplace.orient(name, g.mT @ a.to(g)) for g in (grads[name] for grads in gradients)], 1)
-        if batch.answer is None:
-            jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
-            jacobian = jacobian[:, 1:] - jacobian[:, :1]
-        covariance += laplace.quadratic(block, [precision[name] for precision in precisions], jacobian)
-    full = torch.nn.functional.pad(covariance, (1, 0, 1, 0))
-    return f.detach().double(), full.double()
+
+    def jacobians() -> Iterator[tuple[str, Tensor]]:
+        """Of the differences to the first candidate, [B, C - 1, r, d], a matrix at a time."""
+        mask = batch.mask[..., None]
+        for name in law.precision:
+            a = tape.inputs[name] * mask.to(tape.inputs[name])
+            parts = [laplace.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients]
+            jacobian = torch.stack(parts, 1)
+            if batch.answer is None:
+                jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
+                jacobian = jacobian[:, 1:] - jacobian[:, :1]
+            yield name, jacobian
+
+    covariance = law.covariance(jacobians(), factors)
+    return f.detach().double(), torch.nn.functional.pad(covariance, (1, 0, 1, 0))
 
 
 def _difference(f: Tensor, c: int) -> Tensor:
@@ -71,14 +76,14 @@ class LinearizedModel:
     ):
         model: nn.Module | None = None
         self.batch_tokens, self.device = batch_tokens, device
-        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Curvature, Mapping[str, float]]] = {}
+        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law]] = {}
         for number, (name, posterior) in enumerate(posteriors.items()):
             adapter = f"p{number}"
             if model is None:
                 model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
             else:
                 model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            self.parts[name] = (lora.matrices(model, adapter), posterior.curvature, posterior.precision)
+            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device))
         if model is None:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
@@ -91,10 +96,10 @@ class LinearizedModel:
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
         examples = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
-        matrices, curvature, precision = self.parts[name]
+        matrices, law = self.parts[name]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for indices, batch in batches(examples, self._batch_size(examples)):
-            mean, (covariance,) = moments(self.model, matrices, curvature, [precision], batch.to(self.device))
+            mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))
             results.update({index: (mean[row].cpu(), covariance[row].cpu()) for row, index in enumerate(indices)})
         return [results[index] for index in range(len(examples))]
 

@@ -85,6 +85,8 @@ def _check_method(args: argparse.Namespace) -> None:
         raise PosteriorError("--method dropout needs a --dropout above 0, for example 0.1")
     if args.particles > MEMBERS:
         raise PosteriorError(f"--particles is {args.particles}; at most {MEMBERS} are possible")
+    if args.method == "laplace" and args.grouping == "layer" and args.structure == "full":
+        raise PosteriorError("--grouping layer goes by blocks; give --structure kfac or diagonal with it")
     for name in ("temperature", "tolerance"):
         if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
             raise PosteriorError(f"--{name} {getattr(args, name)} must be positive")
@@ -99,4 +101,4 @@ def _check_given(args: argparse.Namespace) -> None:
         if args.adapter and name in (*TRAINING, "no_variational"):
             raise PosteriorError(f"{option} is for training an adapter, but --adapter is a trained one; leave one out")
         if args.structure == "diagonal" and name in KFAC:
-            raise PosteriorError(f"{option} belongs to --structure kfac; diagonal does not use it")
+            raise PosteriorError(f"{option} belongs to --structure full or kfac; diagonal does not use it")

@@ -66,7 +66,7 @@ def test_evidence_and_effective_dimension_are_the_dense_ones(curvature):
 
 def test_linearized_covariance_is_j_inverse_p_j(model, curvature):
     batch, precision = collate(make_examples(5)), precision_of(curvature)
-    _, (covariance,) = moments(model, lora.matrices(model), curvature, [precision], batch)
+    _, (covariance,) = moments(model, lora.matrices(model), laplace.Blocks(curvature, precision), batch)
     expected = torch.zeros(5, 3, 3, dtype=torch.float64)
     for name, jacobian in dense_jacobian(model, batch).items():
         j = laplace.orient(name, jacobian).flatten(2)
@@ -125,7 +125,7 @@ def test_fit_and_serve(run_fit, tiny_base, tmp_path):
 
 
 def test_options_of_kfac_are_refused(run_fit):
-    with pytest.raises(PosteriorError, match="--sharing belongs to --structure kfac"):
+    with pytest.raises(PosteriorError, match="--sharing belongs to --structure full or kfac"):
         run_fit(structure="diagonal", sharing="reduce")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from posterior import artefact, evaluate, kfac, lora, metrics
+from posterior import artefact, evaluate, kfac, laplace, lora, metrics
 from posterior.data import batches, collate
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
@@ -34,10 +34,10 @@ def test_linearized_is_the_predictive_of_each_row(model):
     examples = make_examples(7)
     matrices = lora.matrices(model)
     curvature = kfac.fit(model, matrices, (batch for _, batch in batches(examples, 4)))
-    precision = dict.fromkeys(curvature, 2.0)
-    found = evaluate.linearized(model, curvature, precision, examples, batch_size=3)
+    law = laplace.Blocks(curvature, dict.fromkeys(curvature, 2.0))
+    found = evaluate.linearized(model, law, examples, batch_size=3)
     for index, example in enumerate(examples):
-        (mean,), ((covariance,),) = moments(model, matrices, curvature, [precision], collate([example]))
+        (mean,), ((covariance,),) = moments(model, matrices, law, collate([example]))
         expected = from_gaussian(mean, covariance)
         torch.testing.assert_close(found.probability[index], expected.probability, rtol=1e-6, atol=1e-9)
         assert found.total[index] == pytest.approx(expected.total, rel=1e-6)

@@ -82,6 +82,7 @@ def test_laplace_of_somebody_elses_adapter(run_fit, tmp_path):
         {"curvature_rank": 4},
         {"curvature_rank": "whole"},
         {"grouping": "layer"},
+        {"structure": "full", "prior_precision": "7"},
         {"prior_precision": "7"},
         {"no_variational": True},
     ],

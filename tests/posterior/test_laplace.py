@@ -98,8 +98,9 @@ def test_same_seed_same_sample(curvature, model):
 def test_linearized_covariance_is_j_inverse_p_j(model, curvature, tokens):
     """Against torch.func Jacobians and dense inverses, to 1e-6 relative; several prior precisions in one pass."""
     batch = collate(make_examples(5, tokens=tokens))
-    precisions = [{name: value * scale for name, value in precision_of(curvature).items()} for scale in LAMBDAS]
-    mean, covariance = moments(model, lora.matrices(model), curvature, precisions, batch)
+    law = laplace.Blocks(curvature, precision_of(curvature))
+    precisions = [{name: value * scale for name, value in law.precision.items()} for scale in LAMBDAS]
+    mean, covariance = moments(model, lora.matrices(model), law, batch, LAMBDAS)
     torch.testing.assert_close(mean, scores(model, batch).detach())
     jacobians = dense_jacobian(model, batch)
     for number, precision in enumerate(precisions):

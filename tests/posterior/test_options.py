@@ -43,6 +43,7 @@ ACCEPTED = {
     "laplace": [
         "",
         "--grouping layer",
+        "--structure full --sharing reduce",
         "--sharing reduce",
         "--curvature-rank whole",
         "--structure diagonal --last-layer",
@@ -76,9 +77,14 @@ def test_a_trained_adapter_is_not_trained(words):
         check("--adapter", "a", *words.split())
 
 
+def test_one_precision_a_layer_goes_by_blocks():
+    with pytest.raises(PosteriorError, match="^--grouping layer goes by blocks; give --structure kfac or diagonal"):
+        check("--grouping", "layer", "--structure", "full")
+
+
 @pytest.mark.parametrize("words", ["--sharing expand", "--curvature-rank 32"])
 def test_what_a_diagonal_does_not_use(words):
-    with pytest.raises(PosteriorError, match="belongs to --structure kfac"):
+    with pytest.raises(PosteriorError, match="belongs to --structure full or kfac"):
         check("--structure", "diagonal", *words.split())
 
 

@@ -46,7 +46,7 @@ def test_curvature_evidence_and_functional_variance_agree(model, name):
     block = kfac.fit(model, matrices, [batch])
     moved = laplace.square_distance(lora.get(model), {name: torch.zeros_like(matrices[name].weight)}, [name])
     ours = laplace.evidence(block, {name: moved}, {name: LAMBDA}, float(log_likelihood(model, batch)))
-    mean, (covariance,) = moments(model, matrices, block, [{name: LAMBDA}], batch)
+    mean, (covariance,) = moments(model, matrices, laplace.Blocks(block, {name: LAMBDA}), batch)
 
     oracle = Laplace(
         Choice(model, batch, matrices[name].weight),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from posterior import kfac, laplace, lora
+from posterior.base import load_model, resolve
 from posterior.data import batches, collate
 from posterior.likelihood import scores
-from posterior.sketch import Sketch
+from posterior.linearized import LinearizedModel, moments
+from posterior.sketch import Full, Sketch
 from tests.posterior.conftest import dense_jacobian, make_examples
 
 OPEN = 3.0  # prior precision of B
@@ -60,9 +63,9 @@ def test_is_the_dense_fisher_between_the_signs(model, tokens):
     examples = make_examples(5, tokens=tokens)
     _, sketch = fit(model, examples, columns=7)
     omega = {}
-    for name, u in sketch.narrow.items():
-        w = sketch.wide[laplace.orient(name, lora.get(model)[name]).shape[1]]
-        omega[name] = u[:, None] * w * 7**-0.5
+    for name, u in sketch.signs.narrow.items():
+        w = sketch.signs.wide[laplace.orient(name, lora.get(model)[name]).shape[1]]
+        omega[name] = (u[:, None] * w).double() * 7**-0.5
     expected = torch.linalg.eigvalsh(fisher(model, examples, OPEN, omega))
     torch.testing.assert_close(sketch.eigenvalues(OPEN), expected.clamp(min=0), rtol=1e-5, atol=1e-6)
 
@@ -84,6 +87,69 @@ def test_batch_size_does_not_matter(model, tokens):
     reference = fit(model, examples, 16, columns=50)[1].gram
     for size in (1, 4):
         torch.testing.assert_close(fit(model, examples, size, columns=50)[1].gram, reference, rtol=1e-5, atol=1e-8)
+
+
+# The covariance of scores
+
+
+def prior_covariance(model, batch, precision: float) -> Tensor:
+    """J P_0^-1 J^T [B, C-1, C-1] of the differences to the first candidate."""
+    return dense_covariance(model, batch, precision, [])
+
+
+def dense_covariance(model, batch, precision: float, data) -> Tensor:
+    """J P^-1 J^T with the whole Fisher of the data, by dense linear algebra of all parameters together."""
+    prior = precisions(model, precision)
+    parts = [
+        laplace.orient(name, jacobian).flatten(2) * prior[name] ** -0.5
+        for name, jacobian in dense_jacobian(model, batch).items()
+    ]
+    j = torch.cat(parts, 2)
+    j = j[:, 1:] - j[:, :1]
+    p = torch.eye(j.shape[2], dtype=j.dtype) + (fisher(model, data, precision) if data else 0)
+    return j @ torch.linalg.inv(p) @ j.mT
+
+
+@pytest.mark.parametrize("tokens", [1, 2], ids=["single-token", "two-token"])
+@pytest.mark.parametrize("precision", [0.5, OPEN])
+def test_covariance_tends_to_the_exact_one(model, tokens, precision):
+    """1500 columns, against dense linear algebra of all parameters: within 5 %, on rows of the data and others."""
+    data, asked = make_examples(9, tokens=tokens)[:6], make_examples(9, tokens=tokens)[3:]
+    full = fit(model, data, columns=1500)[1].full(precision)
+    _, found = moments(model, lora.matrices(model), full, collate(asked), (1.0, 4.0))
+    exact = dense_covariance(model, collate(asked), precision, data)
+    assert float((found[0, :, 1:, 1:] - exact).norm() / exact.norm()) < 0.05
+    before = prior_covariance(model, collate(asked), precision)
+    assert float(exact[:3].norm() / before[:3].norm()) < 0.5
+    again = moments(model, lora.matrices(model), full.rescaled(4.0), collate(asked))[1]
+    torch.testing.assert_close(found[1:], again)
+
+
+def test_covariance_without_data_is_the_prior_s(model):
+    """However few the columns, as the prior's part is not sketched; also where two candidates are the same."""
+    examples = make_examples(3)
+    twins = [replace(e, continuations=(e.continuations[0], e.continuations[1], e.continuations[1])) for e in examples]
+    _, sketch = fit(model, examples, columns=9)
+    sketch.gram.zero_()
+    for rows in (examples, twins):
+        _, (found,) = moments(model, lora.matrices(model), sketch.full(OPEN), collate(rows))
+        expected = prior_covariance(model, collate(rows), OPEN)
+        torch.testing.assert_close(found[:, 1:, 1:], expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+
+
+def test_the_folder_keeps_the_covariance(run_fit, tiny_base):
+    posterior = run_fit(structure="full")
+    assert isinstance(posterior.law, Full) and posterior.law.precision == posterior.precision
+    model = lora.load_peft(load_model(resolve(str(tiny_base)), torch.float32, "cpu"), posterior.map_dir).eval()
+    model.requires_grad_(False)
+    (example,) = make_examples(1)
+    _, (found,) = moments(model, lora.matrices(model), posterior.law, collate([example]))
+    (served,) = LinearizedModel(resolve(str(tiny_base)), {"tiny": posterior}).logits(
+        "tiny", [example.prompt], [example.continuations]
+    )
+    torch.testing.assert_close(served[1], found[0])
+    blocks = run_fit(posterior.path.parent / "blocks")
+    assert isinstance(blocks.law, laplace.Blocks)
 
 
 def block(v: float, small: int = 2, large: int = 5) -> kfac.Kronecker:

@@ -26,6 +26,7 @@ INPUTS = [{"text": "A lovely evening."}, {"text": "Never again."}]
 PARTICLES = ("--particles", str(K))
 FAMILIES: dict[str, tuple[str, ...]] = {
     "laplace": (),
+    "full": ("--structure", "full"),
     "reduce": ("--sharing", "reduce"),
     "diagonal": ("--structure", "diagonal"),
     "last-layer": ("--last-layer",),
@@ -76,7 +77,7 @@ def test_served_answers_are_those_of_the_fitted_posterior(base: Base, fitted: Pa
     model: Any = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     expected = {"mixture": sampled(model, posterior, K, rows)}
     if posterior.family == "laplace":
-        expected["linearized"] = linearized(model, posterior.curvature, posterior.precision, rows)
+        expected["linearized"] = linearized(model, posterior.law, rows)
     for predictive, ours in expected.items():
         body = {"model": name, "inputs": INPUTS, "predictive": predictive}
         key = {"Authorization": f"Bearer {KEY}"}
