@@ -204,7 +204,8 @@ class Cell:
             trained = Cell(self.data, self.seed, "map", self.epochs)
             posterior, before = trained._fit(work)
             adapter = ["--adapter", str(posterior.map_dir)]
-        if not (folder / "posterior.json").is_file():
+        spent = work / f"{folder.name}.seconds"  # written last
+        if not spent.is_file():
             work.mkdir(parents=True, exist_ok=True)
             rows = work / f"{self.path.stem}.jsonl"
             rows.write_text("".join(json.dumps(row) + "\n" for row in self.data.train), encoding="utf-8")
@@ -215,8 +216,8 @@ class Cell:
             fit.add_arguments(parser)
             start = time.process_time()
             fit.fit(parser.parse_args([*words, *adapter, *training, "--seed", str(self.seed)]))
-            (folder.parent / f"{folder.name}.seconds").write_text(str(time.process_time() - start))
-        return artefact.load(folder), before + float((folder.parent / f"{folder.name}.seconds").read_text())
+            spent.write_text(str(time.process_time() - start))
+        return artefact.load(folder), before + float(spent.read_text())
 
     def _save(self, result: Result, key: str) -> None:
         tensors = {f"{part}/label": value for part, value in result.labels.items()}

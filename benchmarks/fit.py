@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.rivals import WAYS, dense
-from posterior import artefact, kfac, laplace, lora, svgd
+from benchmarks.rivals import WAYS, dense, gradients
+from posterior import artefact, kfac, lora, svgd
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.data import Batch, Example, batches, encode, read_jsonl
 from posterior.job import PRECISION, prior_precision
-from posterior.likelihood import record, scores
+from posterior.likelihood import scores
 from posterior.linearized import moments
 from posterior.map import Trainer, Training
 from posterior.sketch import Sketch
@@ -164,8 +164,8 @@ def rivals(bench: Bench, repetitions: int) -> None:
             middle = time.perf_counter()
             found[name] = torch.cat([way.variance(batch).cpu() for batch in asked])
             end = time.perf_counter()
-            for part, seconds in {"fit": middle - start, "predict": end - middle, "both": end - start}.items():
-                spent[name][part].append(seconds)
+            for part, took in {"fit": middle - start, "predict": end - middle, "both": end - start}.items():
+                spent[name][part].append(took)
     print(f"\nPrior precision {precision:.1f} of all matrices; the predictive variances of {len(exact)} other rows:\n")
     head = [
         "Laplace",
@@ -260,18 +260,8 @@ def closeness(bench: Bench, options: dict[str, Any]) -> dict[str, float]:
 
 def exact_gradients(bench: Bench) -> dict[str, torch.Tensor]:
     """v [N (C-1), r, d] of each matrix: the Jacobian times a root of the Fisher, so that H = sum v v^T exactly."""
-    matrices = lora.matrices(bench.model)
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in matrices}
-    for batch in bench.batches():
-        with record(matrices) as tape:
-            f = scores(bench.model, batch)
-            columns = kfac.fisher_columns(f.detach()[:, None])
-            for c in range(columns.shape[2]):
-                grads = tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
-                for name, grad in grads.items():
-                    a = tape.inputs[name] * batch.mask[..., None]
-                    found[name].append(laplace.orient(name, grad.mT @ a.to(grad)))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    parts = [gradients(bench.model, batch, root=True) for batch in bench.batches()]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 if __name__ == "__main__":

@@ -95,15 +95,12 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
     }
     model = adapted(base, default)
     ours = linearized(model, default.law, test).probability
-    blocks = laplace.Blocks(default.curvature, default.precision)
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
-    table["Laplace, linearised by blocks"] = estimate(linearized(model, blocks, test).probability, labels)
     table[f"Laplace, {PARTICLES} samples (default)"] = estimate(
         sampled(model, default, PARTICLES, test).probability, labels
     )
-    assert default.full is not None
-    heldout = default.full.rescaled(gaussian.heldout_factor(model, default.full, calibration, 16))
+    heldout = default.law.rescaled(gaussian.heldout_factor(model, default.law, calibration, 16))
     table["Laplace, linearised, prior by held-out NLL"] = estimate(linearized(model, heldout, test).probability, labels)
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")
     print(markdown(table, len(test)))
@@ -162,7 +159,7 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
         shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
         p = linearized(model, laplace.Blocks(posterior.curvature, precision), test).probability
         table[f"{name}: {shown}"] = estimate(p, labels)
-    print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised by blocks:\n")
+    print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised:\n")
     print(markdown(table, len(test)))
 
 

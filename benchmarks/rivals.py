@@ -161,8 +161,14 @@ def dense(model: Any, precision: float, rows: Batches, asked: Batches) -> list[T
 
 def jacobian(model: Any, batch: Batch, root: bool = False) -> Tensor:
     """[B (C - 1), D] over all LoRA parameters: of the score differences, or times a root of the Fisher."""
+    return torch.cat([value.flatten(1) for value in gradients(model, batch, root).values()], 1)
+
+
+def gradients(model: Any, batch: Batch, root: bool = False) -> dict[str, Tensor]:
+    """The same by matrix, [B (C - 1), r, d] as laplace.orient has it."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
+    found: dict[str, list[Tensor]] = {name: [] for name in matrices}
     with record(matrices) as tape:
         f = scores(model, batch)
         rows, width = f.shape
@@ -170,15 +176,11 @@ def jacobian(model: Any, batch: Batch, root: bool = False) -> Tensor:
             columns = kfac.fisher_columns(f.detach()[:, None])
         else:
             columns = torch.cat([-torch.ones(1, width - 1), torch.eye(width - 1)]).expand(rows, -1, -1).to(f)
-        found = []
         for c in range(columns.shape[2]):
-            grads = tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
-            parts = []
-            for name, g in grads.items():
+            for name, g in tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2]).items():
                 a = tape.inputs[name] * batch.mask[..., None]
-                parts.append((g.mT @ a.to(g)).flatten(1))
-            found.append(torch.cat(parts, 1))
-    return torch.stack(found, 1).flatten(0, 1)
+                found[name].append(laplace.orient(name, g.mT @ a.to(g)))
+    return {name: torch.stack(parts, 1).flatten(0, 1) for name, parts in found.items()}
 
 
 def only_lora(model: Any) -> None:

@@ -50,6 +50,10 @@ class Law(Protocol):
 
     def to(self, device: torch.device | str) -> Law: ...
 
+    def rescaled(self, factor: float) -> Law:
+        """With `factor` times the prior precision."""
+        ...
+
     def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
         """J P^-1 J^T [M, B, C, C] in float64, at M multiples of the prior precision, from each matrix's
         [B, C, r, d]."""
@@ -65,6 +69,9 @@ class Blocks:
 
     def to(self, device: torch.device | str) -> Blocks:
         return Blocks({name: block.to(device) for name, block in self.curvature.items()}, self.precision)
+
+    def rescaled(self, factor: float) -> Blocks:
+        return Blocks(self.curvature, {name: value * factor for name, value in self.precision.items()})
 
     def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
         total = torch.zeros(())

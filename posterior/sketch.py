@@ -10,8 +10,8 @@ of its own; on the wide side, matrices of the same width share theirs, which lea
 matrix is a sum over the data, hence the same whatever the batch size.
 
 The covariance of scores with Jacobian J is K - K_D (I + K_DD)^-1 K_D^T, with K = J P_0^-1 J^T the prior's and D the
-data. K is computed exactly; what the data leave of it is (J Omega) (I + Phi Omega Omega^T Phi^T)^-1 (J Omega)^T in the
-sketch, all whitened by the prior P_0 (cf. Sharma, Azizan & Pavone 2021, arXiv 2102.12567).
+data. K is computed exactly; what the data leave of it is (J Omega) (I + G)^-1 (J Omega)^T in the sketch, G the Gram
+matrix, all whitened by the prior P_0 (cf. Sharma, Azizan & Pavone 2021, arXiv 2102.12567).
 
 For text the rows are draws of the labels, and the effective dimension cannot exceed their number: with few rows, raise
 `--label-samples`.
