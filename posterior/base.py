@@ -75,9 +75,32 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "P
     if missing:  # transformers would go on with random numbers in their place
         raise PosteriorError(f"base {base.path} lacks {len(missing)} weights ({missing[0]}, ...): download it again")
     prepared: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    if (torch.device(device).type, dtype, model.config._attn_implementation) == ("cpu", torch.bfloat16, "sdpa"):
+        model.set_attn_implementation(_attention_in_float32())
+    for weight in (*model.parameters(), *model.buffers()):
+        # out of the mapped file, whose pages a busy kernel drops: every pass would then read the disk
+        weight.data = weight.data.clone() if weight.is_cpu else weight.data
     head: torch.nn.Module = model.get_output_embeddings()
     head.register_forward_pre_hook(_contiguous)
     return prepared
+
+
+def _attention_in_float32() -> str:
+    """The name of attention whose products are float32: torch's backward pass in bfloat16 takes a CPU ten times as long
+    (a quarter of a training step)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *rest, **options)
+        return out.to(query.dtype), None
+
+    AttentionInterface.register("sdpa_in_float32", attend)
+    AttentionMaskInterface.register("sdpa_in_float32", sdpa_mask)
+    return "sdpa_in_float32"
 
 
 def _contiguous(_head: object, hidden: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

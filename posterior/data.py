@@ -146,6 +146,26 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
 
 
+WINDOW = 8  # batches whose rows are sorted by length: of yelp's and SST-2's tokens a tenth is then padding, not 40 %
+
+
+def shuffled(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[int]:
+    """A random order for batches of `size`. Rows of like length stand together: of every WINDOW batches' rows, drawn at
+    random, the shortest make the first batch, and so on; then the batches are shuffled. A last, smaller one stays
+    last."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    windows = [order[start : start + WINDOW * size] for start in range(0, len(order), WINDOW * size)]
+    together = [index for window in windows for index in sorted(window, key=lambda i: _likeness(examples[i]))]
+    whole = len(together) // size
+    drawn = torch.randperm(whole, generator=generator).tolist()
+    return [i for n in [*drawn, whole] for i in together[n * size : (n + 1) * size]]
+
+
+def _likeness(example: Example) -> tuple[bool, int, int]:
+    """By what rows share a batch: how they are scored, how many candidates they have, and their length."""
+    return example.single, len(example.continuations), example.length
+
+
 def batches(
     examples: Sequence[Example], size: int, *, order: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Batch]]:
@@ -153,10 +173,9 @@ def batches(
 
     Examples in a batch have the same number of candidates and the same way of scoring.
     """
-    kind = [(example.single, len(example.continuations)) for example in examples]
-    indices = (
-        list(order) if order is not None else sorted(range(len(examples)), key=lambda i: (kind[i], examples[i].length))
-    )
+    likeness = [_likeness(example) for example in examples]
+    kind = [each[:2] for each in likeness]
+    indices = list(order) if order is not None else sorted(range(len(examples)), key=likeness.__getitem__)
     start = 0
     while start < len(indices):
         stop = start

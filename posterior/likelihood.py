@@ -23,7 +23,8 @@ POINTS = 128  # of the expectation over the posterior of the scores
 def scores(model: nn.Module, batch: Batch) -> Tensor:
     """Scores f [B, C] in float32 (or float64 for a float64 model); p(y|x) = softmax(f) over C."""
     if batch.answer is not None:
-        return _upcast(_logits(model, batch, 1)[:, -1]).gather(1, batch.answer)
+        with _head_rows(model, batch.answer) as columns:
+            return _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
     log_p, _ = _continuations(model, batch)
     return log_p.view(len(batch.label), -1)
 
@@ -77,6 +78,27 @@ def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
         logits_to_keep=keep,
     )
     return out.logits[:, -keep:]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _head_rows(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
+    """Within, a plain head multiplies its rows of these tokens [B, C] alone, of some 10^5; yields where they stand in
+    the logits. What the model does to logits afterwards it does to these."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:  # it has an adapter of its own
+        yield tokens
+        return
+    rows, columns = torch.unique(tokens, return_inverse=True)  # type: ignore[no-untyped-call]
+
+    def forward(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias[rows]
+        return nn.functional.linear(hidden, head.weight[rows], bias)
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield columns
+    finally:
+        del head.forward
 
 
 def _upcast(logits: Tensor) -> Tensor:

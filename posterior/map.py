@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from posterior import lora
-from posterior.data import Batch, Example, batches
+from posterior.data import Batch, Example, batches, shuffled
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
 
@@ -66,7 +66,7 @@ class Trainer:
         nats."""
         generator = torch.Generator().manual_seed(self.training.seed * 100_003 + self.epoch)
         torch.manual_seed(self.training.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        order = shuffled(self.examples, self.training.batch_size, generator)
         for module in self.matrices.values():
             module.weight.requires_grad_(True)
         self.model.train()

@@ -6,11 +6,12 @@ it, and gives a token without adapter (slot -1) the last slot's. Here
 - a layer that no adapter of the batch touches is skipped. Its slots are scanned for non-zero weights once after each
   write, which the tensors' own version counters tell, not in every step;
 - the rows of a batch are cut, once a step, into blocks [blocks, size] of one adapter each, padded to the smallest size
-  that needs no more than two blocks an adapter. Two batched products then serve all blocks,
-  x [blocks, size, inputs] @ A.T [blocks, inputs, rank] @ B.T [blocks, rank, outputs]: no row meets the weights of
-  another's adapter, and unused slots cost nothing;
-- both are computed in float32 and rounded once, when they are added to the layer's output. The blocks' weights in
-  float32 are kept: the next step of a batch that decodes needs the same ones;
+  that needs no more than two blocks an adapter. Batched products then serve all blocks, one for the A of all slices
+  and one for each slice's B, x [blocks, size, inputs] @ A.T [blocks, inputs, ranks] @ B.T [blocks, rank, outputs]: no
+  row meets the weights of another's adapter, and unused slots cost nothing;
+- blocks at even distances, such as those of gangs that decode, are views of the batch's rows, which are not copied;
+- all is computed in float32 and rounded once, when it is added to the layer's output. The blocks' weights in float32
+  are kept: the next step of a batch that decodes needs the same ones;
 - a small batch's products are computed by one thread: a second one would wake up after they are done.
 
 To torch.compile, a layer's LoRA is one opaque operator.
@@ -19,7 +20,7 @@ To torch.compile, a layer's LoRA is one opaque operator.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -36,10 +37,10 @@ logger = logging.getLogger("posterior.server")
 T = TypeVar("T")
 
 
-def remembered(tensor: Tensor, key: int, make: Callable[[], T]) -> T:
+def remembered(tensor: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     """`make()`, a function of the contents of `tensor` and of `key`, computed again only after a write to `tensor`."""
     at = (tensor._version, key)
-    known: tuple[tuple[int, int], T] | None = tensor.__dict__.get("_posterior_memo")
+    known: tuple[tuple[int, Hashable], T] | None = tensor.__dict__.get("_posterior_memo")
     if known is None or known[0] != at:
         known = tensor.__dict__["_posterior_memo"] = (at, make())
     return known[1]
@@ -50,8 +51,8 @@ class Blocks:
     """The rows of a batch that have an adapter, in blocks of one adapter each.
 
     `slots` [blocks] are the blocks' adapters, `source` [blocks * size] the row at each place (padding repeats the
-    block's first), `rows` and `places` [n] each row with an adapter, in ascending order, and its place. `in_order`:
-    place i holds row i; `all_rows`: every row has an adapter.
+    block's first), `rows` and `places` [n] each row with an adapter, in ascending order, and its place. `all_rows`:
+    every row has an adapter. `steps` (a, b): row a i + b j is place j of block i, for all rows; None: it is not so.
     """
 
     slots: tuple[int, ...]
@@ -59,8 +60,8 @@ class Blocks:
     source: Tensor
     rows: Tensor
     places: Tensor
-    in_order: bool
     all_rows: bool
+    steps: tuple[int, int] | None
 
     @classmethod
     def of(cls, slot_of_row: Sequence[int]) -> Blocks:
@@ -79,50 +80,83 @@ class Blocks:
             source=torch.tensor(source, dtype=torch.long),
             rows=torch.tensor(rows, dtype=torch.long),
             places=torch.tensor([place[row] for row in rows], dtype=torch.long),
-            in_order=source == list(range(len(slot_of_row))),
             all_rows=len(rows) == len(slot_of_row),
+            steps=_steps(source, size, len(slot_of_row)),
         )
 
     def gather(self, x: Tensor) -> Tensor:
         """`x` [rows, inputs] as float32 [blocks, size, inputs]."""
-        x = x if self.in_order else x.index_select(0, self.source)
-        return x.float().view(len(self.slots), self.size, -1)
+        if self.steps:
+            return self._view(x.float())
+        return x.index_select(0, self.source).float().view(len(self.slots), self.size, -1)
 
-    def add(self, update: Tensor, y: Tensor) -> None:
-        """Add float32 `update` [blocks, size, outputs] to `y` [rows, outputs]."""
-        update = update.flatten(0, 1)
-        if not self.in_order:
-            update = update.index_select(0, self.places)
+    def add(self, y: Tensor, shrunk: Tensor, up: Tensor) -> None:
+        """Add `shrunk` [blocks, size, rank] times `up` [blocks, rank, outputs], both float32, to `y` [rows, outputs],
+        rounding once."""
+        if self.steps:
+            places = self._view(y)
+            places.copy_(torch.baddbmm(places.float(), shrunk, up))
+            return
+        update = torch.bmm(shrunk, up).flatten(0, 1).index_select(0, self.places)
         if self.all_rows:
             y.add_(update)
         else:
             y.index_copy_(0, self.rows, (y.index_select(0, self.rows) + update).to(y.dtype))
 
+    def _view(self, x: Tensor) -> Tensor:
+        """`x` [rows, width] itself as [blocks, size, width]."""
+        assert self.steps is not None
+        a, b = self.steps
+        row, column = x.stride()
+        return x.as_strided((len(self.slots), self.size, x.shape[1]), (a * row, b * row, column), x.storage_offset())
+
+
+def _steps(source: Sequence[int], size: int, rows: int) -> tuple[int, int] | None:
+    """`Blocks.steps`: rows sorted by adapter have them, as have gangs one after the other."""
+    if len(source) != rows or not rows:
+        return None
+    a, b = (source[size] if size < rows else rows), (source[1] if size > 1 else 1)
+    regular = all(row == a * (place // size) + b * (place % size) for place, row in enumerate(source))
+    return (a, b) if regular else None
+
 
 @dataclass
-class Stack:
-    """One layer's matrices [slots, 1, out, in]: the slots not zero, and those last asked for as [blocks, in, out]."""
+class Layer:
+    """One layer's matrices [slots, 1, out, in], an A and a B for each slice of its outputs: which slots are not zero,
+    and, as the products of the `slots` last asked for need them, A.T of all slices [blocks, inputs, ranks] and scale *
+    B.T of each [blocks, rank, outputs] with its columns and its ranks; float32."""
 
-    matrices: Tensor
-    adapted: frozenset[int]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    widths: Sequence[int]
+    scale: float
+    adapted: list[frozenset[int]]
     slots: tuple[int, ...] = ()
-    transposed: Tensor = field(default_factory=lambda: torch.empty(0))
+    down: Tensor | None = None
+    ups: list[tuple[slice, slice, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, matrices: Tensor) -> Stack:
-        adapted = matrices.detach().flatten(1).any(1).nonzero().flatten().tolist()
-        return cls(matrices.detach(), frozenset(adapted))
+    def of(cls, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int], scale: float) -> Layer:
+        adapted = [frozenset(m.detach().flatten(1).any(1).nonzero().flatten().tolist()) for m in b]
+        return cls([m.detach() for m in a], [m.detach() for m in b], widths, scale, adapted)
 
-    def __getitem__(self, slots: tuple[int, ...]) -> Tensor:
-        if slots != self.slots:
-            transposed = self.matrices[list(slots)].squeeze(1).float().transpose(1, 2)
-            narrow = transposed.shape[2] < transposed.shape[1]  # products are fastest with the long side last in memory
-            self.slots, self.transposed = slots, transposed if narrow else transposed.contiguous()
-        return self.transposed
-
-
-def stack(matrices: Tensor) -> Stack:
-    return remembered(matrices, 0, lambda: Stack.of(matrices))
+    def ask(self, slots: tuple[int, ...]) -> None:
+        if slots == self.slots:
+            return
+        index, downs, end, ranks = list(slots), [], 0, 0
+        self.slots, self.ups = slots, []
+        for i, (b, width) in enumerate(zip(self.b, self.widths, strict=True)):
+            end += width
+            if self.adapted[i].isdisjoint(slots):
+                continue
+            up = self.scale * b[index].squeeze(1).float().transpose(1, 2).contiguous()
+            first = ranks if self.a else 0  # an embedding's A is in its input already
+            ranks = first + up.shape[1]
+            self.ups.append((slice(end - width, end), slice(first, ranks), up))
+            if self.a:
+                downs.append(self.a[i][index].squeeze(1).float())
+        # its long side stays last in memory, where products are fastest
+        self.down = torch.cat(downs, 1).transpose(1, 2) if downs else None
 
 
 def add_lora(
@@ -142,16 +176,14 @@ def _add_lora(
     y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], widths: list[int], slot_of_row: Tensor, scale: float
 ) -> None:
     blocks = remembered(slot_of_row, len(x), lambda: Blocks.of(slot_of_row[: len(x)].tolist()))
-    gathered, end = None, 0
-    for i, (b_matrices, width) in enumerate(zip(b, widths, strict=True)):
-        end += width
-        b_stack = stack(b_matrices)
-        if b_stack.adapted.isdisjoint(blocks.slots):
-            continue
-        gathered = blocks.gather(x) if gathered is None else gathered
-        shrunk = torch.bmm(gathered, stack(a[i])[blocks.slots]) if a else gathered
-        update = torch.bmm(shrunk, b_stack[blocks.slots])
-        blocks.add(update if scale == 1 else scale * update, y[:, end - width : end])
+    written = (scale, *(matrices._version for matrices in (*a, *b)))
+    layer = remembered(b[0], written, lambda: Layer.of(a, b, widths, scale))
+    layer.ask(blocks.slots)
+    if layer.ups:
+        gathered = blocks.gather(x)
+        shrunk = gathered if layer.down is None else torch.bmm(gathered, layer.down)
+        for columns, ranks, up in layer.ups:
+            blocks.add(y[:, columns], shrunk[:, :, ranks], up)
 
 
 def dispatch(

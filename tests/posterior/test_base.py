@@ -54,6 +54,28 @@ def test_default_base_answers_and_stops(default: base.Base) -> None:
     assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") == model.generation_config.eos_token_id
 
 
+def test_bfloat16_on_a_cpu_attends_in_float32(default: base.Base) -> None:
+    """As near to the float32 model as transformers' own attention is; gradients pass."""
+    tokens = base.load_tokenizer(default)("The food was good, the service was slow.", return_tensors="pt").input_ids
+    exact = base.load_model(default, torch.float32, "cpu")(tokens).logits
+    model = base.load_model(default, torch.bfloat16, "cpu")
+    ours = model(inputs_embeds=(embedded := model.get_input_embeddings()(tokens).requires_grad_())).logits
+    ours.float().logsumexp(-1).sum().backward()
+    assert embedded.grad is not None and bool(embedded.grad.isfinite().all())
+    model.set_attn_implementation("sdpa")
+    stock = model(tokens).logits
+    assert float((ours - exact).detach().norm()) <= 1.25 * float((stock - exact).norm()) < 0.05 * float(exact.norm())
+
+
+def test_weights_are_read_into_memory_not_mapped(default: base.Base) -> None:
+    """A mapped file's pages can be dropped at any time, and are then read again in every pass."""
+    model = base.load_model(default, torch.bfloat16, "cpu")
+    places = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [[int(end, 16) for end in place[0].split("-")] for place in places if "safetensors" in place[-1]]
+    inside = [w for w in model.parameters() if any(start <= w.data_ptr() < end for start, end in mapped)]
+    assert not inside
+
+
 def test_default_tokenizer_is_the_models_own(default: base.Base) -> None:
     tokenizer = base.load_tokenizer(default)
     text = "In  2024, it's 12 <|im_end|>\n"

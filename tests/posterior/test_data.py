@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from posterior import candidates
-from posterior.data import batches, collate, encode, read_jsonl
+from posterior.data import WINDOW, batches, collate, encode, read_jsonl, shuffled
 from posterior.errors import PosteriorError
 from posterior.task import Task
 from tests.posterior.conftest import make_examples
@@ -120,6 +121,29 @@ def test_batches_cover_every_row_once_and_keep_kinds_apart():
         assert len({len(examples[i].continuations) for i in indices}) == 1
         assert len(batch.label) == len(indices)
     assert sorted(seen) == list(range(18))
+
+
+def test_a_shuffled_order_has_every_row_once_and_is_its_seeds():
+    examples = make_examples(150, length=(2, 60)) + make_examples(57, tokens=2)
+    first, again, other = (shuffled(examples, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert sorted(first) == list(range(207)) and first == again != other
+    kinds = [examples[i].single for i in first]
+    assert (
+        len({len(batch.label) for _, batch in batches(examples, 8, order=first)}) > 1
+    )  # batches end where kinds change
+    assert any(kinds[:100]) and not all(kinds[:100])
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+def test_shuffled_batches_pad_little_and_mix_lengths_over_time(size):
+    examples = make_examples(WINDOW * size * 4 + size // 2, length=(2, 60))
+    order = shuffled(examples, size, torch.Generator().manual_seed(0))
+    padded = sum(batch.tokens.numel() for _, batch in batches(examples, size, order=order))
+    assert padded < 1.25 * sum(example.length for example in examples)
+    longest = [batch.tokens.shape[1] for _, batch in batches(examples, size, order=order)]
+    assert longest != sorted(longest) and len(order) == len(set(order)) == len(examples)
+    counts = [len(batch.label) for _, batch in batches(examples, size, order=order)]
+    assert set(counts[:-1]) == {size} and counts[-1] == (size // 2 or size)
 
 
 def test_left_padding_and_positions():

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy import integrate, stats
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from posterior import kfac
+from posterior import kfac, lora
 from posterior.data import collate
 from posterior.likelihood import draws, log_likelihood, scores
-from tests.posterior.conftest import make_examples
+from tests.posterior.conftest import VOCABULARY, make_examples
 
 
 def test_single_token_scores_are_the_heads_rows(model):
@@ -20,6 +21,26 @@ def test_single_token_scores_are_the_heads_rows(model):
         logits = model(torch.tensor([example.prompt])).logits[0, -1]
         expected = logits[[tokens[0] for tokens in example.continuations]]
         torch.testing.assert_close(scores(model, collate([example]))[0], expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", ["soft-capped", "adapted head"])
+def test_what_the_model_does_to_logits_is_done_to_scores(case):
+    """Gemma 2 squashes its logits; a head with an adapter is no plain product."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.5}
+    if case == "soft-capped":
+        network = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=1.0))
+        network = lora.attach(network.eval(), rank=2)
+    else:
+        network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+        network = lora.attach(network, rank=2, targets=["lm_head"])
+    lora.put(network, {name: torch.randn_like(value) for name, value in lora.get(network).items()})
+    example = make_examples(1, answers=4)[0]
+    logits = network(torch.tensor([example.prompt])).logits[0, -1]
+    expected = logits[[tokens[0] for tokens in example.continuations]]
+    torch.testing.assert_close(scores(network, collate([example]))[0], expected, rtol=1e-5, atol=1e-6)
+    assert network(torch.tensor([example.prompt])).logits.shape[-1] == VOCABULARY  # the head is as it was
 
 
 def test_teacher_forced_scores_are_sums_of_log_probabilities(model):

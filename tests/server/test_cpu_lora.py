@@ -136,6 +136,9 @@ BATCHES = {
     "decode, distinct": [4, 0, 2, 1],
     "decode, some without": [-1, 0, 2, -1, 4],
     "decode, the same": [1, 1, 1],
+    "gangs": [0, 1, 4] * 5,
+    "gangs of particles twice": [4, 4, 1, 1] * 2,
+    "gangs, one smaller": [0, 1, 4, 0, 1, 4, 0, 4],
     "one row": [4],
     "prefill": [0] * 40 + [-1] * 9 + [2] + [4] * 17 + [0] * 3 + [1] * 40,
     "uneven": [0] * 90 + [1, 2, 4, 3],
@@ -166,6 +169,12 @@ def test_stock_gives_tokens_without_adapter_the_last_slots(monkeypatch: pytest.M
     layer = qkv(wrapper([0, -1]), ADAPTERS)
     y, x = batch([0, -1])
     assert not torch.equal(run(layer, y, x)[1], y[1]), "vLLM mended this itself: say so in server/engine/cpu_lora.py"
+
+
+def test_rows_at_even_distances_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "index_select", lambda *_: pytest.fail("copied"))
+    for slot_of_row in (BATCHES["gangs"], BATCHES["decode, distinct"], [1] * 40, [0] * 20 + [4] * 20, [2]):
+        assert_right(qkv(wrapper(slot_of_row), ADAPTERS), slot_of_row, ADAPTERS)
 
 
 def test_slots_are_reloaded_and_emptied() -> None:
@@ -207,13 +216,13 @@ def test_no_row_suffers_from_anothers_adapter_or_input(bad: float) -> None:
 def test_layers_no_adapter_of_the_batch_touches_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = qkv(wrapper([2, 2]), {0: ADAPTERS[0]})
     scans: list[int] = []
-    make = cpu_lora.Stack.of
-    monkeypatch.setattr(cpu_lora.Stack, "of", lambda matrices: scans.append(1) or make(matrices))
+    make = cpu_lora.Layer.of
+    monkeypatch.setattr(cpu_lora.Layer, "of", lambda *layer: scans.append(1) or make(*layer))
     monkeypatch.setattr(cpu_lora.Blocks, "gather", lambda *_: pytest.fail("computed"))
     y, x = batch([2, 2])
     for _ in range(3):
         assert torch.equal(run(layer, y, x), y)
-    assert len(scans) == 3, "each of the three slices is scanned once, not in every step"
+    assert len(scans) == 1, "a layer's slots are scanned once, not in every step"
 
 
 def test_lm_head() -> None:
