@@ -88,7 +88,7 @@ def _head_rows(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     if type(head) is not nn.Linear:  # it has an adapter of its own
         yield tokens
         return
-    rows, columns = torch.unique(tokens, return_inverse=True)  # type: ignore[no-untyped-call]
+    rows, columns = torch.unique(tokens, return_inverse=True)
 
     def forward(hidden: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias[rows]
