@@ -33,8 +33,7 @@ PARTICLES = 8
 CALIBRATION, OTHER = 200, 50  # rows, at most, of the calibration split and of each other set
 OOD = ("mmlu_cs", "mmlu_chem")
 
-# `posterior fit`'s arguments of each family. "map" is LoRA as it is usually trained, with next to no prior; "tfb"
-# spreads that adapter.
+# `posterior fit`'s arguments of each family. "map" has a weak prior on B; "tfb" spreads that adapter.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "map": ("--method", "ensemble", "--particles", "1", "--prior-precision", "1"),
     "map-evidence": ("--no-variational", "--structure", "full"),

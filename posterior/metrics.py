@@ -40,6 +40,13 @@ def ece(p: Tensor, y: Tensor, bins: int = BINS) -> float:
     return float((count * (confidence - share).abs()).nansum() / len(y))
 
 
+def calibrated_ece(p: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> float:
+    """The ECE to be expected if these probabilities were exactly right: that of labels drawn from them. With few rows
+    it is far from zero, and no model can be told to be better."""
+    labels = torch.multinomial(p, draws, replacement=True, generator=torch.Generator().manual_seed(seed))
+    return sum(ece(p, y, bins) for y in labels.T) / draws
+
+
 def adaptive_ece(p: Tensor, y: Tensor, bins: int = BINS) -> float:
     """The same with bins of equal mass: by confidence, N / `bins` rows each or one more (Nixon et al. 2019)."""
     confidence, right = _falling(p, y)

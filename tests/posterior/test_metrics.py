@@ -177,3 +177,12 @@ def test_best_temperature_recovers_a_known_one():
     scores = torch.randn(20_000, 3, generator=generator, dtype=torch.float64) * 2
     y = torch.multinomial(scores.softmax(1), 1, generator=generator)[:, 0]
     assert metrics.best_temperature(scores * 3, y) == pytest.approx(3.0, rel=0.05)
+
+
+def test_the_ece_of_exact_probabilities_is_what_chance_leaves():
+    """All rows in one bin: the mean absolute error of a share, sqrt(2/pi) of its standard deviation, within 10 %."""
+    p = torch.tensor([[0.8, 0.2]], dtype=torch.float64).repeat(400, 1)
+    expected = math.sqrt(2 / math.pi * 0.8 * 0.2 / 400)
+    assert metrics.calibrated_ece(p) == pytest.approx(expected, rel=0.1) == metrics.calibrated_ece(p)
+    assert metrics.calibrated_ece(p[:50]) > 2 * expected
+    assert metrics.calibrated_ece(torch.tensor([[1.0, 0.0]]).repeat(9, 1)) == 0
