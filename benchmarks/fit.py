@@ -3,8 +3,9 @@ rows.
 
     python -m benchmarks.fit                              the shipped posterior's adapter and the Yelp training rows
 
-Three tables: the curvature and the linearised predictive against passes over the rows; Laplace against laplace-torch
-and bayesian-lora (benchmarks/rivals.py); an epoch of SVGD's K particles against K epochs of MAP, one after the other.
+Three tables (--tables): the curvature and the linearised predictive against passes over the rows; Laplace against
+laplace-torch and bayesian-lora (benchmarks/rivals.py); an epoch of SVGD's K particles against K epochs of MAP, one
+after the other.
 
 Time: repetitions take turns, so that a machine that slows down slows all of them; ratios are of the same repetition,
 quoted as median [min, max]. Memory: peak resident size of a process of its own for each job (on CUDA: the allocator's
@@ -119,13 +120,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
     bench = Bench(args)
     answers = len(bench.examples[0].continuations)
     print(f"{len(bench.examples)} rows, {answers} candidates, batches of {args.batch_size}, {args.dtype}\n")
-    curvature(bench, args)
-    rivals(bench, args.repetitions)
-    together(bench, args)
+    for table in args.tables:
+        TABLES[table](bench, args)
 
 
 def curvature(bench: Bench, args: argparse.Namespace) -> None:
@@ -148,7 +149,7 @@ def curvature(bench: Bench, args: argparse.Namespace) -> None:
         print(f"| {label} | {near['A']:.3f} | {near['B']:.3f} |")
 
 
-def rivals(bench: Bench, repetitions: int) -> None:
+def rivals(bench: Bench, args: argparse.Namespace) -> None:
     """Ours, laplace-torch and bayesian-lora: seconds of the curvature and of the predictive; distance to the dense
     answer."""
     precision = max(bench.posterior.precision[name] for name in bench.posterior.precision if name.endswith(".B"))
@@ -157,7 +158,7 @@ def rivals(bench: Bench, repetitions: int) -> None:
     exact = torch.cat(dense(bench.model, precision, rows, asked)).cpu()
     spent: dict[str, dict[str, list[float]]] = {name: {"fit": [], "predict": [], "both": []} for name in ways}
     found: dict[str, torch.Tensor] = {}
-    for _ in range(repetitions):
+    for _ in range(args.repetitions):
         for name, way in ways.items():
             start = time.perf_counter()
             way.fit(rows)
@@ -190,7 +191,7 @@ def rivals(bench: Bench, repetitions: int) -> None:
 
 def together(bench: Bench, args: argparse.Namespace) -> None:
     """SVGD's particles in one forward pass against MAP runs one by one."""
-    times = measure(bench, ("particles_together", "particles_apart"), max(1, args.repetitions - 2))
+    times = measure(bench, ("particles_together", "particles_apart"), args.repetitions)
     peaks = {name: peak_memory(name, args) for name in ("epoch", "particles_together")}
     took = {name: statistics.median(seconds) for name, seconds in times.items()}
     print(f"\n| K = {PARTICLES} | seconds | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
@@ -199,6 +200,9 @@ def together(bench: Bench, args: argparse.Namespace) -> None:
         f"{took['particles_apart']:.1f} | {ratio(times['particles_together'], times['particles_apart'])} | "
         f"{peaks['particles_together'] / peaks['epoch']:.2f} | <= 0.7, <= 1.5 |"
     )
+
+
+TABLES = {"curvature": curvature, "rivals": rivals, "together": together}
 
 
 def measure(bench: Bench, names: Sequence[str], repetitions: int) -> dict[str, list[float]]:

@@ -76,7 +76,7 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "P
         raise PosteriorError(f"base {base.path} lacks {len(missing)} weights ({missing[0]}, ...): download it again")
     prepared: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     if (torch.device(device).type, dtype, model.config._attn_implementation) == ("cpu", torch.bfloat16, "sdpa"):
-        model.set_attn_implementation(_attention_in_float32())
+        model.set_attn_implementation(_cpu_attention())
     for weight in (*model.parameters(), *model.buffers()):
         # out of the mapped file, whose pages a busy kernel drops: every pass would then read the disk
         weight.data = weight.data.clone() if weight.is_cpu else weight.data
@@ -85,22 +85,38 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "P
     return prepared
 
 
-def _attention_in_float32() -> str:
-    """The name of attention whose products are float32: torch's backward pass in bfloat16 takes a CPU ten times as long
-    (a quarter of a training step)."""
+SHORT = 128  # tokens up to which a CPU's attention is plain products
+
+
+def _cpu_attention() -> str:
+    """The name of attention for bfloat16 on a CPU, where torch's own takes ten times as long backwards (a quarter of a
+    training step): plain products for short texts, else torch's own in float32."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *rest, **options)
-        return out.to(query.dtype), None
+        if mask is None or mask.dtype != torch.bool or key.shape[2] > SHORT:
+            q, k, v = query.float(), key.float(), value.float()
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **options)
+            return out.to(query.dtype), None
+        rows, heads, length, width = query.shape
+        grouped = (query * (scaling or width**-0.5)).reshape(rows, key.shape[1], -1, width)  # the heads of one key
+        weights = (grouped @ key.mT).view(rows, heads, length, -1).masked_fill(~mask, torch.finfo(query.dtype).min)
+        weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype).view(rows, key.shape[1], -1, key.shape[2])
+        return (weights @ value).view(rows, heads, length, width).transpose(1, 2), None
 
-    AttentionInterface.register("sdpa_in_float32", attend)
-    AttentionMaskInterface.register("sdpa_in_float32", sdpa_mask)
-    return "sdpa_in_float32"
+    AttentionInterface.register("short_or_float32", attend)
+    AttentionMaskInterface.register("short_or_float32", sdpa_mask)
+    return "short_or_float32"
 
 
 def _contiguous(_head: object, hidden: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -54,14 +54,23 @@ def test_default_base_answers_and_stops(default: base.Base) -> None:
     assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") == model.generation_config.eos_token_id
 
 
-def test_bfloat16_on_a_cpu_attends_in_float32(default: base.Base) -> None:
-    """As near to the float32 model as transformers' own attention is; gradients pass."""
-    tokens = base.load_tokenizer(default)("The food was good, the service was slow.", return_tensors="pt").input_ids
+@pytest.mark.parametrize("sentences", [1, 15])
+def test_attention_of_bfloat16_on_a_cpu(default: base.Base, sentences: int) -> None:
+    """As near to the float32 model as transformers' own is, whichever way the length takes; padding changes nothing;
+    gradients pass."""
+    text = "The food was good, the service was slow. " * sentences
+    tokens = base.load_tokenizer(default)(text, return_tensors="pt").input_ids
+    assert (tokens.shape[1] > base.SHORT) == (sentences > 1)
     exact = base.load_model(default, torch.float32, "cpu")(tokens).logits
     model = base.load_model(default, torch.bfloat16, "cpu")
-    ours = model(inputs_embeds=(embedded := model.get_input_embeddings()(tokens).requires_grad_())).logits
+    left = torch.nn.functional.pad(tokens, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (3, 0))
+    embedded = model.get_input_embeddings()(left).requires_grad_()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ours = model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions).logits[:, 3:]
     ours.float().logsumexp(-1).sum().backward()
     assert embedded.grad is not None and bool(embedded.grad.isfinite().all())
+    assert not bool(embedded.grad[:, :3].any())
     model.set_attn_implementation("sdpa")
     stock = model(tokens).logits
     assert float((ours - exact).detach().norm()) <= 1.25 * float((stock - exact).norm()) < 0.05 * float(exact.norm())
