@@ -24,11 +24,13 @@ def mix(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = logits.softmax(-1)
     log_z = -p.amax(-1).log()
     log_w = log_weights.to(log_z)
-    mixture = torch.bmm(log_w.exp()[:, None], p)[:, 0].log()
-    gangs, tokens = (mixture < TINY).nonzero(as_tuple=True)
-    mixture[gangs, tokens] = torch.logsumexp(logits[gangs, :, tokens] + (log_w - log_z)[gangs], 1)
+    mean = torch.bmm(log_w.exp()[:, None], p)[:, 0]
+    mixture = mean.log()
+    if float(mixture.amin()) < TINY:
+        gangs, tokens = (mixture < TINY).nonzero(as_tuple=True)
+        mixture[gangs, tokens] = torch.logsumexp(logits[gangs, :, tokens] + (log_w - log_z)[gangs], 1)
     aleatoric = (log_w.exp() * (log_z - _mean(p, logits))).sum(1)
-    return mixture, log_z, torch.stack([-_mean(mixture.exp(), mixture), aleatoric], 1)
+    return mixture, log_z, torch.stack([-_mean(mean, mixture), aleatoric], 1)
 
 
 def _mean(p: Tensor, values: Tensor) -> Tensor:

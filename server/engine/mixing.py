@@ -75,13 +75,14 @@ class Mixer:
             else:
                 runner.discard_request_mask.np[list(rows.values())] = True
         self._steps, self.notes = [], {}
+        given = logits
         if complete:
             logits = logits.float()
         for group in complete.values():
-            leaders = [leader for leader, _ in group]
-            index = torch.tensor([members for _, members in group], device=logits.device)
+            leaders, members = [leader for leader, _ in group], [each for _, each in group]
+            index = torch.tensor(members, device=logits.device)
             log_weights = torch.stack([self.gangs[leader].log_weights for leader in leaders])
-            laws = logits[index]
+            laws = _copied(given, members)
             mixture, log_z, entropies = mix(laws, log_weights)
             logits[index[:, 0]] = mixture
             self._steps.append(Step(leaders, index, laws, log_z, entropies))
@@ -154,6 +155,14 @@ class Mixer:
         self.prompts.forget(request_id)
         self._members.pop(request_id, None)
         self.gangs.pop(request_id, None)
+
+
+def _copied(logits: Tensor, rows: list[list[int]]) -> Tensor:
+    """These rows [G, K] of logits [rows, V] as a new float32 [G, K, V]; in one pass where they are all there are, in
+    order."""
+    if [row for members in rows for row in members] == list(range(len(logits))):
+        return logits.view(len(rows), -1, logits.shape[1]).to(torch.float32, copy=True)
+    return logits[torch.tensor(rows, device=logits.device)].float()
 
 
 class PositionedGenerator(torch.Generator):
