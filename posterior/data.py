@@ -146,7 +146,7 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
 
 
-WINDOW = 8  # batches whose rows are sorted by length: of yelp's and SST-2's tokens a tenth is then padding, not 40 %
+WINDOW = 8  # batches whose rows are sorted by length, so that little is padded
 
 
 def shuffled(examples: Sequence[Example], size: int, generator: torch.Generator) -> list[int]:
