@@ -89,8 +89,8 @@ SHORT = 128  # tokens up to which a CPU's attention is plain products
 
 
 def _cpu_attention() -> str:
-    """The name of attention for bfloat16 on a CPU, where torch's own is slow backwards: plain products for short texts, else
-    torch's own in float32."""
+    """The name of attention for bfloat16 on a CPU, where torch's own is slow backwards: plain products for short
+    texts, else torch's own in float32."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
