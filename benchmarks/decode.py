@@ -4,8 +4,8 @@
 
 A user's token is one of the mixture's text: K rows of the batch. All ways use the same random adapters on q_proj and
 v_proj, the same prompts, precision and machine, and take turns. transformers + peft mixes the same way, with a KV
-cache for each particle: by switching adapters, and by peft's batches of mixed adapters. It is timed on fewer tokens
-(--peft-tokens), which favours it: its caches stay short. Ratios are paired by repetition; mean +- t * standard error.
+cache for each particle: by switching adapters, and by peft's batches of mixed adapters. Ratios are paired by
+repetition; mean +- t * standard error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--peft-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="as for `posterior serve`")
@@ -175,7 +174,7 @@ class Peft:
         for k, adapter in enumerate(adapters[1:], 1):
             self.network.load_adapter(str(adapter.path), adapter_name=str(k))
         self.network.eval()
-        self.k, self.tokens, self.device = len(adapters), args.peft_tokens, device
+        self.k, self.tokens, self.device = len(adapters), args.tokens, device
 
     def _prompts(self, prompts: list[str]) -> Any:
         self.tokenizer.padding_side = "left"

@@ -22,8 +22,8 @@ from posterior.job import Job, Result, particles
 from posterior.likelihood import log_likelihood
 from posterior.stacked import repeat, stack, stacked
 
-SMALLEST, LARGEST = 1e-6, 1e3  # sigmas
-HALVINGS = 10  # of the last factor of two: sigma to 0.1 %
+SMALLEST, FIRST, LARGEST = 1e-6, 1e-3, 1e3  # sigmas: the search begins at FIRST
+HALVINGS = 7  # of the last factor of two: sigma to 0.8 %
 
 
 def fit(job: Job) -> Result:
@@ -78,12 +78,15 @@ def loss(job: Job, thetas: list[lora.Theta]) -> float:
 
 
 def largest(within: Callable[[float], bool]) -> float:
-    """The largest sigma that is within: doubled from the smallest until it is not, then bisected. What is returned was
+    """The largest sigma that is within: halved or doubled until the next is not, then bisected. What is returned was
     itself found within."""
-    if not within(SMALLEST):
-        raise PosteriorError(f"even sigma {SMALLEST} costs more than --tolerance allows; raise it")
-    low, high = SMALLEST, 2 * SMALLEST
-    while within(high):
+    low = FIRST
+    while not within(low):
+        low /= 2
+        if low < SMALLEST:
+            raise PosteriorError(f"even sigma {2 * low:.1e} costs more than --tolerance allows; raise it")
+    high = 2 * low
+    while low >= FIRST and within(high):
         low, high = high, 2 * high
         if high > LARGEST:
             raise PosteriorError(f"no sigma up to {LARGEST:g} costs as much as --tolerance allows; lower it")

@@ -93,6 +93,9 @@ def set_environment(device: str, compile_cache: Path | None = None) -> None:
     elif device == "cpu":
         os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # its cache cannot be read again on a CPU in vLLM 0.32
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
+    if device == "cpu":  # glibc keeps freed tensors below 1 GiB: else each step's logits are pages to fault in anew
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.setdefault(name, str(2**30))
     # The V1 runner, whatever this machine would choose: mixing and scoring change its sampling.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

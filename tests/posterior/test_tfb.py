@@ -42,7 +42,7 @@ def test_directions_that_b_ignores_get_no_noise():
     assert not tfb.perturbation(theta, 0)["one.A"].any()
 
 
-@pytest.mark.parametrize("limit", [0.0123, 3.7, 1e-6])
+@pytest.mark.parametrize("limit", [0.0123, 0.001, 3.7, 2e-6])
 def test_sigma_is_the_largest_within(limit):
     tried: list[float] = []
 
@@ -51,7 +51,7 @@ def test_sigma_is_the_largest_within(limit):
         return sigma <= limit
 
     found = tfb.largest(within)
-    assert found in tried and found <= limit < found * 1.002
+    assert found in tried and found <= limit < found * 1.01
     assert found == max(sigma for sigma in tried if sigma <= limit)
 
 
