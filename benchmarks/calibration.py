@@ -32,11 +32,12 @@ from posterior.metrics import COVERAGE, METRICS, best_temperature, calibrated_ec
 
 SETS = ("yelp", "sst2", "arc_easy", "openbookqa", "arc_challenge")
 LINEARISED = [family for family in FAMILIES if family.startswith("laplace")]
-SAMPLED = [family for family in FAMILIES if not family.startswith(("laplace", "map"))]
+SAMPLED = [family for family in FAMILIES if not family.startswith(("laplace", "map", "label"))]
 # The rows of a table: title, family, predictive.
 METHODS = [
     ("MAP", "map", "MAP"),
     ("MAP, temperature", "map", "temperature"),
+    ("MAP, label smoothing", "label-smoothing", "MAP"),
     ("MAP, prior by evidence", "map-evidence", "MAP"),
     ("MAP, prior by evidence, temperature", "map-evidence", "temperature"),
     ("plain Laplace, full, linearised", "map-evidence", "linearized"),

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks import smoothing
 from posterior import artefact, fit, lora
 from posterior.base import Base, load_model, load_tokenizer
 from posterior.data import Example, Row, data_hash, encode, read_jsonl
@@ -33,9 +34,11 @@ PARTICLES = 8
 CALIBRATION, OTHER = 200, 50  # rows, at most, of the calibration split and of each other set
 OOD = ("mmlu_cs", "mmlu_chem")
 
+WEAK = ("--method", "ensemble", "--particles", "1", "--prior-precision", "1")
 # `posterior fit`'s arguments of each family. "map" has a weak prior on B; "tfb" spreads that adapter.
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "map": ("--method", "ensemble", "--particles", "1", "--prior-precision", "1"),
+    "map": WEAK,
+    "label-smoothing": WEAK,
     "map-evidence": ("--no-variational", "--structure", "full"),
     "laplace": (),
     "laplace-full": ("--structure", "full"),
@@ -194,7 +197,7 @@ class Cell:
         }
         if posterior.family == "laplace":
             found["linearized"] = lambda rows: linearized(model, posterior.law, rows)
-        if (posterior.family == "particles" and self.family != "map") or self.family == "laplace":
+        if (posterior.family == "particles" and FAMILIES[self.family] != WEAK) or self.family == "laplace":
             found["particles"] = lambda rows: sampled(model, posterior, PARTICLES, rows)
         return found
 
@@ -218,7 +221,8 @@ class Cell:
             parser = argparse.ArgumentParser()
             fit.add_arguments(parser)
             start = time.process_time()
-            fit.fit(parser.parse_args([*words, *adapter, *training, "--seed", str(self.seed)]))
+            method = smoothing.fit if self.family == "label-smoothing" else fit.fit
+            method(parser.parse_args([*words, *adapter, *training, "--seed", str(self.seed)]))
             spent.write_text(str(time.process_time() - start))
         return artefact.load(folder), before + float(spent.read_text())
 

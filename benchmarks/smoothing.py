@@ -1,0 +1,50 @@
+"""Label smoothing (Szegedy et al. 2016, arXiv 1512.00567): the grid's MAP, trained on labels that are 90 % sure."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from posterior import artefact, imported, lora
+from posterior.base import load_model, load_tokenizer, resolve
+from posterior.data import Batch, encode, read_jsonl
+from posterior.job import MEMBERS, prior_precision
+from posterior.likelihood import scores
+from posterior.map import Trainer, Training
+from posterior.task import Task
+
+SMOOTHING = 0.1  # of the probability is shared equally by all candidates
+
+
+class Smoothed(Trainer):
+    """Trainer whose loss is the cross-entropy with the smoothed labels."""
+
+    def gradient(self, batch: Batch) -> float:
+        loss = cross_entropy(scores(self.model, batch), batch.label, label_smoothing=SMOOTHING)
+        (loss + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+
+def fit(args: argparse.Namespace) -> artefact.Posterior:
+    """What `posterior fit --method ensemble --particles 1` makes of the same arguments, but for the loss."""
+    base, task = resolve(), Task("choice", args.template, args.answers and tuple(args.answers), chat=False)
+    model = lora.attach(load_model(base, getattr(torch, args.dtype), args.device), base_id=base.id)
+    lora.initialise(model, args.seed * MEMBERS)
+    tokenizer: Any = load_tokenizer(base)
+    examples = encode(task, tokenizer, read_jsonl(args.data))
+    precision = prior_precision(lora.get(model), float(args.prior_precision))
+    trainer = Smoothed(model, examples, precision, Training(epochs=args.epochs, seed=args.seed * MEMBERS))
+    while not trainer.done:
+        trainer.run_epoch()
+    parser = argparse.ArgumentParser()
+    imported.add_arguments(parser)
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter"
+        lora.write_adapter(adapter, lora.get(model), lora.config_of(model))
+        words = [str(adapter), "--out", str(args.out), "--template", args.template]
+        return imported.collect(parser.parse_args([*words, *(["--answers", *args.answers] if args.answers else [])]))
