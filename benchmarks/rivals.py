@@ -165,7 +165,7 @@ def jacobian(model: Any, batch: Batch, root: bool = False) -> Tensor:
 
 
 def gradients(model: Any, batch: Batch, root: bool = False) -> dict[str, Tensor]:
-    """The same by matrix, [B (C - 1), r, d] as laplace.orient has it."""
+    """The same by matrix, [B (C - 1), r, d] as lora.orient has it."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     found: dict[str, list[Tensor]] = {name: [] for name in matrices}
@@ -179,7 +179,7 @@ def gradients(model: Any, batch: Batch, root: bool = False) -> dict[str, Tensor]
         for c in range(columns.shape[2]):
             for name, g in tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2]).items():
                 a = tape.inputs[name] * batch.mask[..., None]
-                found[name].append(laplace.orient(name, g.mT @ a.to(g)))
+                found[name].append(lora.orient(name, g.mT @ a.to(g)))
     return {name: torch.stack(parts, 1).flatten(0, 1) for name, parts in found.items()}
 
 

@@ -45,7 +45,7 @@ def moments(
         mask = batch.mask[..., None]
         for name in law.precision:
             a = tape.inputs[name] * mask.to(tape.inputs[name])
-            parts = [laplace.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients]
+            parts = [lora.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients]
             jacobian = torch.stack(parts, 1)
             if batch.answer is None:
                 jacobian = jacobian.view(count, width, *jacobian.shape[-2:])

@@ -91,6 +91,11 @@ def get(model: nn.Module, adapter: str = ADAPTER) -> Theta:
     return {name: module.weight.detach().clone() for name, module in matrices(model, adapter).items()}
 
 
+def orient(name: str, matrix: Tensor) -> Tensor:
+    """A matrix of theta as [..., r, d], and back: A as it is, B transposed."""
+    return matrix if name.endswith(".A") else matrix.mT
+
+
 def put(model: nn.Module, theta: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
     """Overwrite theta in place."""
     with torch.no_grad():

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from posterior.data import Batch
 from posterior.diagonal import by_example
+from posterior.lora import orient
 
 COLUMNS = 512  # m; the sketch under-estimates an effective dimension gamma by up to about gamma / m of it
 FAINT = 1e-5  # eigenvalues of the whitened Fisher below this change nothing
@@ -64,7 +65,7 @@ class Signs:
         )
 
     def project(self, name: str, gradient: Tensor) -> Tensor:
-        """Gradients [..., r, d] of a matrix, as laplace.orient has them -> [..., m]."""
+        """Gradients [..., r, d] of a matrix, as lora.orient has them -> [..., m]."""
         inside = gradient @ self.wide[gradient.shape[-1]].to(gradient)
         scale = math.sqrt(self.columns)
         projected: Tensor = (inside * self.narrow[name].to(gradient)).sum(-2) / scale
@@ -78,7 +79,7 @@ class Sketch:
         self, matrices: Mapping[str, nn.Linear], fixed: Mapping[str, float], columns: int = COLUMNS, seed: int = 0
     ):
         """`fixed`: the prior precision of the matrices where it is known; all others share one, told later."""
-        shapes = {name: _oriented(name, module.weight).shape for name, module in matrices.items()}
+        shapes = {name: orient(name, module.weight).shape for name, module in matrices.items()}
         self.signs = Signs.draw({name: (r, d) for name, (r, d) in shapes.items()}, columns, seed)
         self.fixed = fixed
         self.gram = torch.zeros(2 * columns, 2 * columns, dtype=torch.float64)
@@ -88,7 +89,7 @@ class Sketch:
         sides = torch.zeros(2, len(batch.label), self.signs.columns, dtype=torch.float64, device=batch.label.device)
         for name, g in gradients.items():
             a, g = by_example(inputs[name], g, batch)
-            z = self.signs.project(name, _oriented(name, g.mT @ a))
+            z = self.signs.project(name, orient(name, g.mT @ a))
             sides[int(name in self.fixed)] += z * self.fixed.get(name, 1.0) ** -0.5
         z = torch.cat(list(sides.cpu()), 1)
         self.gram.addmm_(z.T, z)
@@ -163,11 +164,6 @@ def _root(gram: Tensor) -> Tensor:
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
     root: Tensor = torch.linalg.cholesky(gram + (JITTER * trace + torch.finfo(gram.dtype).tiny) * eye)
     return root
-
-
-def _oriented(name: str, matrix: Tensor) -> Tensor:
-    """As laplace.orient."""
-    return matrix if name.endswith(".A") else matrix.mT
 
 
 def _signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -38,7 +38,7 @@ def test_is_the_diagonal_of_the_exact_block(model, tokens):
     examples = make_examples(6, tokens=tokens)
     blocks = fit(model, examples, structure="diagonal")
     for name, exact in exact_blocks(model, examples).items():
-        assert blocks[name].shape == tuple(laplace.orient(name, lora.get(model)[name]).shape)
+        assert blocks[name].shape == tuple(lora.orient(name, lora.get(model)[name]).shape)
         torch.testing.assert_close(blocks[name].values.flatten(), exact.diagonal(), rtol=1e-6, atol=1e-10)
 
 
@@ -69,7 +69,7 @@ def test_linearized_covariance_is_j_inverse_p_j(model, curvature):
     _, (covariance,) = moments(model, lora.matrices(model), laplace.Blocks(curvature, precision), batch)
     expected = torch.zeros(5, 3, 3, dtype=torch.float64)
     for name, jacobian in dense_jacobian(model, batch).items():
-        j = laplace.orient(name, jacobian).flatten(2)
+        j = lora.orient(name, jacobian).flatten(2)
         j = j - j[:, :1]
         inverse = torch.linalg.inv(dense(curvature[name]) + precision[name] * torch.eye(j.shape[2]).double())
         expected += j @ inverse @ j.mT

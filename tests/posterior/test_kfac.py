@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posterior import kfac, laplace, lora
+from posterior import kfac, lora
 from posterior.data import batches, collate
 from posterior.errors import PosteriorError
 from posterior.likelihood import record, scores
@@ -35,7 +35,7 @@ def exact_blocks(model, examples) -> dict[str, Tensor]:
         p = scores(model, batch)[0].softmax(0)
         middle = torch.diag(p) - p[:, None] * p
         for name, jacobian in dense_jacobian(model, batch).items():
-            flat = laplace.orient(name, jacobian[0]).flatten(1)
+            flat = lora.orient(name, jacobian[0]).flatten(1)
             total[name] = total.get(name, 0) + flat.T @ middle @ flat
     return total
 

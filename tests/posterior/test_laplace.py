@@ -106,7 +106,7 @@ def test_linearized_covariance_is_j_inverse_p_j(model, curvature, tokens):
     for number, precision in enumerate(precisions):
         expected = torch.zeros(5, 3, 3, dtype=torch.float64)
         for name, block in curvature.items():
-            j = laplace.orient(name, jacobians[name]).flatten(2)
+            j = lora.orient(name, jacobians[name]).flatten(2)
             j = j - j[:, :1]  # relative to the first candidate
             inverse = torch.linalg.inv(dense(block) + precision[name] * torch.eye(math.prod(block.shape)).double())
             expected += j @ inverse @ j.mT

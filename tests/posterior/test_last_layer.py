@@ -46,7 +46,7 @@ def test_served_covariance_is_of_the_last_layer_s_jacobian(run_fit, tiny_base):
     jacobians = dense_jacobian(model, collate([example]))
     expected = torch.zeros(3, 3, dtype=torch.float64)
     for name in LAST:
-        j = laplace.orient(name, jacobians[name])[0].flatten(1).double()
+        j = lora.orient(name, jacobians[name])[0].flatten(1).double()
         j = j - j[:1]
         p = dense(posterior.curvature[name]).double()
         expected += j @ torch.linalg.inv(p + posterior.precision[name] * torch.eye(len(p)).double()) @ j.T

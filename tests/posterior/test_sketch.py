@@ -45,7 +45,7 @@ def fisher(model, examples, precision: float, omega: dict[str, Tensor] | None = 
         p = scores(model, batch)[0].softmax(0)
         parts = {}
         for name, jacobian in dense_jacobian(model, batch).items():
-            parts[name] = laplace.orient(name, jacobian[0]).flatten(1) * prior[name] ** -0.5
+            parts[name] = lora.orient(name, jacobian[0]).flatten(1) * prior[name] ** -0.5
         if omega is None:
             phi = torch.cat(list(parts.values()), 1)
         else:
@@ -64,7 +64,7 @@ def test_is_the_dense_fisher_between_the_signs(model, tokens):
     _, sketch = fit(model, examples, columns=7)
     omega = {}
     for name, u in sketch.signs.narrow.items():
-        w = sketch.signs.wide[laplace.orient(name, lora.get(model)[name]).shape[1]]
+        w = sketch.signs.wide[lora.orient(name, lora.get(model)[name]).shape[1]]
         omega[name] = (u[:, None] * w).double() * 7**-0.5
     expected = torch.linalg.eigvalsh(fisher(model, examples, OPEN, omega))
     torch.testing.assert_close(sketch.eigenvalues(OPEN), expected.clamp(min=0), rtol=1e-5, atol=1e-6)
@@ -101,7 +101,7 @@ def dense_covariance(model, batch, precision: float, data) -> Tensor:
     """J P^-1 J^T with the whole Fisher of the data, by dense linear algebra of all parameters together."""
     prior = precisions(model, precision)
     parts = [
-        laplace.orient(name, jacobian).flatten(2) * prior[name] ** -0.5
+        lora.orient(name, jacobian).flatten(2) * prior[name] ** -0.5
         for name, jacobian in dense_jacobian(model, batch).items()
     ]
     j = torch.cat(parts, 2)
