@@ -46,6 +46,7 @@ METHODS = [
     *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
 ]
 Values = dict[str, float]
+Summaries = dict[str, dict[str, dict[int, Values]]]  # by set, title and seed
 
 
 def main() -> None:
@@ -100,12 +101,12 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
         f"risk-coverage; cover, size: split-conformal sets (LAC) at {COVERAGE:.0%}; fit in epochs of MAP, predict in "
         "MAP forwards, of CPU time."
     ]
-    summaries: dict[str, dict[str, list[Values]]] = {}
+    summaries: Summaries = {}
     for each in data:
         summaries[each.name] = {}
         for title, family, predictive in METHODS:
-            results = [found[key] for seed in args.seeds if (key := (each.name, seed, family)) in found]
-            summaries[each.name][title] = [values(result, predictive) for result in results]
+            results = {seed: found[key] for seed in args.seeds if (key := (each.name, seed, family)) in found}
+            summaries[each.name][title] = {seed: values(result, predictive) for seed, result in results.items()}
         parts.append(table(each, summaries[each.name]))
         parts.append(figures(each, {k: v for k, v in found.items() if k[0] == each.name and k[1] == args.seeds[0]}))
     parts.append(verdicts(summaries))
@@ -148,7 +149,7 @@ COLUMNS = (*METRICS, "ece if calibrated", "shift nll", "ood epistemic", "ood tot
 COARSE = ("fit", "predict")
 
 
-def table(data: Data, rows: Mapping[str, Sequence[Values]]) -> str:
+def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
     """Methods x columns, mean ± standard error over seeds."""
     lines = [
         f"## {data.name}: {len(data.train)} rows, {len(data.test)} test rows",
@@ -157,7 +158,7 @@ def table(data: Data, rows: Mapping[str, Sequence[Values]]) -> str:
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
     for title, found in rows.items():
-        cells = [_mean([row[name] for row in found if name in row], name) for name in COLUMNS]
+        cells = [_mean([row[name] for row in found.values() if name in row], name) for name in COLUMNS]
         lines.append(f"| {title} | {len(found) or 'not run'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -188,12 +189,12 @@ def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
     return " ".join(images)
 
 
-def verdicts(summaries: Mapping[str, Mapping[str, Sequence[Values]]]) -> str:
+def verdicts(summaries: Summaries) -> str:
     """What was wanted of the defaults, averaged over the sets and seeds that were run."""
     lines = [
         "## What was wanted",
         "",
-        "Averaged over the sets and seeds in which both methods of a comparison were run.",
+        "Averaged over the sets and seeds in which all methods of a comparison were run.",
     ]
     for title in ("laplace, linearised", *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
@@ -220,7 +221,7 @@ def _wishes(triples: Sequence[tuple[Values, ...]]) -> str:
     return f"{len(triples)} fits; " + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
 
 
-def _repulsion(summaries: Mapping[str, Mapping[str, Sequence[Values]]]) -> str:
+def _repulsion(summaries: Summaries) -> str:
     pairs = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
     if not pairs:
         return "- SVGD against the same without repulsion: not run"
@@ -229,12 +230,12 @@ def _repulsion(summaries: Mapping[str, Mapping[str, Sequence[Values]]]) -> str:
     return f"- SVGD's NLL minus that without repulsion: {statistics.fmean(found):+.4f}{error} nats ({len(found)} fits)"
 
 
-def _paired(summaries: Mapping[str, Mapping[str, Sequence[Values]]], *titles: str) -> list[tuple[Values, ...]]:
-    """The values of these methods at the sets where all have the same number of seeds."""
+def _paired(summaries: Summaries, *titles: str) -> list[tuple[Values, ...]]:
+    """The values of these methods at the sets and seeds where all were run."""
     found: list[tuple[Values, ...]] = []
     for rows in summaries.values():
-        if len({len(rows[title]) for title in titles}) == 1:
-            found += zip(*(rows[title] for title in titles), strict=True)
+        seeds = set.intersection(*(set(rows[title]) for title in titles))
+        found += [tuple(rows[title][seed] for title in titles) for seed in sorted(seeds)]
     return found
 
 
