@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cells import FAMILIES, PARTICLES, RESULTS, Cell, Data, Result, read
+from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, Cell, Data, Result, read
 from posterior import plots
 from posterior.base import resolve
 from posterior.evaluate import Predictions, point
@@ -32,7 +32,7 @@ from posterior.metrics import COVERAGE, METRICS, best_temperature, calibrated_ec
 
 SETS = ("yelp", "sst2", "arc_easy", "openbookqa", "arc_challenge")
 LINEARISED = [family for family in FAMILIES if family.startswith("laplace")]
-SAMPLED = [family for family in FAMILIES if not family.startswith(("laplace", "map", "label"))]
+SAMPLED = [family for family in FAMILIES if family not in (*POINTS, "map-evidence", *LINEARISED)]
 # The rows of a table: title, family, predictive.
 METHODS = [
     ("MAP", "map", "MAP"),
@@ -109,7 +109,7 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
             summaries[each.name][title] = {seed: values(result, predictive) for seed, result in results.items()}
         parts.append(table(each, summaries[each.name]))
         parts.append(figures(each, {k: v for k, v in found.items() if k[0] == each.name and k[1] == args.seeds[0]}))
-    parts.append(verdicts(summaries))
+    parts += [short(summaries), verdicts(summaries)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -160,6 +160,26 @@ def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
     for title, found in rows.items():
         cells = [_mean([row[name] for row in found.values() if name in row], name) for name in COLUMNS]
         lines.append(f"| {title} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short(summaries: Summaries) -> str:
+    """The methods that were run, in few columns: the README's table."""
+    names = ("nll", "ece")
+    lines = [
+        "## In short",
+        "",
+        "| | seeds | fit | predict | " + " | ".join(f"{each}: {name}" for each in summaries for name in names) + " |",
+        "|---" * (4 + len(names) * len(summaries)) + "|",
+    ]
+    for title, _, _ in METHODS:
+        found = [list(rows[title].values()) for rows in summaries.values()]
+        if not any(found):
+            continue
+        seeds = ", ".join(str(len(values)) for values in found)
+        costs = [f"{_average([row for values in found for row in values], name):.1f}" for name in COARSE]
+        cells = [_mean([row[name] for row in values], name) for values in found for name in names]
+        lines.append(f"| {title} | {' | '.join([seeds, *costs, *cells])} |")
     return "\n".join(lines)
 
 

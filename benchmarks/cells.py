@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "svgd-no-repulsion": ("--method", "svgd", "--no-repulsion"),
     "ensemble": ("--method", "ensemble"),
 }
+POINTS = ("map", "label-smoothing")  # one adapter, whose only predictive is its own
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Cell:
         }
         if posterior.family == "laplace":
             found["linearized"] = lambda rows: linearized(model, posterior.law, rows)
-        if (posterior.family == "particles" and FAMILIES[self.family] != WEAK) or self.family == "laplace":
+        if (posterior.family == "particles" and self.family not in POINTS) or self.family == "laplace":
             found["particles"] = lambda rows: sampled(model, posterior, PARTICLES, rows)
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from posterior import artefact, imported, lora
@@ -24,10 +25,8 @@ SMOOTHING = 0.1  # of the probability is shared equally by all candidates
 class Smoothed(Trainer):
     """Trainer whose loss is the cross-entropy with the smoothed labels."""
 
-    def gradient(self, batch: Batch) -> float:
-        loss = cross_entropy(scores(self.model, batch), batch.label, label_smoothing=SMOOTHING)
-        (loss + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+    def loss(self, batch: Batch) -> Tensor:
+        return cross_entropy(scores(self.model, batch), batch.label, label_smoothing=SMOOTHING)
 
 
 def fit(args: argparse.Namespace) -> artefact.Posterior:

@@ -107,9 +107,13 @@ class Trainer:
 
     def gradient(self, batch: Batch) -> float:
         """Leave in each matrix the gradient to descend; returns the mean negative log-likelihood of the batch."""
-        nll = -log_likelihood(self.model, batch).mean()
+        nll = self.loss(batch)
         (nll + self.penalty() / len(self.examples)).backward()  # type: ignore[no-untyped-call]
         return float(nll.detach())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood of the batch, nats per example."""
+        return -log_likelihood(self.model, batch).mean()
 
     def penalty(self) -> Tensor:
         """Negative log prior up to a constant: sum_m (lambda_m / 2) |theta_m - theta_0,m|^2."""

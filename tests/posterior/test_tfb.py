@@ -77,7 +77,7 @@ def test_fit_spends_the_tolerance(run_fit, tiny_base, tmp_path):
             lora.put(model, lora.read_adapter(folder))
             rows.append(log_likelihood(model, batch).double().exp())
     spread = -float(torch.stack(rows).mean(0).log().sum())
-    assert 1.005 < spread / own <= 1.01001  # sigma is known to a thousandth, and the loss may be steep there
+    assert 1.005 < spread / own <= 1.01001  # sigma is known to a hundredth, and the loss may be steep there
     assert posterior.fit["sigma"] > 0 and posterior.prior == {}
 
 
