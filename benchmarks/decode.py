@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from server.engine.engine import VllmEngine
 
 Way = Callable[[list[str]], Awaitable[float]]  # prompts -> user tokens per second
+SWITCHING, BARE = "transformers + peft, switching adapters", "K rows a prompt without adapters: the most there is"
 TOPICS = ["the sea", "bread", "winter", "a violin", "the moon", "a market", "chess", "rain", "a lighthouse", "ants"]
 
 
@@ -95,13 +96,15 @@ async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequen
     ways: dict[str, Way] = {
         f"lockstep, K={args.particles}": mixed,
         f"the same {args.particles} rows a prompt, unmixed": unmixed,
-        "transformers + peft, switching adapters": peft.switching,
+        SWITCHING: peft.switching,
         "transformers + peft, batches of mixed adapters": peft.batched,
-        f"{args.particles} rows a prompt without adapters: the most there is": bare,
+        BARE: bare,
     }
     for count in args.prompts:
         rates = await alternate(ways, count, args.repetitions)
-        print(report(f"{count} prompt{'s' * (count > 1)}", rates, {1: 0.95, 2: 8.0, 3: 2.0}), flush=True)
+        print(report(f"{count} prompt{'s' * (count > 1)}", rates, {1: 0.95, 2: 8.0, 3: 2.0}))
+        ratios = [a / b for a, b in zip(rates[BARE], rates[SWITCHING], strict=True)]
+        print(f"\nwithout adapters and mixing / switching: {interval(ratios)}", flush=True)
 
 
 async def alternate(ways: dict[str, Way], count: int, repetitions: int) -> dict[str, list[float]]:
