@@ -216,7 +216,8 @@ def verdicts(summaries: Summaries) -> str:
         "",
         "Averaged over the sets and seeds in which all methods of a comparison were run.",
     ]
-    for title in ("laplace, linearised", *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
+    defaults = ("laplace, linearised", f"laplace, {PARTICLES} samples")
+    for title in (*defaults, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
             triples = _paired(summaries, title, reference, f"{reference}, temperature")
             lines.append(f"- {title}, against {reference}: {_wishes(triples) if triples else 'not run'}")

@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,10 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
     ours = linearized(model, default.law, test).probability
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
-    table[f"Laplace, {PARTICLES} samples (default)"] = estimate(
-        sampled(model, default, PARTICLES, test).probability, labels
-    )
+    for name, each in ((f"width {default.width:.2f} (default)", default), ("width 1", replace(default, width=1.0))):
+        table[f"Laplace, {PARTICLES} samples, {name}"] = estimate(
+            sampled(model, each, PARTICLES, test).probability, labels
+        )
     heldout = default.law.rescaled(gaussian.heldout_factor(model, default.law, calibration, 16))
     table["Laplace, linearised, prior by held-out NLL"] = estimate(linearized(model, heldout, test).probability, labels)
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")

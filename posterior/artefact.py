@@ -44,7 +44,7 @@ Family = Literal["laplace", "particles"]
 @dataclass(frozen=True)
 class Posterior:
     """A verified posterior folder. base: {"id", "revision", "hash"}; weights: one per particle; prior, fit: as
-    recorded."""
+    recorded; width: of Laplace draws (posterior/width.py)."""
 
     path: Path
     hash: str
@@ -59,6 +59,7 @@ class Posterior:
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
+    width: float = 1.0
 
     @property
     def law(self) -> laplace.Law:
@@ -104,7 +105,7 @@ class Posterior:
             generator = torch.Generator().manual_seed(seed)
             with lora.atomic_folder(target) as work:
                 for index in range(k):
-                    draw = laplace.sample(self.curvature, self.precision, mean, generator)
+                    draw = laplace.sample(self.curvature, self.precision, mean, generator, self.width)
                     lora.write_adapter(work / f"{index:03d}", draw, config)
         return [target / f"{index:03d}" for index in range(k)]
 
@@ -122,6 +123,7 @@ def save(
     curvature: Mapping[str, Block] | None = None,
     precision: Mapping[str, float] | None = None,
     full: Full | None = None,
+    width: float = 1.0,
     particles: Sequence[lora.Theta] = (),
     weights: Sequence[float] = (),
     rows: Sequence[Example] = (),
@@ -149,6 +151,7 @@ def save(
             "prior": dict(prior),
             "fit": dict(fit),
             "weights": list(weights),
+            **({"width": width} if family == "laplace" else {}),
             "files": files,
         }
         (work / "posterior.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -185,6 +188,7 @@ def load(folder: Path | str) -> Posterior:
             curvature=curvature,
             precision=precision,
             full=_unpack_full(folder / FULL, precision) if FULL in record["files"] else None,
+            width=float(record.get("width", 1.0)),  # older folders have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PosteriorError(
@@ -229,6 +233,8 @@ def _verify_tensors(posterior: Posterior) -> None:
     folders = [posterior.map_dir]
     if posterior.family == "laplace":
         laplace.check(posterior.curvature, posterior.precision, mean)
+        if not 0 < posterior.width <= 1:
+            raise PosteriorError(f"{posterior.path} has draws of width {posterior.width}; it must be in (0, 1]; refit")
     else:
         if (
             not posterior.weights

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from posterior import kfac, laplace, lora
+from posterior import kfac, laplace, lora, width
 from posterior.data import Example, batches
 from posterior.errors import PosteriorError
 from posterior.job import PRECISION, Job, Result, fixed_precision, number, prior_precision
@@ -53,6 +53,7 @@ def fit(job: Job) -> Result:
     if args.prior_precision == "heldout":
         gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, args.batch_size))
     curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
+    drawn = width.fit(model, gaussian.law, curvature, precision, examples, args.batch_size)
     log_lik = job.log_likelihood()
     return Result(
         family="laplace",
@@ -83,6 +84,7 @@ def fit(job: Job) -> Result:
         curvature=curvature,
         precision=precision,
         full=gaussian.full,
+        width=drawn,
     )
 
 

@@ -42,4 +42,6 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
     }
     if posterior.family == "particles":
         facts["particles"] = len(posterior.weights)
+    else:
+        facts["draws"] = f"{posterior.width:.2f} times as wide as the Gaussian"
     return facts

@@ -67,6 +67,7 @@ class Result:
     curvature: Mapping[str, Block] = field(default_factory=dict)
     precision: Mapping[str, float] = field(default_factory=dict)
     full: Full | None = None
+    width: float = 1.0
     particles: Sequence[lora.Theta] = ()
     weights: Sequence[float] = ()
 

@@ -59,9 +59,24 @@ def test_laplace_particles_are_peft_folders_drawn_once(folder, tmp_path):
     generator = torch.Generator().manual_seed(0)
     mean = lora.read_adapter(posterior.map_dir)
     for path in first:
-        expected = laplace.sample(posterior.curvature, posterior.precision, mean, generator)
+        expected = laplace.sample(posterior.curvature, posterior.precision, mean, generator, posterior.width)
         found = lora.read_adapter(path)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_draws_have_the_width_of_the_folder(folder, tmp_path):
+    """theta* + w (draw of width 1 - theta*); a folder that names no width draws as wide as the Gaussian."""
+    narrow = artefact.load(folder)
+    assert 0 < narrow.width < 1
+    mean = lora.read_adapter(narrow.map_dir)
+    (drawn,) = map(lora.read_adapter, narrow.adapters(1, tmp_path))
+    record = json.loads((folder / "posterior.json").read_text())
+    del record["width"]
+    (folder / "posterior.json").write_text(json.dumps(record))
+    whole = artefact.load(folder)
+    assert whole.width == 1 and whole.hash != narrow.hash
+    for name, value in lora.read_adapter(*whole.adapters(1, tmp_path)).items():
+        torch.testing.assert_close(drawn[name], mean[name] + narrow.width * (value - mean[name]))
 
 
 def test_particles_family(folder, tmp_path):
@@ -100,6 +115,9 @@ def test_another_base_is_refused(folder):
         (lambda f: (f / "posterior.json").write_text("[]"), "not a JSON object"),
         (lambda f: edit(f, format=2), "format 2; this version reads 1"),
         (lambda f: edit(f, family="flow"), "family 'flow'"),
+        (lambda f: edit(f, width=0.0), "width 0.0; it must be in"),
+        (lambda f: edit(f, width=float("nan")), "width nan; it must be in"),
+        (lambda f: edit(f, width=[1]), "damaged"),
         (lambda f: edit(f, task=None), "damaged"),
         (lambda f: edit(f, files={}), "does not list map/adapter_config.json"),
         (lambda f: edit(f, files={"../evil": "sha256:0"}), "outside the folder"),
