@@ -53,7 +53,9 @@ def fit(job: Job) -> Result:
     if args.prior_precision == "heldout":
         gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, args.batch_size))
     curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
-    drawn = width.fit(model, gaussian.law, curvature, precision, examples, args.batch_size)
+    drawn = 1.0  # a text's predictive has no linearised twin
+    if args.task == "choice":
+        drawn = width.fit(model, gaussian.law, curvature, precision, examples, args.batch_size)
     log_lik = job.log_likelihood()
     return Result(
         family="laplace",

@@ -58,12 +58,6 @@ def sampled_score(model: nn.Module, batch: Batch, generator: torch.Generator) ->
     return drawn_log_p.masked_fill(batch.target < 0, 0.0).sum()
 
 
-@torch.no_grad()
-def likeliest(model: nn.Module, batch: Batch, count: int) -> Tensor:
-    """The ids [B, count] of the tokens that the model thinks likeliest after each prompt."""
-    return _logits(model, batch, 1)[:, -1].topk(count).indices
-
-
 def _continuations(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(summed log-probabilities [S], token log-probabilities [S, L, V]) of the continuations."""
     assert batch.target is not None

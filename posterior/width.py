@@ -10,7 +10,6 @@ the least mean KL(linearised || mixture). Labels are not looked at, and where th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from tqdm import tqdm
 
 from posterior import laplace, lora
 from posterior.data import Batch, Example, batches
-from posterior.likelihood import likeliest, scores
+from posterior.likelihood import scores
 from posterior.linearized import moments
 from posterior.predictive import from_gaussian
 
 ROWS, DRAWS = 32, 8  # what the mixture is measured with
-LIKELIEST = 4  # tokens, of a position of a text task's row, that stand for the vocabulary
 TOLERANCE = 0.03  # of w, about as well as so few draws tell it
 
 
@@ -39,13 +37,12 @@ def fit(
     seed: int = 0,
 ) -> float:
     """The width w of draws around the adapter as it is, which stays. `law` is what the linearised predictive uses,
-    `curvature` and `precision` what draws are made of; the seed is that of the draws (and of positions in texts)."""
+    `curvature` and `precision` what draws are made of; the seed is that of the draws."""
     model.eval().requires_grad_(False)
     device = next(iter(lora.matrices(model).values())).weight.device
     law = law.to(device)
     step = max(1, len(examples) // ROWS)
-    rows = choices(model, examples[::step][:ROWS], batch_size, seed)
-    held = [batch.to(device) for _, batch in batches(rows, batch_size)]
+    held = [batch.to(device) for _, batch in batches(examples[::step][:ROWS], batch_size)]
     targets = [linearized(model, law, batch) for batch in held]
     mean, generator = lora.get(model), torch.Generator().manual_seed(seed)
     draws = [laplace.sample(curvature, precision, mean, generator) for _ in range(DRAWS)]
@@ -76,23 +73,3 @@ def linearized(model: Any, law: laplace.Law, batch: Batch) -> Tensor:
     return torch.stack(
         [from_gaussian(f, spread).probability for f, spread in zip(mean.cpu(), covariance.cpu(), strict=True)]
     )
-
-
-def choices(model: Any, examples: Sequence[Example], batch_size: int, seed: int) -> list[Example]:
-    """The examples as choices: of a text, one position, drawn at random, is a choice among the LIKELIEST tokens there.
-
-    Examples of one kind only, as they are of one task."""
-    if len(examples[0].continuations) > 1:
-        return list(examples)
-    generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for example in examples:
-        (response,) = example.continuations
-        cut = int(torch.randint(len(response), (), generator=generator))
-        prompts.append(example.prompt + response[:cut])
-    result = [Example(prompt, ((0,), (0,)), 0) for prompt in prompts]
-    device = next(model.parameters()).device
-    for indices, batch in batches(result, batch_size):
-        for index, tokens in zip(indices, likeliest(model, batch.to(device), LIKELIEST).tolist(), strict=True):
-            result[index] = replace(result[index], continuations=tuple((token,) for token in tokens))
-    return result

@@ -130,7 +130,7 @@ def test_text_task(run_fit):
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ok"}]} for n in range(6)
     ]
     posterior = run_fit(rows=rows, task="text")
-    assert posterior.task.kind == "text" and posterior.task.answers is None
+    assert posterior.task.kind == "text" and posterior.task.answers is None and posterior.width == 1
 
 
 def test_heldout_rows_that_are_training_rows_are_counted(run_fit, tmp_path, capsys):

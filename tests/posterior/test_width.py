@@ -1,4 +1,4 @@
-"""The width of Laplace draws: against a brute-force search, a network that is linear, and texts turned into choices."""
+"""The width of Laplace draws: against a brute-force search and a network that is linear."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posterior import laplace, lora, width
-from posterior.data import Example, collate
+from posterior.data import batches, collate
 from posterior.likelihood import scores
 from posterior.linearized import moments
 from posterior.predictive import from_gaussian
@@ -94,20 +94,12 @@ def test_the_adapter_stays_even_when_interrupted(model, monkeypatch):
 def test_rows_are_spread_over_the_data(model, monkeypatch):
     """Of 70 rows, every second until there are enough."""
     seen = []
-    monkeypatch.setattr(width, "choices", lambda model, examples, *_: seen.extend(examples) or list(examples)[:2])
+
+    def recorded(examples, size):
+        seen.extend(examples)
+        return batches(list(examples)[:2], size)
+
+    monkeypatch.setattr(width, "batches", recorded)
     examples = make_examples(70)
     fit(model, law_of(model, examples[:4]), examples)
     assert seen == examples[::2][: width.ROWS]
-
-
-def test_of_a_text_one_position_is_a_choice_among_its_likeliest_tokens(model):
-    texts = [Example(e.prompt, (e.continuations[0] + e.continuations[1],), 0) for e in make_examples(5, tokens=3)]
-    found = width.choices(model, texts, 2, seed=0)
-    for text, choice in zip(texts, found, strict=True):
-        whole = text.prompt + text.continuations[0]
-        assert len(text.prompt) <= len(choice.prompt) < len(whole)
-        assert choice.prompt == whole[: len(choice.prompt)]
-        logits = model(input_ids=torch.tensor([choice.prompt])).logits[0, -1]
-        assert choice.continuations == tuple((token,) for token in logits.argsort(descending=True)[:4].tolist())
-    assert found == width.choices(model, texts, 2, seed=0) != width.choices(model, texts, 2, seed=1)
-    assert 0 < fit(model, law_of(model, make_examples(5)), texts) <= 1
