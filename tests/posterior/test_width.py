@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posterior import laplace, lora, width
-from posterior.data import batches, collate
+from posterior.data import Example, batches, collate
 from posterior.likelihood import scores
 from posterior.linearized import moments
 from posterior.predictive import from_gaussian
@@ -48,9 +48,10 @@ def test_no_width_is_nearer_to_the_linearised_predictive(model, tokens):
     examples = make_examples(9, tokens=tokens)
     law = law_of(model, examples)
     chosen = fit(model, law, examples)
-    grid = [brute_force(model, law, examples, step / 20) for step in range(1, 20)]
+    rows = width.spliced(examples)
+    grid = [brute_force(model, law, rows, step / 20) for step in range(1, 20)]
     assert 0.1 < chosen < 0.9, "an end of the range would show nothing"
-    assert brute_force(model, law, examples, chosen) <= 1.01 * min(grid)
+    assert brute_force(model, law, rows, chosen) <= 1.01 * min(grid)
 
 
 def test_a_linear_network_s_draws_keep_their_width(model, monkeypatch):
@@ -59,7 +60,7 @@ def test_a_linear_network_s_draws_keep_their_width(model, monkeypatch):
     law = law_of(model, examples)
     mean = lora.get(model)
     linear = {}
-    for example in examples:
+    for example in width.spliced(examples):
         batch = collate([example])
         linear[example.prompt] = (scores(model, batch).detach()[0], dense_jacobian(model, batch))
 
@@ -102,4 +103,13 @@ def test_rows_are_spread_over_the_data(model, monkeypatch):
     monkeypatch.setattr(width, "batches", recorded)
     examples = make_examples(70)
     fit(model, law_of(model, examples[:4]), examples)
-    assert seen == examples[::2][: width.ROWS]
+    assert seen == width.spliced(examples)[::2][: width.ROWS]
+
+
+def test_rows_are_halves_of_two():
+    first, second = Example((1, 2, 3, 9), ((5,), (6,)), 1), Example((4, 5, 9), ((7,), (8,)), 0)
+    assert width.spliced([first, second]) == [
+        Example((1, 2, 5, 9), ((5,), (6,)), 1),
+        Example((4, 3, 9), ((7,), (8,)), 0),
+    ]
+    assert width.spliced([first]) == [first]
