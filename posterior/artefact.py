@@ -1,7 +1,7 @@
 """The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary
 PEFT folder.
 
-    posterior.json        format, family, base, task, LoRA, prior, how it was fitted, sha256 of every file
+    posterior.json        format, family, base, task, LoRA, prior, fit, width of draws, sha256 of every file
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
