@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from posterior import artefact, laplace, lora
+from posterior import linearized as linear
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import Temperature
 from posterior.data import Example, batches, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
-from posterior.linearized import moments
 from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
-from posterior.predictive import Predictive, entropy, from_gaussian, from_particles
+from posterior.predictive import Predictive, entropy, from_particles
 from posterior.report import ENTROPIES, Report, Source, cells
 from posterior.task import Task
 
@@ -193,9 +193,7 @@ def linearized(
     law = law.to(device)
     found: dict[int, Predictive] = {}
     for indices, batch in tqdm(list(batches(examples, batch_size)), desc="linearising", unit="batch", leave=False):
-        mean, (covariance,) = moments(model, matrices, law, batch.to(device))
-        for row, index in enumerate(indices):
-            found[index] = from_gaussian(mean[row].cpu(), covariance[row].cpu())
+        found.update(zip(indices, linear.predictives(model, matrices, law, batch.to(device)), strict=True))
     return _stack([found[index] for index in range(len(examples))])
 
 

@@ -20,6 +20,7 @@ from posterior.candidates import Candidates
 from posterior.data import Batch, Example, batches
 from posterior.errors import PosteriorError
 from posterior.likelihood import record, scores
+from posterior.predictive import Predictive, from_gaussian
 
 
 def moments(
@@ -54,6 +55,14 @@ def moments(
 
     covariance = law.covariance(jacobians(), factors)
     return f.detach().double(), torch.nn.functional.pad(covariance, (1, 0, 1, 0))
+
+
+def predictives(
+    model: nn.Module, matrices: Mapping[str, nn.Linear], law: laplace.Law, batch: Batch
+) -> list[Predictive]:
+    """The linearised predictive of each example of a batch of choices."""
+    mean, (covariance,) = moments(model, matrices, law, batch)
+    return [from_gaussian(f, spread) for f, spread in zip(mean.cpu(), covariance.cpu(), strict=True)]
 
 
 def _difference(f: Tensor, c: int) -> Tensor:

@@ -23,10 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from posterior import laplace, lora
-from posterior.data import Batch, Example, batches
+from posterior.data import Example, batches
 from posterior.likelihood import scores
-from posterior.linearized import moments
-from posterior.predictive import from_gaussian
+from posterior.linearized import predictives
 
 ROWS, DRAWS = 32, 8  # what the mixture is measured with
 TOLERANCE = 0.03  # of w, about as well as so few draws tell it
@@ -44,11 +43,12 @@ def fit(
     """The width w of draws around the adapter as it is, which stays. `law` is what the linearised predictive uses,
     `curvature` and `precision` what draws are made of; the seed is that of the draws."""
     model.eval().requires_grad_(False)
-    device = next(iter(lora.matrices(model).values())).weight.device
+    matrices = lora.matrices(model)
+    device = next(iter(matrices.values())).weight.device
     law = law.to(device)
     step = max(1, len(examples) // ROWS)
     held = [batch.to(device) for _, batch in batches(spliced(examples)[::step][:ROWS], batch_size)]
-    targets = [linearized(model, law, batch) for batch in held]
+    targets = [torch.stack([each.probability for each in predictives(model, matrices, law, batch)]) for batch in held]
     mean, generator = lora.get(model), torch.Generator().manual_seed(seed)
     draws = [laplace.sample(curvature, precision, mean, generator) for _ in range(DRAWS)]
 
@@ -79,11 +79,3 @@ def spliced(examples: Sequence[Example]) -> list[Example]:
         replace(one, prompt=one.prompt[: len(one.prompt) // 2] + other.prompt[len(other.prompt) // 2 :])
         for one, other in pairs
     ]
-
-
-def linearized(model: Any, law: laplace.Law, batch: Batch) -> Tensor:
-    """The linearised predictive p(y|x) [B, C] of a batch of choices."""
-    mean, (covariance,) = moments(model, lora.matrices(model), law, batch)
-    return torch.stack(
-        [from_gaussian(f, spread).probability for f, spread in zip(mean.cpu(), covariance.cpu(), strict=True)]
-    )
