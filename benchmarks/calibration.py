@@ -164,7 +164,8 @@ def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
 
 
 def short(summaries: Summaries) -> str:
-    """The methods that were run, in few columns: the README's table."""
+    """The sets on which every method was run (all sets, if there is none), in few columns: the README's table."""
+    summaries = {each: rows for each, rows in summaries.items() if all(rows.values())} or summaries
     names = ("nll", "ece")
     lines = [
         "## In short",
@@ -177,7 +178,7 @@ def short(summaries: Summaries) -> str:
         if not any(found):
             continue
         seeds = ", ".join(str(len(values)) for values in found)
-        costs = [f"{_average([row for values in found for row in values], name):.1f}" for name in COARSE]
+        costs = [f"{_average(found, name):.1f}" for name in COARSE]
         cells = [_mean([row[name] for row in values], name) for values in found for name in names]
         lines.append(f"| {title} | {' | '.join([seeds, *costs, *cells])} |")
     return "\n".join(lines)
@@ -210,27 +211,27 @@ def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
 
 
 def verdicts(summaries: Summaries) -> str:
-    """What was wanted of the defaults, averaged over the sets and seeds that were run."""
+    """What was wanted of the defaults, averaged over the sets."""
     lines = [
         "## What was wanted",
         "",
-        "Averaged over the sets and seeds in which all methods of a comparison were run.",
+        "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run.",
     ]
     defaults = ("laplace, linearised", f"laplace, {PARTICLES} samples")
     for title in (*defaults, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
-            triples = _paired(summaries, title, reference, f"{reference}, temperature")
-            lines.append(f"- {title}, against {reference}: {_wishes(triples) if triples else 'not run'}")
+            sets = _paired(summaries, title, reference, f"{reference}, temperature")
+            lines.append(f"- {title}, against {reference}: {_wishes(sets) if sets else 'not run'}")
     lines.append(_repulsion(summaries))
     return "\n".join(lines)
 
 
-def _wishes(triples: Sequence[tuple[Values, ...]]) -> str:
-    """Of (ours, MAP, MAP with a temperature)."""
-    ours, plain, scaled = ([triple[i] for triple in triples] for i in range(3))
+def _wishes(sets: Mapping[str, Sequence[Sequence[Values]]]) -> str:
+    """Of (ours, MAP, MAP with a temperature), by set."""
+    ours, plain, scaled = ([[row[i] for row in rows] for rows in sets.values()] for i in range(3))
     ece = _average(ours, "ece") / _average(plain, "ece")
     ratio = _average(ours, "nll") / _average(scaled, "nll")
-    gap = statistics.fmean(abs(row["gap"]) for row in ours)
+    gap = _average([[{"gap": abs(row["gap"])} for row in rows] for rows in ours], "gap")
     points = 100 * (_average(ours, "accuracy") - _average(plain, "accuracy"))
     least = _average(ours, "ece if calibrated") / _average(plain, "ece")
     wishes = [
@@ -239,29 +240,31 @@ def _wishes(triples: Sequence[tuple[Values, ...]]) -> str:
         (f"mean |gap| {gap:.3f} (<= 0.03)", gap <= 0.03),
         (f"accuracy {points:+.1f} points of its (>= -0.5)", points >= -0.5),
     ]
-    return f"{len(triples)} fits; " + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
+    runs = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
+    return f"{runs}; " + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
 
 
 def _repulsion(summaries: Summaries) -> str:
-    pairs = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
-    if not pairs:
+    sets = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
+    found = [with_["nll"] - without["nll"] for rows in sets.values() for with_, without in rows]
+    if not found:
         return "- SVGD against the same without repulsion: not run"
-    found = [with_["nll"] - without["nll"] for with_, without in pairs]
     error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
     return f"- SVGD's NLL minus that without repulsion: {statistics.fmean(found):+.4f}{error} nats ({len(found)} fits)"
 
 
-def _paired(summaries: Summaries, *titles: str) -> list[tuple[Values, ...]]:
-    """The values of these methods at the sets and seeds where all were run."""
-    found: list[tuple[Values, ...]] = []
-    for rows in summaries.values():
-        seeds = set.intersection(*(set(rows[title]) for title in titles))
-        found += [tuple(rows[title][seed] for title in titles) for seed in sorted(seeds)]
+def _paired(summaries: Summaries, *titles: str) -> dict[str, list[list[Values]]]:
+    """The values of these methods at the seeds where all were run, by set."""
+    found: dict[str, list[list[Values]]] = {}
+    for each, rows in summaries.items():
+        if seeds := set.intersection(*(set(rows[title]) for title in titles)):
+            found[each] = [[rows[title][seed] for title in titles] for seed in sorted(seeds)]
     return found
 
 
-def _average(rows: Sequence[Values], column: str) -> float:
-    return statistics.fmean(row[column] for row in rows)
+def _average(sets: Sequence[Sequence[Values]], column: str) -> float:
+    """Over the sets, each the mean of its seeds."""
+    return statistics.fmean(statistics.fmean(row[column] for row in rows) for rows in sets if rows)
 
 
 if __name__ == "__main__":
