@@ -6,6 +6,8 @@ import argparse
 
 import torch
 
+from posterior.data import ROWS
+
 
 def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
     """What the posterior is for, and on which base; without a default `template` it must be given."""
@@ -35,7 +37,9 @@ def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """How a posterior is run over rows, and in which form the result is printed."""
     parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a forward pass (default %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=ROWS, help="rows a forward pass, at most (default %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

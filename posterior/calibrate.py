@@ -17,7 +17,7 @@ from posterior import artefact, calibration, lora
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
-from posterior.data import Example, Row, data_hash, encode, read_jsonl
+from posterior.data import ROWS, Example, Row, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
 from posterior.evaluate import base_spec, linearized, map_scores, markdown, sampled
 from posterior.metrics import Estimate, check, estimate
@@ -120,7 +120,7 @@ def probabilities(
     predictive: PredictiveName,
     k: int,
     examples: Sequence[Example],
-    batch_size: int = 32,
+    batch_size: int = ROWS,
 ) -> Tensor:
     """The predictive's probabilities [N, C], float64, as the server computes them."""
     if predictive == "linearized":

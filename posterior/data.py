@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class Example:
     @property
     def length(self) -> int:
         return len(self.prompt) + (0 if self.single else max(map(len, self.continuations)))
+
+    @property
+    def sequences(self) -> int:
+        """Rows of a batch that it takes."""
+        return 1 if self.single else len(self.continuations)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
 
 
+ROWS, TOKENS = 32, 4096  # of a batch of predictions, at most: gradients of long rows would fill any memory
 WINDOW = 8  # batches whose rows are sorted by length, so that little is padded
 
 
@@ -167,9 +174,10 @@ def _likeness(example: Example) -> tuple[bool, int, int]:
 
 
 def batches(
-    examples: Sequence[Example], size: int, *, order: Sequence[int] | None = None
+    examples: Sequence[Example], size: int, *, tokens: float = math.inf, order: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Batch]]:
-    """(indices, batch) pairs. Without `order`, examples of like length share a batch, so that little is padded.
+    """(indices, batch) pairs of at most `size` examples and, of more than one example, `tokens` with those padded.
+    Without `order`, examples of like length share a batch, so that little is padded.
 
     Examples in a batch have the same number of candidates and the same way of scoring.
     """
@@ -178,8 +186,12 @@ def batches(
     indices = list(order) if order is not None else sorted(range(len(examples)), key=likeness.__getitem__)
     start = 0
     while start < len(indices):
-        stop = start
+        stop, first = start + 1, examples[indices[start]]
+        longest = first.length
         while stop < len(indices) and stop - start < size and kind[indices[stop]] == kind[indices[start]]:
+            longest = max(longest, examples[indices[stop]].length)
+            if (stop + 1 - start) * first.sequences * longest > tokens:
+                break
             stop += 1
         chosen = indices[start:stop]
         yield chosen, collate([examples[i] for i in chosen])

@@ -22,7 +22,7 @@ from posterior import linearized as linear
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import Temperature
-from posterior.data import Example, batches, data_hash, encode, read_jsonl
+from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
 from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
@@ -162,14 +162,15 @@ def predictives(
     return found
 
 
-def map_scores(model: Any, examples: Sequence[Example], batch_size: int = 32) -> Tensor:
+def map_scores(model: Any, examples: Sequence[Example], batch_size: int = ROWS) -> Tensor:
     """Scores [N, C] (float64, CPU) of the active adapter; all rows must have the same number of answers."""
     if len({len(example.continuations) for example in examples}) != 1:
         raise PosteriorError("the rows have different numbers of answers; evaluate them in separate files")
     device = next(model.parameters()).device
     result = torch.zeros(len(examples), len(examples[0].continuations), dtype=torch.float64)
+    parts = list(batches(examples, batch_size, tokens=TOKENS))
     with torch.no_grad():
-        for indices, batch in tqdm(list(batches(examples, batch_size)), desc="scoring", unit="batch", leave=False):
+        for indices, batch in tqdm(parts, desc="scoring", unit="batch", leave=False):
             result[indices] = scores(model, batch.to(device)).double().cpu()
     return result
 
@@ -184,7 +185,7 @@ def linearized(
     model: Any,
     law: laplace.Law,
     examples: Sequence[Example],
-    batch_size: int = 32,
+    batch_size: int = ROWS,
 ) -> Predictions:
     """The posterior predictive under the linearised Laplace covariance at the active adapter."""
     model.eval().requires_grad_(False)
@@ -192,13 +193,19 @@ def linearized(
     device = next(model.parameters()).device
     law = law.to(device)
     found: dict[int, Predictive] = {}
-    for indices, batch in tqdm(list(batches(examples, batch_size)), desc="linearising", unit="batch", leave=False):
+    parts = list(batches(examples, batch_size, tokens=TOKENS))
+    for indices, batch in tqdm(parts, desc="linearising", unit="batch", leave=False):
         found.update(zip(indices, linear.predictives(model, matrices, law, batch.to(device)), strict=True))
     return _stack([found[index] for index in range(len(examples))])
 
 
 def sampled(
-    model: Any, posterior: artefact.Posterior, k: int, examples: Sequence[Example], batch_size: int = 32, seed: int = 0
+    model: Any,
+    posterior: artefact.Posterior,
+    k: int,
+    examples: Sequence[Example],
+    batch_size: int = ROWS,
+    seed: int = 0,
 ) -> Predictions:
     """The posterior predictive of k Laplace samples, or of the first k particles if there are so many; leaves theta
     as it was."""

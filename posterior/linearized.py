@@ -17,7 +17,7 @@ from posterior import laplace, lora
 from posterior.artefact import Posterior
 from posterior.base import Base, load_model
 from posterior.candidates import Candidates
-from posterior.data import Batch, Example, batches
+from posterior.data import ROWS, TOKENS, Batch, Example, batches
 from posterior.errors import PosteriorError
 from posterior.likelihood import record, scores
 from posterior.predictive import Predictive, from_gaussian
@@ -81,10 +81,9 @@ class LinearizedModel:
         *,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        batch_tokens: int = 4096,
     ):
         model: nn.Module | None = None
-        self.batch_tokens, self.device = batch_tokens, device
+        self.device = device
         self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law]] = {}
         for number, (name, posterior) in enumerate(posteriors.items()):
             adapter = f"p{number}"
@@ -107,13 +106,7 @@ class LinearizedModel:
         examples = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
         matrices, law = self.parts[name]
         results: dict[int, tuple[Tensor, Tensor]] = {}
-        for indices, batch in batches(examples, self._batch_size(examples)):
+        for indices, batch in batches(examples, ROWS, tokens=TOKENS):
             mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))
             results.update({index: (mean[row].cpu(), covariance[row].cpu()) for row, index in enumerate(indices)})
         return [results[index] for index in range(len(examples))]
-
-    def _batch_size(self, examples: Sequence[Example]) -> int:
-        """Prompts a batch, so that its tokens (times the candidates when those are sequences) stay within
-        `batch_tokens`."""
-        longest = max(example.length * (1 if example.single else len(example.continuations)) for example in examples)
-        return max(1, min(32, self.batch_tokens // longest))

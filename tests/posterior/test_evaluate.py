@@ -45,6 +45,21 @@ def test_linearized_is_the_predictive_of_each_row(model):
         assert 0 < found.epistemic[index] < found.total[index]
 
 
+def test_long_rows_run_in_smaller_batches(model, monkeypatch):
+    """With 32 rows of four long answers at once, the gradients once took all memory there was."""
+    monkeypatch.setattr(evaluate, "TOKENS", 64)
+    examples = make_examples(9, answers=4, tokens=2, length=(2, 12))
+    curvature = kfac.fit(model, lora.matrices(model), [collate(examples)])
+    law = laplace.Blocks(curvature, dict.fromkeys(curvature, 2.0))
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    evaluate.map_scores(model, examples)
+    evaluate.linearized(model, law, examples)
+    assert len(sizes) > 4 and max(sizes) <= 64
+
+
 @pytest.fixture
 def gang(run_fit, tmp_path):
     """Three particles with different weights, around a fitted adapter."""
