@@ -7,8 +7,9 @@
 A cell (benchmarks/cells.py) takes minutes to half an hour on 2 cores and is kept in benchmarks/results, so the grid is
 run in as many sessions as it takes; what has not been run says so. Writes benchmarks/results/README.md and its plots.
 
-Several tokens: a candidate's score is the sum of its tokens' log-probabilities, log p(answer | prompt). Divided by the
-length it would no longer be the logarithm of a probability that the likelihood of the fit, and Bayes' rule, know of.
+Several tokens: a candidate's score is the mean of its tokens' log-probabilities, in the likelihood of the fit as in
+all predictions (posterior/task.py). Their sum, log p(answer | prompt), prefers short answers and is surer than it ought
+to be before any fit (benchmarks/scores.py).
 """
 
 from __future__ import annotations

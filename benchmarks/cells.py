@@ -27,6 +27,7 @@ from posterior.base import Base, load_model, load_tokenizer
 from posterior.data import Example, Row, data_hash, encode, read_jsonl
 from posterior.evaluate import Predictions, linearized, map_scores, point, sampled
 from posterior.map import Trainer, Training
+from posterior.task import Task
 
 DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results"
 VERSION = 2  # raised when the methods themselves change: older cells are then computed again
@@ -144,6 +145,7 @@ class Cell:
         parts = {name: data_hash(rows) for name, rows in self.data.parts().items()}
         inputs = [VERSION, base.hash, self.data.template, self.data.answers, data_hash(self.data.train), parts]
         inputs += [self.seed, self.epochs, FAMILIES[self.family], PARTICLES, self.dtype]
+        inputs += [] if self.data.answers else [Task.scores]  # of several tokens
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def known(self, base: Base) -> Result | None:

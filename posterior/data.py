@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Example:
     """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true
-    one. spread: covariance [C, C] of the scores under the current posterior, None while theta is a point."""
+    one. mean: scores are means over a candidate's tokens, not sums. spread: covariance [C, C] of the scores under the
+    current posterior, None while theta is a point."""
 
     prompt: tuple[int, ...]
     continuations: candidates.Candidates
     label: int
+    mean: bool = False
     spread: Tensor | None = None
 
     @property
@@ -50,8 +52,8 @@ class Batch:
     """Left-padded sequences of B examples; S = B rows (single-token choices) or B * C rows (teacher forcing).
 
     tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; target: [S, L] ids with -100 where the
-    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B]; spread: [B, C, C] or
-    None.
+    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B]; mean: scores are means
+    over a continuation's tokens; spread: [B, C, C] or None.
     """
 
     tokens: Tensor
@@ -60,11 +62,16 @@ class Batch:
     answer: Tensor | None
     target: Tensor | None
     label: Tensor
+    mean: bool = False
     spread: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        fields = (self.tokens, self.mask, self.positions, self.answer, self.target, self.label, self.spread)
-        return Batch(*(None if field is None else field.to(device) for field in fields))  # type: ignore[arg-type]
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With every tensor changed."""
+        changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**changed)
 
 
 def read_jsonl(path: Path | str) -> list[Row]:
@@ -134,7 +141,7 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     prompt = task.prompt_ids(tokenizer, row)
     if not prompt:
         raise PosteriorError("the prompt is empty")
-    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label, task.scores == "mean")
 
 
 def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
@@ -218,4 +225,4 @@ def collate(examples: Sequence[Example]) -> Batch:
     label = torch.tensor([example.label for example in examples])
     spreads = [example.spread for example in examples if example.spread is not None]
     spread = torch.stack(spreads) if len(spreads) == len(examples) else None
-    return Batch(tokens, mask, positions, answer, target, label, spread)
+    return Batch(tokens, mask, positions, answer, target, label, examples[0].mean, spread)

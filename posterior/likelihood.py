@@ -1,8 +1,9 @@
 """Scores of the candidate answers, and the gradients of those scores at every LoRA matrix.
 
 A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is
-one token, else sums of token log-probabilities by teacher forcing (not length-normalised: they are log p(y|x)). Both
-differ from log p(y|x) by at most a constant per prompt, which the softmax removes.
+one token, else token log-probabilities by teacher forcing: their mean, or their sum, which is log p(y|x) as the first
+is up to a constant. Sums of several tokens prefer short answers and are far too sure (benchmarks/scores.py), so tasks
+take means (posterior/task.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
         with _head_rows(model, batch.answer) as columns:
             return _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
     log_p, _ = _continuations(model, batch)
+    if batch.mean:
+        assert batch.target is not None
+        log_p = log_p / (batch.target >= 0).sum(1)
     return log_p.view(len(batch.label), -1)
 
 

@@ -84,14 +84,15 @@ class LinearizedModel:
     ):
         model: nn.Module | None = None
         self.device = device
-        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law]] = {}
+        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law, bool]] = {}
         for number, (name, posterior) in enumerate(posteriors.items()):
             adapter = f"p{number}"
             if model is None:
                 model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
             else:
                 model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device))
+            mean = posterior.task.scores == "mean"
+            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), mean)
         if model is None:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
@@ -103,8 +104,9 @@ class LinearizedModel:
         """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order."""
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
-        examples = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
-        matrices, law = self.parts[name]
+        matrices, law, averaged = self.parts[name]
+        pairs = zip(prompts, candidates, strict=True)
+        examples = [Example(tuple(prompt), answers, 0, averaged) for prompt, answers in pairs]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for indices, batch in batches(examples, ROWS, tokens=TOKENS):
             mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))

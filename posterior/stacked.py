@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +62,7 @@ def stacked(model: nn.Module, theta: lora.Theta) -> Iterator[None]:
 
 def repeat(batch: Batch, count: int) -> Batch:
     """The batch `count` times, one block after the other."""
-    values = (getattr(batch, field.name) for field in fields(batch))
-    return Batch(*(None if v is None else v.repeat(count, *[1] * (v.ndim - 1)) for v in values))  # type: ignore[arg-type]
+    return batch.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
 
 
 def _is_lora(module: nn.Module) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from posterior.errors import PosteriorError
+
+Scores = Literal["mean", "sum"]
 
 
 class Tokenizer(Protocol):
@@ -28,16 +30,21 @@ class Task:
     template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text".
     answers: the candidates of a choice task; None when every row brings its own `choices`.
     chat: send the rendered template as a user message through the base's chat template.
+    scores: a candidate of several tokens by the mean of their log-probabilities, or by the sum, log p(candidate |
+    prompt). Of one token both are the same.
     """
 
     kind: Literal["choice", "text"]
     template: str
     answers: tuple[str, ...] | None = None
     chat: bool = False
+    scores: Scores = "mean"
 
     def __post_init__(self) -> None:
         if self.kind not in ("choice", "text"):
             raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
+        if self.scores not in get_args(Scores):
+            raise PosteriorError(f"scores {self.scores!r} are unknown; use 'mean' or 'sum'")
         if not self.fields:
             raise PosteriorError(
                 f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
@@ -81,6 +88,8 @@ class Task:
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
         record["answers"] = None if self.answers is None else list(self.answers)
+        if self.scores == "sum":  # as all did, and did not say, before there was another
+            del record["scores"]
         return record
 
     @classmethod
@@ -91,6 +100,7 @@ class Task:
             record["template"],
             None if answers is None else tuple(answers),
             bool(record.get("chat", False)),
+            record.get("scores", "sum"),
         )
 
 

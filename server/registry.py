@@ -12,6 +12,7 @@ from posterior import artefact
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
+from posterior.task import Scores, Task
 from server.engine import Adapter
 from server.schemas import PredictiveName
 
@@ -43,6 +44,12 @@ class Served:
         if self.posterior is None or not self.particles:
             return ("map",)
         return ("linearized", "mixture", "map") if self.posterior.family == "laplace" else ("mixture", "map")
+
+    @property
+    def scores(self) -> Scores:
+        """How a candidate of several tokens is scored: as the posterior was fitted, the bare base as new posteriors
+        are."""
+        return Task.scores if self.posterior is None else self.posterior.task.scores
 
 
 @dataclass(frozen=True)

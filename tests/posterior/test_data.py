@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,23 @@ def test_task_errors_name_the_field():
 
 
 def test_task_survives_json():
-    assert Task.from_json(json.loads(json.dumps(TASK.to_json()))) == TASK
+    for task in (TASK, replace(TASK, scores="sum")):
+        assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+def test_the_tasks_of_older_posteriors_sum_scores():
+    record = {"kind": "choice", "template": "{q}", "answers": None, "chat": False}
+    task = Task.from_json(record)
+    assert task.scores == "sum" and task.to_json() == record, "the hash of its records of calibration is the same"
+    with pytest.raises(PosteriorError, match="scores 'product' are unknown; use 'mean' or 'sum'"):
+        Task.from_json(record | {"scores": "product"})
+
+
+def test_examples_are_scored_as_their_task_says(tokenizer):
+    row = {"q": "x", "choices": ["a", "b c"], "label": 0}
+    for scores in ("mean", "sum"):
+        (example,) = encode(Task("choice", "{q}", scores=scores), tokenizer, [row])
+        assert example.mean is collate([example]).mean is (scores == "mean")
 
 
 @pytest.mark.parametrize(

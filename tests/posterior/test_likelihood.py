@@ -43,12 +43,15 @@ def test_what_the_model_does_to_logits_is_done_to_scores(case):
     assert network(torch.tensor([example.prompt])).logits.shape[-1] == VOCABULARY  # the head is as it was
 
 
-def test_teacher_forced_scores_are_sums_of_log_probabilities(model):
+@pytest.mark.parametrize("mean", [False, True])
+def test_teacher_forced_scores_are_sums_or_means_of_log_probabilities(model, mean):
     for example in make_examples(3, tokens=2):
+        first, *others = example.continuations
+        example = replace(example, continuations=(first[:1], *others), mean=mean)  # of different lengths
         for c, tokens in enumerate(example.continuations):
             log_p = model(torch.tensor([example.prompt + tokens])).logits[0].log_softmax(-1)
             start = len(example.prompt) - 1
-            expected = sum(log_p[start + t, token] for t, token in enumerate(tokens))
+            expected = sum(log_p[start + t, token] for t, token in enumerate(tokens)) / (len(tokens) if mean else 1)
             torch.testing.assert_close(scores(model, collate([example]))[0, c], expected, rtol=1e-6, atol=1e-8)
 
 

@@ -78,7 +78,8 @@ class Engine:
         if self.failure is not None:
             raise self.failure
         self.scored.append((len(prompts), len(adapters)))
-        rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) for a in adapters])
+        lengths = torch.tensor([len(tokens) for tokens in candidates])  # sums, of which the server takes the mean
+        rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
         return rows.expand(len(prompts), *rows.shape)
 
     async def chat(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -41,7 +42,8 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def reference(server: Running) -> Any:
-    """(adapter folder or None, prompts, answers) -> log-probabilities [prompts, answers] by transformers + peft."""
+    """(adapter folder or None, prompts, answers) -> log-probabilities [prompts, answers] by transformers + peft, an
+    answer's score the mean over its tokens."""
     tokenizer = base_models.load_tokenizer(server.base)
     base = base_models.load_model(server.base, torch.float32, "cpu")
 
@@ -54,7 +56,7 @@ def reference(server: Running) -> Any:
             row = []
             for answer in answers:
                 tokens = tuple(tokenizer.encode(answer, add_special_tokens=False))
-                row.append(sum(float(following((*prompt, *tokens[:i]))[token]) for i, token in enumerate(tokens)))
+                row.append(fmean(float(following((*prompt, *tokens[:i]))[token]) for i, token in enumerate(tokens)))
             rows.append(torch.tensor(row, dtype=torch.float64).log_softmax(0))
         if folder is not None:
             model.unload()
@@ -106,6 +108,22 @@ def test_answers_of_several_tokens_equal_teacher_forcing(server: Running, refere
     item = server.predict(model="mood", prompts=[text], answers=LONG, predictive="map")["data"][0]
     served = [math.log(a["probability"]) for a in item["answers"]]
     assert served == pytest.approx(reference(server.mood.map_dir, ids, LONG)[0].tolist(), abs=5e-3)
+
+
+def test_answers_of_several_tokens_linearised(server: Running) -> None:
+    """As in this process; without its variance, as vLLM scores them."""
+    tokenizer = base_models.load_tokenizer(server.base)
+    text = "The city I love most is"
+    linearised, point = (
+        server.predict(model="mood", prompts=[text], answers=LONG, predictive=name)["data"][0]["answers"]
+        for name in ("linearized", "map")
+    )
+    model = LinearizedModel(server.base, {"mood": server.mood}, dtype=torch.float32, device="cpu")
+    candidates = tuple(tuple(tokenizer.encode(answer)) for answer in LONG)
+    ((mean, covariance),) = model.logits("mood", [tokenizer.encode(text)], [candidates])
+    expected = from_gaussian(mean, covariance).probability.tolist()
+    assert [answer["probability"] for answer in linearised] == pytest.approx(expected, abs=1e-5)
+    assert [answer["probability"] for answer in point] == pytest.approx(mean.softmax(0).tolist(), abs=5e-3)
 
 
 def test_linearized_equals_the_model_in_this_process(server: Running, prompts: list[list[int]]) -> None:
