@@ -221,18 +221,18 @@ def verdicts(summaries: Summaries) -> str:
     defaults = ("laplace, linearised", f"laplace, {PARTICLES} samples")
     for title in (*defaults, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
-            sets = _paired(summaries, title, reference, f"{reference}, temperature")
-            lines.append(f"- {title}, against {reference}: {_wishes(sets) if sets else 'not run'}")
+            found = _paired(summaries, title, reference, f"{reference}, temperature")
+            lines.append(f"- {title}, against {reference}: {_wishes(found) if found else 'not run'}")
     lines.append(_repulsion(summaries))
     return "\n".join(lines)
 
 
-def _wishes(sets: Mapping[str, Sequence[Sequence[Values]]]) -> str:
+def _wishes(found: Mapping[str, Sequence[Sequence[Values]]]) -> str:
     """Of (ours, MAP, MAP with a temperature), by set."""
-    ours, plain, scaled = ([[row[i] for row in rows] for rows in sets.values()] for i in range(3))
+    ours, plain, scaled = ([[row[i] for row in rows] for rows in found.values()] for i in range(3))
     ece = _average(ours, "ece") / _average(plain, "ece")
     ratio = _average(ours, "nll") / _average(scaled, "nll")
-    gap = _average([[{"gap": abs(row["gap"])} for row in rows] for rows in ours], "gap")
+    gap = statistics.fmean(statistics.fmean(abs(row["gap"]) for row in rows) for rows in ours)
     points = 100 * (_average(ours, "accuracy") - _average(plain, "accuracy"))
     least = _average(ours, "ece if calibrated") / _average(plain, "ece")
     wishes = [
@@ -241,13 +241,13 @@ def _wishes(sets: Mapping[str, Sequence[Sequence[Values]]]) -> str:
         (f"mean |gap| {gap:.3f} (<= 0.03)", gap <= 0.03),
         (f"accuracy {points:+.1f} points of its (>= -0.5)", points >= -0.5),
     ]
-    runs = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
+    runs = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
     return f"{runs}; " + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
 
 
 def _repulsion(summaries: Summaries) -> str:
-    sets = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
-    found = [with_["nll"] - without["nll"] for rows in sets.values() for with_, without in rows]
+    pairs = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
+    found = [with_["nll"] - without["nll"] for rows in pairs.values() for with_, without in rows]
     if not found:
         return "- SVGD against the same without repulsion: not run"
     error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
@@ -263,9 +263,9 @@ def _paired(summaries: Summaries, *titles: str) -> dict[str, list[list[Values]]]
     return found
 
 
-def _average(sets: Sequence[Sequence[Values]], column: str) -> float:
+def _average(found: Sequence[Sequence[Values]], column: str) -> float:
     """Over the sets, each the mean of its seeds."""
-    return statistics.fmean(statistics.fmean(row[column] for row in rows) for rows in sets if rows)
+    return statistics.fmean(statistics.fmean(row[column] for row in rows) for rows in found if rows)
 
 
 if __name__ == "__main__":

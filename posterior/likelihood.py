@@ -1,9 +1,9 @@
 """Scores of the candidate answers, and the gradients of those scores at every LoRA matrix.
 
 A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is
-one token, else token log-probabilities by teacher forcing: their mean, or their sum, which is log p(y|x) as the first
-is up to a constant. Sums of several tokens prefer short answers and are far too sure (benchmarks/scores.py), so tasks
-take means (posterior/task.py).
+one token, which is log p(y|x) up to a constant per prompt, and the softmax removes that; else the mean of the
+candidate's token log-probabilities, by teacher forcing. Their sum, log p(y|x) again, prefers short answers and is far
+too sure (benchmarks/scores.py); tasks of older posteriors ask for it, and a text's likelihood is it.
 """
 
 from __future__ import annotations

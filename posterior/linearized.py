@@ -91,8 +91,8 @@ class LinearizedModel:
                 model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
             else:
                 model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            mean = posterior.task.scores == "mean"
-            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), mean)
+            averaged = posterior.task.scores == "mean"
+            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), averaged)
         if model is None:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}

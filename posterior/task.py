@@ -30,8 +30,8 @@ class Task:
     template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text".
     answers: the candidates of a choice task; None when every row brings its own `choices`.
     chat: send the rendered template as a user message through the base's chat template.
-    scores: a candidate of several tokens by the mean of their log-probabilities, or by the sum, log p(candidate |
-    prompt). Of one token both are the same.
+    scores: candidates of several tokens are compared by the mean of their log-probabilities or by the sum, log
+    p(candidate | prompt). Of one token both are the same.
     """
 
     kind: Literal["choice", "text"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from fastapi.testclient import TestClient
 
 from posterior.predictive import from_particles
+from posterior.task import Scores
 from server.errors import unavailable
+from server.predictive import Service
 from server.schemas import MAX_BODY_BYTES
 from tests.server import fakes
 from tests.server.conftest import error_of
@@ -35,6 +38,20 @@ def test_mixture_is_the_weighted_average_of_its_particles(client: TestClient, en
     assert engine.scored == [(1, 3)], "all particles in one call"
     assert (result["object"], result["model"], result["particles"]) == ("predictive", "gang", 3)
     assert result["posterior"] == "gang@abcdef012345"
+
+
+@pytest.mark.parametrize("scores", ["mean", "sum"])
+def test_answers_of_several_tokens_are_scored_as_the_posterior_was_fitted(
+    client: TestClient, service: Service, scores: Scores
+) -> None:
+    """The fake's tokens are bytes, and its particles' means are known; the sums are those times 2 and 9."""
+    gang = service.registry.served["gang"]
+    assert gang.posterior is not None
+    gang.posterior.task = replace(gang.posterior.task, scores=scores)  # type: ignore[misc]
+    item = post(client, model="gang", prompts=["x"], answers=["ab", "abcdefghi"], per_particle=True).json()["data"][0]
+    f = torch.stack([fakes.particle_logits(a.number, 2) for a in gang.particles])
+    expected = f if scores == "mean" else f * torch.tensor([2, 9])
+    assert item["per_particle"] == [pytest.approx(row) for row in expected.softmax(-1).tolist()]
 
 
 def test_record_has_every_field_and_probabilities_sum_to_one(client: TestClient) -> None:
