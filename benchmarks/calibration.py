@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="run in this order")
     parser.add_argument("--rows", type=int, default=128, help="training rows (default %(default)s)")
     parser.add_argument("--test-rows", type=int, default=396, help="at most (default %(default)s)")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=8, help="more where answers have several tokens; see cells.py")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -151,7 +151,7 @@ COARSE = ("fit", "predict")
 
 
 def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
-    """Methods x columns, mean ± standard error over seeds."""
+    """Methods x columns, mean ± standard error over seeds; below it the methods that were not run."""
     lines = [
         f"## {data.name}: {len(data.train)} rows, {len(data.test)} test rows",
         "",
@@ -160,17 +160,23 @@ def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
     ]
     for title, found in rows.items():
         cells = [_mean([row[name] for row in found.values() if name in row], name) for name in COLUMNS]
-        lines.append(f"| {title} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+        if found:
+            lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} |")
+    if missing := [title for title, found in rows.items() if not found]:
+        lines += ["", f"Not run: {'; '.join(missing)}."]
     return "\n".join(lines)
 
 
 def short(summaries: Summaries) -> str:
-    """The sets on which every method was run (all sets, if there is none), in few columns: the README's table."""
-    summaries = {each: rows for each, rows in summaries.items() if all(rows.values())} or summaries
+    """The README's tables, in few columns: the sets on which every method was run, and the others."""
+    complete = {each: rows for each, rows in summaries.items() if all(rows.values())}
+    others = {each: rows for each, rows in summaries.items() if each not in complete}
+    return "\n\n".join(["## In short", *(_short(part) for part in (complete, others) if part)])
+
+
+def _short(summaries: Summaries) -> str:
     names = ("nll", "ece")
     lines = [
-        "## In short",
-        "",
         "| | seeds | fit | predict | " + " | ".join(f"{each}: {name}" for each in summaries for name in names) + " |",
         "|---" * (4 + len(names) * len(summaries)) + "|",
     ]

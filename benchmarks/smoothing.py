@@ -37,7 +37,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     tokenizer: Any = load_tokenizer(base)
     examples = encode(task, tokenizer, read_jsonl(args.data))
     precision = prior_precision(lora.get(model), float(args.prior_precision))
-    trainer = Smoothed(model, examples, precision, Training(epochs=args.epochs, seed=args.seed * MEMBERS))
+    trainer = Smoothed(model, examples, precision, Training(args.learning_rate, args.epochs, seed=args.seed * MEMBERS))
     while not trainer.done:
         trainer.run_epoch()
     parser = argparse.ArgumentParser()
