@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, Cell, Data, Result, read
+from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, SLOW_EPOCHS, SLOW_RATE, Cell, Data, Result, read
 from posterior import plots
 from posterior.base import resolve
 from posterior.evaluate import Predictions, point
@@ -46,6 +46,7 @@ METHODS = [
     (f"laplace, {PARTICLES} samples", "laplace", "particles"),
     *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
 ]
+DEFAULTS = ("laplace, linearised", f"laplace, {PARTICLES} samples")
 Values = dict[str, float]
 Summaries = dict[str, dict[str, dict[int, Values]]]  # by set, title and seed
 
@@ -95,6 +96,7 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
         "Written by `python -m benchmarks.calibration --data FOLDER "
         f"--sets {' '.join(args.sets)} --seeds {' '.join(map(str, args.seeds))} --rows {args.rows} "
         f"--epochs {args.epochs} --dtype {args.dtype}`; each set's own data and seeds, see benchmarks/calibration.py. "
+        f"Answers of several tokens: {SLOW_EPOCHS} times as many epochs, at a learning rate of {SLOW_RATE:g}. "
         "MAP has a weak prior on B (precision 1), and that of its initialisation on A. Means over the seeds that were "
         "run ± their standard error; a dash: undefined or not run. ECE with 15 bins of equal width, adaptive ECE of "
         "equal mass; ECE if calibrated: what so few rows would show if these probabilities were exact; gap: confidence "
@@ -150,6 +152,10 @@ COLUMNS = (*METRICS, "ece if calibrated", "shift nll", "ood epistemic", "ood tot
 COARSE = ("fit", "predict")
 
 
+def _digits(column: str) -> str:
+    return ".1f" if column in COARSE else ".3f"
+
+
 def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
     """Methods x columns, mean ± standard error over seeds; below it the methods that were not run."""
     lines = [
@@ -159,7 +165,7 @@ def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
     for title, found in rows.items():
-        cells = [_mean([row[name] for row in found.values() if name in row], name) for name in COLUMNS]
+        cells = [_mean([row[name] for row in found.values() if name in row], _digits(name)) for name in COLUMNS]
         if found:
             lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} |")
     if missing := [title for title, found in rows.items() if not found]:
@@ -169,9 +175,13 @@ def table(data: Data, rows: Mapping[str, Mapping[int, Values]]) -> str:
 
 def short(summaries: Summaries) -> str:
     """The README's tables, in few columns: the sets on which every method was run, and the others."""
-    complete = {each: rows for each, rows in summaries.items() if all(rows.values())}
+    complete = _complete(summaries)
     others = {each: rows for each, rows in summaries.items() if each not in complete}
     return "\n\n".join(["## In short", *(_short(part) for part in (complete, others) if part)])
+
+
+def _complete(summaries: Summaries) -> Summaries:
+    return {each: rows for each, rows in summaries.items() if all(rows.values())}
 
 
 def _short(summaries: Summaries) -> str:
@@ -186,18 +196,20 @@ def _short(summaries: Summaries) -> str:
             continue
         seeds = ", ".join(str(len(values)) for values in found)
         costs = [f"{_average(found, name):.1f}" for name in COARSE]
-        cells = [_mean([row[name] for row in values], name) for values in found for name in names]
+        cells = [_mean([row[name] for row in values], ".3f") for values in found for name in names]
         lines.append(f"| {title} | {' | '.join([seeds, *costs, *cells])} |")
     return "\n".join(lines)
 
 
-def _mean(found: Sequence[float], column: str) -> str:
-    digits = 1 if column in COARSE else 3
+def _mean(found: Sequence[float], digits: str) -> str:
+    """± its standard error; digits: a format such as .3f or +.3f."""
     found = [value for value in found if not math.isnan(value)]
     if not found:
         return "-"
-    text = f"{statistics.fmean(found):.{digits}f}"
-    return text if len(found) < 2 else f"{text} ± {statistics.stdev(found) / math.sqrt(len(found)):.{digits}f}"
+    text = f"{statistics.fmean(found):{digits}}"
+    if len(found) < 2:
+        return text
+    return f"{text} ± {statistics.stdev(found) / math.sqrt(len(found)):{digits.removeprefix('+')}}"
 
 
 def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
@@ -218,19 +230,22 @@ def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
 
 
 def verdicts(summaries: Summaries) -> str:
-    """What was wanted of the defaults, averaged over the sets."""
+    """What was wanted of the defaults, averaged over all sets, and over those on which every method was run."""
     lines = [
         "## What was wanted",
         "",
         "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run.",
     ]
-    defaults = ("laplace, linearised", f"laplace, {PARTICLES} samples")
-    for title in (*defaults, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
+    for title in (*DEFAULTS, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
-            found = _paired(summaries, title, reference, f"{reference}, temperature")
-            lines.append(f"- {title}, against {reference}: {_wishes(found) if found else 'not run'}")
-    lines.append(_repulsion(summaries))
-    return "\n".join(lines)
+            for each in (summaries, _complete(summaries)):
+                found = _paired(each, title, reference, f"{reference}, temperature")
+                lines.append(f"- {title}, against {reference}: {_wishes(found) if found else 'not run'}")
+    lines.append(_difference(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles"))
+    lines += [
+        _difference(summaries, f"{family}, linearised", DEFAULTS[0]) for family in LINEARISED if family != "laplace"
+    ]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _wishes(found: Mapping[str, Sequence[Sequence[Values]]]) -> str:
@@ -251,13 +266,13 @@ def _wishes(found: Mapping[str, Sequence[Sequence[Values]]]) -> str:
     return f"{runs}; " + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
 
 
-def _repulsion(summaries: Summaries) -> str:
-    pairs = _paired(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles")
-    found = [with_["nll"] - without["nll"] for rows in pairs.values() for with_, without in rows]
-    if not found:
-        return "- SVGD against the same without repulsion: not run"
-    error = f" ± {statistics.stdev(found) / math.sqrt(len(found)):.4f}" if len(found) > 1 else ""
-    return f"- SVGD's NLL minus that without repulsion: {statistics.fmean(found):+.4f}{error} nats ({len(found)} fits)"
+def _difference(summaries: Summaries, title: str, other: str) -> str:
+    """Of the two methods' NLL and ECE, over all fits of both."""
+    pairs = [pair for rows in _paired(summaries, title, other).values() for pair in rows]
+    if not pairs:
+        return f"- {title} against {other}: not run"
+    parts = [f"{name} {_mean([one[name] - two[name] for one, two in pairs], '+.4f')}" for name in ("nll", "ece")]
+    return f"- {title}, minus {other}: {', '.join(parts)} ({len(pairs)} fits of both)"
 
 
 def _paired(summaries: Summaries, *titles: str) -> dict[str, list[list[Values]]]:
