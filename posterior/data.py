@@ -23,13 +23,14 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Example:
     """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true
-    one. mean: scores are means over a candidate's tokens, not sums. spread: covariance [C, C] of the scores under the
-    current posterior, None while theta is a point."""
+    one. mean: scores are means over a candidate's tokens, not sums. scale: of the scores. spread: covariance [C, C] of
+    the scores under the current posterior, None while theta is a point."""
 
     prompt: tuple[int, ...]
     continuations: candidates.Candidates
     label: int
     mean: bool = False
+    scale: float = 1.0
     spread: Tensor | None = None
 
     @property
@@ -53,7 +54,7 @@ class Batch:
 
     tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; target: [S, L] ids with -100 where the
     sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B]; mean: scores are means
-    over a continuation's tokens; spread: [B, C, C] or None.
+    over a continuation's tokens; scale: of the scores; spread: [B, C, C] or None.
     """
 
     tokens: Tensor
@@ -63,6 +64,7 @@ class Batch:
     target: Tensor | None
     label: Tensor
     mean: bool = False
+    scale: float = 1.0
     spread: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -141,7 +143,7 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     prompt = task.prompt_ids(tokenizer, row)
     if not prompt:
         raise PosteriorError("the prompt is empty")
-    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label, task.scores == "mean")
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label, task.scores == "mean", task.scale)
 
 
 def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
@@ -225,4 +227,4 @@ def collate(examples: Sequence[Example]) -> Batch:
     label = torch.tensor([example.label for example in examples])
     spreads = [example.spread for example in examples if example.spread is not None]
     spread = torch.stack(spreads) if len(spreads) == len(examples) else None
-    return Batch(tokens, mask, positions, answer, target, label, examples[0].mean, spread)
+    return Batch(tokens, mask, positions, answer, target, label, examples[0].mean, examples[0].scale, spread)

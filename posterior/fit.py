@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, svgd, swag, tfb
+from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, scale, svgd, swag, tfb
 from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import Example, data_hash, encode, read_jsonl
@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prior-precision",
         help="of B: evidence (default) or heldout, both for laplace only, or a number to hold fixed "
         f"(default of the other methods: {PRECISION:g})",
+    )
+    group.add_argument(
+        "--scale",
+        help="what a choice's scores are multiplied by before the softmax: evidence (default of laplace where answers "
+        "have several tokens), or a number (default 1)",
     )
     group = parser.add_argument_group("particles (every method but laplace)")
     group.add_argument("--particles", type=int, default=8, help="how many adapters (default %(default)s)")
@@ -200,7 +205,10 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     _check_rows(args, task, examples, heldout)
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
-    job = Job(_model(base, args), examples, heldout, args, checkpoint)
+    model = _model(base, args)
+    task = replace(task, scale=_scale(args, model, examples))
+    examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
+    job = Job(model, examples, heldout, args, checkpoint)
     result = METHODS[args.method](job)
     record = {"data": {"rows": len(rows), "hash": data_hash(rows)}, "seconds": round(time.monotonic() - started, 1)}
     posterior = artefact.save(
@@ -233,6 +241,14 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
         seed=args.seed,
         base_id=base.id,
     )
+
+
+def _scale(args: argparse.Namespace, model: PeftModel, examples: Sequence[Example]) -> float:
+    """What --scale says, or its default."""
+    several = args.task == "choice" and any(len(tokens) > 1 for row in examples for tokens in row.continuations)
+    default = "evidence" if args.method == "laplace" and several and not args.adapter else "1"
+    fixed = number(args.scale or default)
+    return scale.fit(model, examples, args.batch_size) if fixed is None else fixed
 
 
 def _check_rows(args: argparse.Namespace, task: Task, examples: Sequence[Example], heldout: Sequence[Example]) -> None:

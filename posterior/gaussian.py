@@ -107,7 +107,8 @@ def train(
     fixed = number(args.prior_precision)
     start = prior_precision(lora.get(model), PRECISION if fixed is None else fixed)
     if fixed is None:
-        start |= {name: FIRST_PRECISION for name in uncertain(start, args.last_layer) if name.endswith(".B")}
+        weak = FIRST_PRECISION * examples[0].scale ** 2  # as weak for the scaled scores
+        start |= {name: weak for name in uncertain(start, args.last_layer) if name.endswith(".B")}
     trainer = Trainer(model, examples, start, training)
     gaussian: Gaussian | None = None
 

@@ -3,7 +3,8 @@
 A choice's likelihood is softmax over C scores: the LM head's rows at the last prompt position when every candidate is
 one token, which is log p(y|x) up to a constant per prompt, and the softmax removes that; else the mean of the
 candidate's token log-probabilities, by teacher forcing. Their sum, log p(y|x) again, prefers short answers and is far
-too sure (benchmarks/scores.py); tasks of older posteriors ask for it, and a text's likelihood is it.
+too sure (benchmarks/scores.py); tasks of older posteriors ask for it, and a text's likelihood is it. A choice's scores
+are multiplied by the task's scale (posterior/scale.py).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     """Scores f [B, C] in float32 (or float64 for a float64 model); p(y|x) = softmax(f) over C."""
     if batch.answer is not None:
         with _head_rows(model, batch.answer) as columns:
-            return _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
+            return batch.scale * _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
     log_p, _ = _continuations(model, batch)
     if batch.mean:
         assert batch.target is not None
         log_p = log_p / (batch.target >= 0).sum(1)
-    return log_p.view(len(batch.label), -1)
+    return batch.scale * log_p.view(len(batch.label), -1)
 
 
 def log_likelihood(model: nn.Module, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from posterior.data import ROWS, TOKENS, Batch, Example, batches
 from posterior.errors import PosteriorError
 from posterior.likelihood import record, scores
 from posterior.predictive import Predictive, from_gaussian
+from posterior.task import Task
 
 
 def moments(
@@ -33,7 +34,16 @@ def moments(
     """Mean [B, C] of the scores and, at M multiples of the prior precision, covariance [M, B, C, C] of the scores
     relative to the first candidate's (row and column 0 are 0). float64. Matrices that the law does not name are
     certain."""
-    with record({name: matrices[name] for name in law.precision}) as tape:
+    f, parts = jacobians(model, {name: matrices[name] for name in law.precision}, batch)
+    return f, torch.nn.functional.pad(law.covariance(parts, factors), (1, 0, 1, 0))
+
+
+def jacobians(
+    model: nn.Module, matrices: Mapping[str, nn.Linear], batch: Batch
+) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
+    """Scores [B, C] in float64, and the Jacobians [B, C - 1, r, d] of their differences to the first candidate's, a
+    matrix at a time, oriented as lora.orient has them."""
+    with record(dict(matrices)) as tape:
         f = scores(model, batch)
         count, width = f.shape
         if batch.answer is None:
@@ -41,20 +51,17 @@ def moments(
         else:
             gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
 
-    def jacobians() -> Iterator[tuple[str, Tensor]]:
-        """Of the differences to the first candidate, [B, C - 1, r, d], a matrix at a time."""
+    def parts() -> Iterator[tuple[str, Tensor]]:
         mask = batch.mask[..., None]
-        for name in law.precision:
+        for name in matrices:
             a = tape.inputs[name] * mask.to(tape.inputs[name])
-            parts = [lora.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients]
-            jacobian = torch.stack(parts, 1)
+            jacobian = torch.stack([lora.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients], 1)
             if batch.answer is None:
                 jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
                 jacobian = jacobian[:, 1:] - jacobian[:, :1]
             yield name, jacobian
 
-    covariance = law.covariance(jacobians(), factors)
-    return f.detach().double(), torch.nn.functional.pad(covariance, (1, 0, 1, 0))
+    return f.detach().double(), parts()
 
 
 def predictives(
@@ -84,15 +91,14 @@ class LinearizedModel:
     ):
         model: nn.Module | None = None
         self.device = device
-        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law, bool]] = {}
+        self.parts: dict[str, tuple[dict[str, nn.Linear], laplace.Law, Task]] = {}
         for number, (name, posterior) in enumerate(posteriors.items()):
             adapter = f"p{number}"
             if model is None:
                 model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
             else:
                 model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            averaged = posterior.task.scores == "mean"
-            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), averaged)
+            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), posterior.task)
         if model is None:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
@@ -104,9 +110,9 @@ class LinearizedModel:
         """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order."""
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
-        matrices, law, averaged = self.parts[name]
+        matrices, law, task = self.parts[name]
         pairs = zip(prompts, candidates, strict=True)
-        examples = [Example(tuple(prompt), answers, 0, averaged) for prompt, answers in pairs]
+        examples = [Example(tuple(prompt), answers, 0, task.scores == "mean", task.scale) for prompt, answers in pairs]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for indices, batch in batches(examples, ROWS, tokens=TOKENS):
             mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))

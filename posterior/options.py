@@ -60,6 +60,13 @@ def _check_values(args: argparse.Namespace) -> None:
         )
     if fixed is not None and not (math.isfinite(fixed) and fixed > 0):
         raise PosteriorError(f"--prior-precision {fixed} must be positive; typical values are 1 to 1000")
+    scale = None if args.scale is None else number(args.scale)
+    if scale is None and args.scale not in (None, "evidence"):
+        raise PosteriorError(f"--scale {args.scale!r} is neither 'evidence' nor a number")
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise PosteriorError(f"--scale {args.scale} must be positive; 1 leaves the scores as they are")
+    if args.scale and args.task == "text":
+        raise PosteriorError("--scale is of the scores of answers; a text has none, leave it out")
     if (args.prior_precision == "heldout") != bool(args.heldout):
         raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
     if args.prior_precision == "heldout" and args.task == "text":
@@ -77,6 +84,8 @@ def _check_method(args: argparse.Namespace) -> None:
         raise PosteriorError(
             f"--prior-precision {args.prior_precision} belongs to --method laplace; {args.method} needs a number"
         )
+    if args.scale == "evidence" and (args.method != "laplace" or args.adapter):
+        raise PosteriorError("--scale evidence is for an adapter that --method laplace trains; give a number")
     if args.adapter and args.method not in ("laplace", "tfb"):
         raise PosteriorError(f"--adapter belongs to --method laplace and tfb; {args.method} trains its own adapter")
     if args.method == "tfb" and not args.adapter:

@@ -5,6 +5,7 @@ The template is part of the posterior. Served with another template, the same we
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ class Task:
     chat: send the rendered template as a user message through the base's chat template.
     scores: candidates of several tokens are compared by the mean of their log-probabilities or by the sum, log
     p(candidate | prompt). Of one token both are the same.
+    scale: what scores are multiplied by before the softmax (posterior/scale.py).
     """
 
     kind: Literal["choice", "text"]
@@ -39,12 +41,15 @@ class Task:
     answers: tuple[str, ...] | None = None
     chat: bool = False
     scores: Scores = "mean"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("choice", "text"):
             raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
         if self.scores not in get_args(Scores):
             raise PosteriorError(f"scores {self.scores!r} are unknown; use 'mean' or 'sum'")
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
+            raise PosteriorError(f"the scale of scores is {self.scale!r}; it must be a positive number")
         if not self.fields:
             raise PosteriorError(
                 f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
@@ -90,6 +95,8 @@ class Task:
         record["answers"] = None if self.answers is None else list(self.answers)
         if self.scores == "sum":  # as all did, and did not say, before there was another
             del record["scores"]
+        if self.scale == 1.0:
+            del record["scale"]
         return record
 
     @classmethod
@@ -101,6 +108,7 @@ class Task:
             None if answers is None else tuple(answers),
             bool(record.get("chat", False)),
             record.get("scores", "sum"),
+            record.get("scale", 1.0),
         )
 
 

@@ -46,10 +46,11 @@ class Served:
         return ("linearized", "mixture", "map") if self.posterior.family == "laplace" else ("mixture", "map")
 
     @property
-    def scores(self) -> Scores:
-        """How a candidate of several tokens is scored: as the posterior was fitted, the bare base as new posteriors
-        are."""
-        return Task.scores if self.posterior is None else self.posterior.task.scores
+    def scoring(self) -> tuple[Scores, float]:
+        """How a candidate of several tokens is scored, and the scale of the scores: as the posterior was fitted, the
+        bare base by the defaults."""
+        task = Task if self.posterior is None else self.posterior.task
+        return task.scores, task.scale
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,7 @@ def test_task_errors_name_the_field():
 
 
 def test_task_survives_json():
-    for task in (TASK, replace(TASK, scores="sum")):
+    for task in (TASK, replace(TASK, scores="sum"), replace(TASK, scale=0.25)):
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
 
 
@@ -56,13 +57,17 @@ def test_the_tasks_of_older_posteriors_sum_scores():
     assert task.scores == "sum" and task.to_json() == record, "the hash of its records of calibration is the same"
     with pytest.raises(PosteriorError, match="scores 'product' are unknown; use 'mean' or 'sum'"):
         Task.from_json(record | {"scores": "product"})
+    for scale in (0, -1, math.nan, "1"):
+        with pytest.raises(PosteriorError, match=f"scale of scores is {scale!r}; it must be a positive number"):
+            Task.from_json(record | {"scale": scale})
 
 
 def test_examples_are_scored_as_their_task_says(tokenizer):
     row = {"q": "x", "choices": ["a", "b c"], "label": 0}
     for scores in ("mean", "sum"):
-        (example,) = encode(Task("choice", "{q}", scores=scores), tokenizer, [row])
+        (example,) = encode(Task("choice", "{q}", scores=scores, scale=0.5), tokenizer, [row])
         assert example.mean is collate([example]).mean is (scores == "mean")
+        assert example.scale == collate([example]).scale == 0.5
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ def test_what_the_model_does_to_logits_is_done_to_scores(case):
     assert network(torch.tensor([example.prompt])).logits.shape[-1] == VOCABULARY  # the head is as it was
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_scale_multiplies_scores(model, tokens):
+    example = make_examples(1, tokens=tokens)[0]
+    expected = 0.3 * scores(model, collate([example]))
+    assert torch.equal(scores(model, collate([replace(example, scale=0.3)])), expected)
+
+
 @pytest.mark.parametrize("mean", [False, True])
 def test_teacher_forced_scores_are_sums_or_means_of_log_probabilities(model, mean):
     for example in make_examples(3, tokens=2):

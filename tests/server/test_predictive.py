@@ -47,11 +47,11 @@ def test_answers_of_several_tokens_are_scored_as_the_posterior_was_fitted(
     """The fake's tokens are bytes, and its particles' means are known; the sums are those times 2 and 9."""
     gang = service.registry.served["gang"]
     assert gang.posterior is not None
-    gang.posterior.task = replace(gang.posterior.task, scores=scores)  # type: ignore[misc]
+    gang.posterior.task = replace(gang.posterior.task, scores=scores, scale=0.4)  # type: ignore[misc]
     item = post(client, model="gang", prompts=["x"], answers=["ab", "abcdefghi"], per_particle=True).json()["data"][0]
     f = torch.stack([fakes.particle_logits(a.number, 2) for a in gang.particles])
     expected = f if scores == "mean" else f * torch.tensor([2, 9])
-    assert item["per_particle"] == [pytest.approx(row) for row in expected.softmax(-1).tolist()]
+    assert item["per_particle"] == [pytest.approx(row) for row in (0.4 * expected).softmax(-1).tolist()]
 
 
 def test_record_has_every_field_and_probabilities_sum_to_one(client: TestClient) -> None:
