@@ -40,18 +40,19 @@ ABSENT = -1e4  # score of an answer that a row does not have
 
 def fit(model: Any, examples: Sequence[Example], batch_size: int, seed: int = 0) -> float:
     """The scale of the scores of choices; `model` has an adapter with B = 0. The seed is that of the projection."""
+    found = evidences(model, examples, batch_size, seed)
+    return max(found, key=lambda s: found[s] - math.log(s) ** 2 / 2)
+
+
+def evidences(model: Any, examples: Sequence[Example], batch_size: int, seed: int = 0) -> dict[float, float]:
+    """log p(D | s) in nats at the best v, by s, of as many evenly spaced rows as make NUMBERS scores."""
     width = max(len(example.continuations) for example in examples)
-    count = max(1, NUMBERS // (width - 1))
-    chosen = [examples[i * len(examples) // count] for i in range(min(count, len(examples)))]
+    count = min(len(examples), max(1, NUMBERS // (width - 1)))
+    chosen = [examples[i * len(examples) // count] for i in range(count)]
     f, gram = process(model, chosen, batch_size, seed)
     labels = torch.tensor([example.label for example in chosen])
-    found = {s: max(evidence(s * f, v * gram, labels) for v in variances(gram)) for s in SCALES}
-    return max(SCALES, key=lambda s: found[s] - math.log(s) ** 2 / 2)
-
-
-def variances(gram: Tensor) -> list[float]:
-    mean = float(gram.diagonal().mean())
-    return [spread**2 / mean for spread in SPREADS]
+    variances = [spread**2 / float(gram.diagonal().mean()) for spread in SPREADS]
+    return {s: max(evidence(s * f, v * gram, labels) for v in variances) for s in SCALES}
 
 
 def process(model: Any, examples: Sequence[Example], batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
