@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
