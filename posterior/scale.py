@@ -94,10 +94,10 @@ def evidence(mean: Tensor, covariance: Tensor, labels: Tensor) -> float:
     a = torch.zeros(len(covariance), dtype=mean.dtype)
     value, p = log_joint(a)
     while True:
-        blocks = torch.diag_embed(p) - p[..., None] * p[..., None, :]
-        curvature: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-        b = curvature @ (covariance @ a) + one_hot - p.flatten()
-        system = eye + curvature @ covariance
+        blocks = torch.diag_embed(p) - p[..., None] * p[..., None, :]  # of the curvature W, one a row
+        curved = (blocks @ covariance.view(count, width - 1, -1)).flatten(0, 1)  # W K
+        b = curved @ a + one_hot - p.flatten()
+        system = eye + curved
         step, better = torch.linalg.solve(system, b) - a, -math.inf
         size = 2.0
         while better < value and size > 1e-3:
