@@ -101,7 +101,7 @@ def fixed_precision(theta: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def number(text: str) -> float | None:
-    """--prior-precision as a number; None when it is a word."""
+    """An option's value as a number; None when it is a word."""
     try:
         return float(text)
     except ValueError:

@@ -53,18 +53,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    fixed = number(args.prior_precision)
-    if fixed is None and args.prior_precision not in ("evidence", "heldout"):
-        raise PosteriorError(
-            f"--prior-precision {args.prior_precision!r} is neither 'evidence', 'heldout' nor a number"
-        )
-    if fixed is not None and not (math.isfinite(fixed) and fixed > 0):
-        raise PosteriorError(f"--prior-precision {fixed} must be positive; typical values are 1 to 1000")
-    scale = None if args.scale is None else number(args.scale)
-    if scale is None and args.scale not in (None, "evidence"):
-        raise PosteriorError(f"--scale {args.scale!r} is neither 'evidence' nor a number")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise PosteriorError(f"--scale {args.scale} must be positive; 1 leaves the scores as they are")
+    _check_number("--prior-precision", args.prior_precision, ("evidence", "heldout"), "typical values are 1 to 1000")
+    if args.scale is not None:
+        _check_number("--scale", args.scale, ("evidence",), "1 leaves the scores as they are")
     if args.scale and args.task == "text":
         raise PosteriorError("--scale is of the scores of answers; a text has none, leave it out")
     if (args.prior_precision == "heldout") != bool(args.heldout):
@@ -76,6 +67,15 @@ def _check_values(args: argparse.Namespace) -> None:
     for name in ("rank", "particles", "epochs", "batch_size", "label_samples", "max_length"):
         if getattr(args, name) < 1:
             raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def _check_number(option: str, value: str, words: Sequence[str], hint: str) -> None:
+    """`value` is one of the words or a positive number."""
+    found = number(value)
+    if found is None and value not in words:
+        raise PosteriorError(f"{option} {value!r} is neither {', '.join(map(repr, words))} nor a number")
+    if found is not None and not (math.isfinite(found) and found > 0):
+        raise PosteriorError(f"{option} {value} must be positive; {hint}")
 
 
 def _check_method(args: argparse.Namespace) -> None:
