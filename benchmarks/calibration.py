@@ -269,7 +269,7 @@ def verdicts(summaries: Summaries, rows: Rows) -> str:
 
 def _wishes(found: Mapping[str, Sequence[Sequence[Values]]], rows: Mapping[str, Sequence[Sequence[Tensor]]]) -> str:
     """Of (ours, MAP, MAP with a temperature), by set; `rows` are theirs of `by_row`."""
-    ours, plain, scaled = ([[row[i] for row in rows] for rows in found.values()] for i in range(3))
+    ours, plain, scaled = ([[fit[i] for fit in fits] for fits in found.values()] for i in range(3))
     ece = _average(ours, "ece") / _average(plain, "ece")
     ratio = _average(ours, "nll") / _average(scaled, "nll")
     points = 100 * (_average(ours, "accuracy") - _average(plain, "accuracy"))
