@@ -13,7 +13,7 @@ from benchmarks.cells import Result
 from posterior.evaluate import point
 from posterior.metrics import accuracy, nll, signed_gap
 
-ROWS, SEEDS, DRAWS = 200, 2, 2000
+ROWS, DRAWS = 200, 2000
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def fits() -> list[list[Result]]:
         logs = (sharpness * (logits + noise / 2)).log_softmax(1)
         return Result(labels, {"test": {"MAP": point(logs)}}, {})
 
-    return [[fit(0.9), fit(2.0), fit(0.8)] for _ in range(SEEDS)]
+    return [[fit(ours), fit(2.0), fit(0.8)] for ours in (0.6, 1.6)]  # one not sure enough, one too sure
 
 
 def test_rows_average_to_the_metrics(fits: list[list[Result]]) -> None:
