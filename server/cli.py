@@ -22,7 +22,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr for a mistake the user can mend."""
+    """Exit status: 0, or 2 after one line on stderr for a mistake the user can mend; 141 when nobody reads on."""
     # Read when torch is first imported. Threads that spin while they wait made a busy 2-core machine 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -40,9 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module.add_arguments(verb_parser)
     try:
         module.run(verb_parser.parse_args(given[1:]))
+        sys.stdout.flush()
     except PosteriorError as error:
         print(f"posterior: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has enough of it, as in `posterior ask --json ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        return 141
     except KeyboardInterrupt:
         return 130
     return 0
