@@ -22,7 +22,7 @@ from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import Example, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
-from posterior.job import PRECISION, Job, Result, number
+from posterior.job import EPOCHS, EVIDENCE, PRECISION, Job, Result, number
 from posterior.map import Checkpoint
 from posterior.task import Task
 
@@ -78,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--learning-rate", type=float, default=1e-3, help="peak of Adam's schedule (default %(default)s)"
     )
-    group.add_argument("--epochs", type=int, default=8, help="passes over the data (default %(default)s)")
+    group.add_argument(
+        "--epochs",
+        type=_epochs,
+        help=f"passes over the data: a number (default {EPOCHS}), or evidence (default of laplace where answers have "
+        f"several tokens): {EPOCHS}, or half or twice as many, each time anew, as long as the evidence rises",
+    )
     group.add_argument("--steps", type=int, help="stop after this many optimiser steps instead")
     group.add_argument("--batch-size", type=int, default=8, help="examples a step (default %(default)s)")
     group.add_argument(
@@ -206,6 +211,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
     model = _model(base, args)
+    args = _by_evidence(args, examples)
     task = replace(task, scale=_scale(args, model, examples))
     examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
     job = Job(model, examples, heldout, args, checkpoint)
@@ -243,11 +249,17 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     )
 
 
-def _scale(args: argparse.Namespace, model: PeftModel, examples: Sequence[Example]) -> float:
-    """What --scale says, or its default."""
+def _by_evidence(args: argparse.Namespace, examples: Sequence[Example]) -> argparse.Namespace:
+    """The arguments with --scale and --epochs: where laplace trains for answers of several tokens the evidence chooses
+    both, unless they were given."""
     several = args.task == "choice" and any(len(tokens) > 1 for row in examples for tokens in row.continuations)
-    default = "evidence" if args.method == "laplace" and several and not args.adapter else "1"
-    fixed = number(args.scale or default)
+    trained = args.method == "laplace" and several and not args.adapter
+    epochs = args.epochs or (EVIDENCE if trained and args.steps is None else EPOCHS)
+    return argparse.Namespace(**vars(args) | {"scale": args.scale or (EVIDENCE if trained else "1"), "epochs": epochs})
+
+
+def _scale(args: argparse.Namespace, model: PeftModel, examples: Sequence[Example]) -> float:
+    fixed = number(args.scale)
     return scale.fit(model, examples, args.batch_size) if fixed is None else fixed
 
 
@@ -277,6 +289,13 @@ def _rank(text: str) -> int | None:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a rank nor 'whole'")
     return int(text)
+
+
+def _epochs(text: str) -> int | str:
+    """--epochs: a number, or the word."""
+    if text != EVIDENCE and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {EVIDENCE!r}")
+    return text if text == EVIDENCE else int(text)
 
 
 def _fingerprint(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], base: Base) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posterior.errors import PosteriorError
-from posterior.job import MEMBERS, PRECISION, number
+from posterior.job import EVIDENCE, MEMBERS, PRECISION, number
 
 TRAINERS = ("laplace", "ensemble", "svgd", "dropout", "swag", "blob")  # methods that can train an adapter
 TRAINING = ("rank", "alpha", "rslora", "targets", "dropout", "learning_rate", "epochs", "steps")
@@ -64,7 +64,9 @@ def _check_values(args: argparse.Namespace) -> None:
         raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
     if not 0 <= args.dropout < 1:
         raise PosteriorError(f"--dropout is {args.dropout}; it must be at least 0 and below 1")
-    for name in ("rank", "particles", "epochs", "batch_size", "label_samples", "max_length"):
+    if args.epochs not in (None, EVIDENCE) and args.epochs < 1:
+        raise PosteriorError(f"--epochs is {args.epochs}; it must be at least 1")
+    for name in ("rank", "particles", "batch_size", "label_samples", "max_length"):
         if getattr(args, name) < 1:
             raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
@@ -86,6 +88,10 @@ def _check_method(args: argparse.Namespace) -> None:
         )
     if args.scale == "evidence" and (args.method != "laplace" or args.adapter):
         raise PosteriorError("--scale evidence is for an adapter that --method laplace trains; give a number")
+    if args.epochs == EVIDENCE and args.method != "laplace":
+        raise PosteriorError(f"--epochs evidence belongs to --method laplace; {args.method} needs a number")
+    if args.epochs == EVIDENCE and args.steps is not None:
+        raise PosteriorError("--epochs evidence and --steps both say how long to train; leave one out")
     if args.adapter and args.method not in ("laplace", "tfb"):
         raise PosteriorError(f"--adapter belongs to --method laplace and tfb; {args.method} trains its own adapter")
     if args.method == "tfb" and not args.adapter:
