@@ -55,7 +55,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "ensemble": ("--method", "ensemble"),
 }
 # What --epochs is multiplied by, and Adam's rate, where answers have several tokens: their scores are means, which move
-# so much slower that MAP's training rows are still far from fitted after --epochs at the default rate.
+# so much slower that MAP's training rows are still far from fitted after --epochs at the default rate. Laplace needs
+# neither.
 SLOW_EPOCHS, SLOW_RATE = 2, 3e-3
 POINTS = ("map", "label-smoothing")  # one adapter, whose only predictive is its own
 
@@ -145,9 +146,11 @@ class Cell:
 
     @property
     def training(self) -> list[str]:
-        """`posterior fit`'s arguments that make it converge."""
+        """`posterior fit`'s arguments that make it converge; none where the evidence says how long to train."""
         if self.data.answers:
             return ["--epochs", str(self.epochs)]
+        if "--method" not in FAMILIES[self.family]:
+            return []
         return ["--epochs", str(SLOW_EPOCHS * self.epochs), "--learning-rate", str(SLOW_RATE)]
 
     def key(self, base: Base) -> str:
