@@ -4,7 +4,7 @@
     python -m benchmarks.calibration --data FOLDER --sets yelp sst2 --seeds 0 1 2 --minutes 60
     python -m benchmarks.calibration --data FOLDER --sets yelp sst2 --seeds 0 1 2 --minutes 0      only the tables
 
-A cell (benchmarks/cells.py) takes minutes to half an hour on 2 cores and is kept in benchmarks/results, so the grid is
+A cell (benchmarks/cells.py) takes minutes to two hours on 2 cores and is kept in benchmarks/results, so the grid is
 run in as many sessions as it takes; what has not been run says so. Writes benchmarks/results/README.md and its plots.
 
 Several tokens: a candidate's score is the mean of its tokens' log-probabilities, in the likelihood of the fit as in

@@ -146,7 +146,8 @@ class Cell:
 
     @property
     def training(self) -> list[str]:
-        """`posterior fit`'s arguments that make it converge; none where the evidence says how long to train."""
+        """`posterior fit`'s arguments that make it converge; none for Laplace (the default --method) where it lets the
+        evidence say how long to train."""
         if self.data.answers:
             return ["--epochs", str(self.epochs)]
         if "--method" not in FAMILIES[self.family]:

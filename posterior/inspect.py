@@ -34,7 +34,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
         "base": f"{base['id']} (revision {base['revision']}, weights {base['hash'][:19]})",
         "task": posterior.task.kind,
         "template": repr(posterior.task.template) + (" as a chat message" if posterior.task.chat else ""),
-        "answers": posterior.task.answers,
+        "answers": posterior.task.answers or ("each row's choices" if posterior.task.kind == "choice" else "any text"),
         "scores": f"{posterior.task.scores} of an answer's log-probabilities, token by token, "
         f"times {posterior.task.scale:g}",
         "adapter": f"{len(theta)} matrices, {parameters:,} parameters, rank {posterior.lora['r']}",

@@ -217,6 +217,9 @@ def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
     assert "(verified)" in capsys.readouterr().out
     call(inspect, posterior.path, "--json")
     assert json.loads(capsys.readouterr().out)["family"] == "laplace"
+    assert inspect.describe(posterior)["answers"] == posterior.task.answers
+    questions = replace(posterior, task=replace(posterior.task, answers=None))
+    assert inspect.describe(questions)["answers"] == "each row's choices"
 
 
 def test_linearized_model_serves_many_posteriors(run_fit, tiny_base, tmp_path):
