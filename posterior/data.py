@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +43,35 @@ class Example:
         return len(self.prompt) + (0 if self.single else max(map(len, self.continuations)))
 
     @property
+    def row(self) -> int:
+        """Tokens of a row with all continuations."""
+        return len(self.prompt) + (0 if self.single else sum(map(len, self.continuations)))
+
+    @property
     def sequences(self) -> int:
-        """Rows of a batch that it takes."""
+        """Sequences of `length` that scoring it takes, at most."""
         return 1 if self.single else len(self.continuations)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded sequences of B examples; S = B rows (single-token choices) or B * C rows (teacher forcing).
+    """B examples as left-padded rows, S = B of them: the prompt (single-token choices), or the prompt and all its
+    continuations one after the other, none of which sees another (teacher forcing). `separate` has S = B * C rows.
 
-    tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; target: [S, L] ids with -100 where the
-    sequence's last L tokens are not the continuation's (teacher forcing) or None; label: [B]; mean: scores are means
-    over a continuation's tokens; scale: of the scores; spread: [B, C, C] or None.
+    tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; branch: [S, T], 0 in the prompt and
+    c + 1 in continuation c, or None where a row has at most one; target: [S, B * C / S, L] the continuations' ids, -100
+    after their ends, and source, of the same shape: the position that predicts each, from the row's end (-1 is its
+    last); both None without teacher forcing; label: [B]; mean: scores are means over a continuation's tokens; scale: of
+    the scores; spread: [B, C, C] or None.
     """
 
     tokens: Tensor
     mask: Tensor
     positions: Tensor
     answer: Tensor | None
+    branch: Tensor | None
     target: Tensor | None
+    source: Tensor | None
     label: Tensor
     mean: bool = False
     scale: float = 1.0
@@ -74,6 +84,33 @@ class Batch:
         """With every tensor changed."""
         changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Batch(**changed)
+
+    def separate(self) -> Batch:
+        """The same with a row for each continuation: the prompt, which is repeated, and it."""
+        if self.branch is None or self.target is None or self.source is None:
+            return self
+        count, width = self.target.shape[1], self.tokens.shape[1]
+        own = torch.arange(1, count + 1, device=self.branch.device)[:, None]
+        branch = self.branch[:, None]
+        kept = ((branch == 0) | (branch == own)) & self.mask.bool()[:, None]  # [B, C, T]
+        order = kept.int().argsort(dim=2, stable=True)  # what is not kept becomes padding, on the left
+        shortest = int(width - kept.sum(2).max())
+
+        def moved(value: Tensor) -> Tensor:
+            rows = value[:, None].expand(-1, count, -1).gather(2, order).flatten(0, 1)
+            return rows[:, shortest:]
+
+        mask = moved(self.mask) * kept.gather(2, order).flatten(0, 1)[:, shortest:]
+        source = order.argsort(dim=2).gather(2, self.source + width) - width
+        return replace(
+            self,
+            tokens=moved(self.tokens) * mask,
+            mask=mask,
+            positions=moved(self.positions) * mask,
+            branch=None,
+            target=self.target.flatten(0, 1)[:, None],
+            source=source.flatten(0, 1)[:, None],
+        )
 
 
 def read_jsonl(path: Path | str) -> list[Row]:
@@ -179,7 +216,7 @@ def shuffled(examples: Sequence[Example], size: int, generator: torch.Generator)
 
 def _likeness(example: Example) -> tuple[bool, int, int]:
     """By what rows share a batch: how they are scored, how many candidates they have, and their length."""
-    return example.single, len(example.continuations), example.length
+    return example.single, len(example.continuations), example.row
 
 
 def batches(
@@ -209,22 +246,38 @@ def batches(
 
 def collate(examples: Sequence[Example]) -> Batch:
     """One left-padded batch; pad positions are masked and their token is 0."""
-    single = examples[0].single
-    if single:
-        sequences = [example.prompt for example in examples]
-        answer = torch.tensor([[tokens[0] for tokens in example.continuations] for example in examples])
-        target = None
-    else:
-        pairs = [(example.prompt, tokens) for example in examples for tokens in example.continuations]
-        sequences = [prompt + tokens for prompt, tokens in pairs]
-        answer = None
-        longest = max(len(tokens) for _, tokens in pairs)
-        target = torch.tensor([[-100] * (longest - len(tokens)) + list(tokens) for _, tokens in pairs])
-    width = max(map(len, sequences))
-    tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    tokens = _padded([e.prompt if e.single else e.prompt + sum(e.continuations, ()) for e in examples])
+    mask = _padded([[1] * example.row for example in examples])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    answer = branch = target = source = None
+    if examples[0].single:
+        answer = torch.tensor([[tokens[0] for tokens in example.continuations] for example in examples])
+    else:
+        longest = max(len(tokens) for example in examples for tokens in example.continuations)
+        target = torch.full((len(examples), len(examples[0].continuations), longest), -100)
+        source = torch.zeros_like(target)
+        branch = torch.zeros_like(tokens)
+        for row, example in enumerate(examples):
+            start = -sum(map(len, example.continuations))  # of a continuation, from the row's end
+            prompt = start - 1  # its last position
+            source[row] = prompt
+            for c, continuation in enumerate(example.continuations):
+                count = len(continuation)
+                target[row, c, :count] = torch.tensor(continuation)
+                source[row, c, 1:count] = torch.arange(start, start + count - 1)
+                own = torch.arange(start, start + count)
+                branch[row, own] = c + 1
+                positions[row, own] = len(example.prompt) + torch.arange(count)
+                start += count
+        branch = branch if target.shape[1] > 1 else None
     label = torch.tensor([example.label for example in examples])
     spreads = [example.spread for example in examples if example.spread is not None]
     spread = torch.stack(spreads) if len(spreads) == len(examples) else None
-    return Batch(tokens, mask, positions, answer, target, label, examples[0].mean, examples[0].scale, spread)
+    first = examples[0]
+    return Batch(tokens, mask, positions, answer, branch, target, source, label, first.mean, first.scale, spread)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[S, T], zeros on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from posterior.data import Batch
 from posterior.diagonal import Diagonal, Entries, by_example
 from posterior.errors import PosteriorError
-from posterior.likelihood import Tape, draws, record, sampled_score, scores
+from posterior.likelihood import Tape, arranged, draws, record, sampled_score, scores
 from posterior.sketch import Sketch
 
 Sharing = Literal["expand", "reduce"]
@@ -187,6 +187,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     seen = 0
     for batch in batches:
+        batch = arranged(model, batch)
         with record(matrices) as tape:
             first = True
             for grads in _gradients(model, tape, batch, samples, generator):
@@ -216,7 +217,7 @@ def _gradients(
     model: nn.Module, tape: Tape, batch: Batch, samples: int, generator: torch.Generator
 ) -> Iterable[dict[str, Tensor]]:
     """Output gradients whose outer products sum to the Fisher of the batch."""
-    if batch.answer is None and batch.target is not None and len(batch.target) == len(batch.label):
+    if batch.target is not None and len(batch.label) == batch.target.shape[:2].numel():
         for _ in range(samples):
             drawn = sampled_score(model, batch, generator)
             yield tape.gradients(drawn, torch.full_like(drawn, samples**-0.5), keep=False)

@@ -5,13 +5,19 @@ one token, which is log p(y|x) up to a constant per prompt, and the softmax remo
 candidate's token log-probabilities, by teacher forcing. Their sum, log p(y|x) again, prefers short answers and is far
 too sure (benchmarks/scores.py); tasks of older posteriors ask for it, and a text's likelihood is it. A choice's scores
 are multiplied by the task's scale (posterior/scale.py).
+
+The prompt is computed once for all its candidates: they follow it in one row, each at the positions that it would have
+alone, and an attention mask keeps them from seeing each other. Where a model does more than attend to what the mask
+shows, or is not known not to, each candidate has a row of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +33,28 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     if batch.answer is not None:
         with _head_rows(model, batch.answer) as columns:
             return batch.scale * _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
-    log_p, _ = _continuations(model, batch)
+    batch = arranged(model, batch)
+    log_p, index, token = _continuations(model, batch)
+    found = _at(log_p, index, token).sum(2)
     if batch.mean:
-        assert batch.target is not None
-        log_p = log_p / (batch.target >= 0).sum(1)
-    return batch.scale * log_p.view(len(batch.label), -1)
+        found = found / (token >= 0).sum(2)
+    return batch.scale * found.view(len(batch.label), -1)
+
+
+# Those whose layers mix tokens by nothing but attention, at rotary positions: tests/posterior/test_branches.py.
+BRANCHING = frozenset(
+    ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+)
+ATTENTION = ("eager", "sdpa", "short_or_float32")  # which heed a mask of their caller's
+
+
+def arranged(model: nn.Module, batch: Batch) -> Batch:
+    """The batch in rows that the model scores as it would score each continuation alone. `scores` takes care of it; who
+    records a pass needs the rows that it was made of."""
+    config: Any = model.config
+    window = getattr(config, "sliding_window", None) or math.inf
+    known = config.model_type in BRANCHING and config._attn_implementation in ATTENTION
+    return batch if known and batch.tokens.shape[1] <= window else batch.separate()
 
 
 def log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
@@ -55,34 +78,74 @@ def draws(f: Tensor, batch: Batch) -> Tensor:
 
 def sampled_score(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
     """Sum over response tokens of log p(y_t|y_<t), with y_t drawn from the model itself (for a text task's Fisher)."""
-    _, log_p = _continuations(model, batch)
-    assert batch.target is not None
-    flat = log_p.detach().flatten(0, 1).exp()
-    drawn = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device).view(log_p.shape[:2])
-    drawn_log_p = log_p.gather(2, drawn[..., None])[..., 0]
-    return drawn_log_p.masked_fill(batch.target < 0, 0.0).sum()
+    log_p, index, token = _continuations(model, batch)
+    real = token >= 0
+    drawn = torch.full_like(token, -1)
+    p = log_p.detach()[index[real]].exp()
+    drawn[real] = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(drawn)
+    return _at(log_p, index, drawn).sum()
 
 
-def _continuations(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(summed log-probabilities [S], token log-probabilities [S, L, V]) of the continuations."""
-    assert batch.target is not None
-    logits = _logits(model, batch, batch.target.shape[1] + 1)[:, :-1]
-    log_p = _upcast(logits).log_softmax(-1)
-    chosen = log_p.gather(2, batch.target.clamp(min=0)[..., None])[..., 0]
-    return chosen.masked_fill(batch.target < 0, 0.0).sum(1), log_p
+def _continuations(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [N, V] of every token at the N positions that predict one of a continuation; which of these
+    predicts each [S, C, L], and the target [S, C, L]."""
+    assert batch.target is not None and batch.source is not None
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None, None]
+    place = batch.source - batch.source.min()  # among the last positions of each row
+    used = torch.zeros(len(rows), -int(batch.source.min()), dtype=torch.bool, device=rows.device)
+    used[rows, place] = True
+    index = (used.flatten().cumsum(0) - 1).view_as(used)[rows, place]
+    with _head_at(model, used) as alone:
+        logits = _logits(model, batch, used.shape[1])
+    logits = logits[0] if alone else logits[:, -used.shape[1] :][used]
+    return _upcast(logits).log_softmax(-1), index, batch.target
+
+
+def _at(log_p: Tensor, index: Tensor, token: Tensor) -> Tensor:
+    """log_p [N, V] of each token [S, C, L] at its `index`; 0 where the token is negative."""
+    return log_p[index, token.clamp(min=0)].masked_fill(token < 0, 0.0)
 
 
 def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits [S, keep, V] at the last `keep` positions, through the model's own head (so soft-capping and the like
-    hold)."""
+    """Logits [S, keep or T, V] at the last `keep` positions, if not at all, through the model's own head (so
+    soft-capping and the like hold)."""
     out = model(
         input_ids=batch.tokens,
-        attention_mask=batch.mask,
+        attention_mask=batch.mask if batch.branch is None else _attention(model, batch.mask, batch.branch),
         position_ids=batch.positions,
         use_cache=False,
         logits_to_keep=keep,
     )
-    return out.logits[:, -keep:]  # type: ignore[no-any-return]
+    return out.logits  # type: ignore[no-any-return]
+
+
+def _attention(model: nn.Module, mask: Tensor, branch: Tensor) -> Tensor:
+    """[S, 1, T, T]: a token sees the prompt and its own continuation up to itself. As booleans, or (eager) what is
+    added to the logits of attention."""
+    length = mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    seen, own = branch[:, None, :], branch[:, :, None]
+    allowed = causal & mask.bool()[:, None, :] & ((seen == 0) | (seen == own))
+    allowed = (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]  # padding sees itself
+    if model.config._attn_implementation != "eager":  # type: ignore[union-attr]
+        return allowed
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+@contextmanager
+def _head_at(model: nn.Module, used: Tensor) -> Iterator[bool]:
+    """Within, a plain head multiplies its rows at the used positions [S, M] alone, and logits are [1, N, V]; yields
+    whether it is plain."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:  # it has an adapter of its own
+        yield False
+        return
+    hook = head.register_forward_pre_hook(lambda _head, hidden: hidden[0][:, -used.shape[1] :][used][None])
+    try:
+        yield True
+    finally:
+        hook.remove()
 
 
 @contextmanager

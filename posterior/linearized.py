@@ -2,8 +2,7 @@
 covariance.
 
 The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward
-passes when all candidates are single tokens, and one when they are sequences of their own. No Jacobian over base
-weights ever exists.
+passes. No Jacobian over base weights ever exists.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from posterior.artefact import Posterior
 from posterior.base import Base, load_model
 from posterior.candidates import Candidates
 from posterior.data import ROWS, TOKENS, Batch, Example, batches
+from posterior.diagonal import by_example
 from posterior.errors import PosteriorError
-from posterior.likelihood import record, scores
+from posterior.likelihood import arranged, record, scores
 from posterior.predictive import Predictive, from_gaussian
 from posterior.task import Task
 
@@ -43,23 +43,16 @@ def jacobians(
 ) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
     """Scores [B, C] in float64, and the Jacobians [B, C - 1, r, d] of their differences to the first candidate's, a
     matrix at a time, oriented as lora.orient has them."""
+    batch = arranged(model, batch)
     with record(dict(matrices)) as tape:
         f = scores(model, batch)
-        count, width = f.shape
-        if batch.answer is None:
-            gradients = [tape.gradients(f, torch.ones_like(f), keep=False)]
-        else:
-            gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
+        width = f.shape[1]
+        gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
 
     def parts() -> Iterator[tuple[str, Tensor]]:
-        mask = batch.mask[..., None]
         for name in matrices:
-            a = tape.inputs[name] * mask.to(tape.inputs[name])
-            jacobian = torch.stack([lora.orient(name, grads[name].mT @ a.to(grads[name])) for grads in gradients], 1)
-            if batch.answer is None:
-                jacobian = jacobian.view(count, width, *jacobian.shape[-2:])
-                jacobian = jacobian[:, 1:] - jacobian[:, :1]
-            yield name, jacobian
+            pairs = [by_example(tape.inputs[name], grads[name], batch) for grads in gradients]
+            yield name, torch.stack([lora.orient(name, g.mT @ a) for a, g in pairs], 1)
 
     return f.detach().double(), parts()
 

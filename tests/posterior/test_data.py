@@ -152,12 +152,12 @@ def test_no_batch_of_several_examples_has_more_tokens_than_allowed(tokens):
     found = list(batches(examples, 4, tokens=tokens))
     assert sorted(i for indices, _ in found for i in indices) == list(range(50))
     for indices, batch in found:
-        assert len(indices) == 1 or (len(indices) <= 4 and batch.tokens.numel() <= tokens)
+        assert len(indices) == 1 or (len(indices) <= 4 and batch.separate().tokens.numel() <= tokens)
     for (indices, _), (following, _) in itertools.pairwise(found):
         first, more = examples[indices[0]], examples[following[0]]
         if len(indices) < 4 and (first.single, len(first.continuations)) == (more.single, len(more.continuations)):
             grown = collate([examples[i] for i in [*indices, following[0]]])
-            assert grown.tokens.numel() > tokens, "a batch ends where the next example would be too much"
+            assert grown.separate().tokens.numel() > tokens, "a batch ends where the next example would be too much"
 
 
 def test_a_shuffled_order_has_every_row_once_and_is_its_seeds():

@@ -96,7 +96,7 @@ def test_same_seed_same_sample(curvature, model):
 
 @pytest.mark.parametrize("tokens", [1, 2], ids=["single-token", "two-token"])
 def test_linearized_covariance_is_j_inverse_p_j(model, curvature, tokens):
-    """Against torch.func Jacobians and dense inverses, to 1e-6 relative; several prior precisions in one pass."""
+    """Against torch.func Jacobians and dense inverses, to 3e-6 relative; several prior precisions in one pass."""
     batch = collate(make_examples(5, tokens=tokens))
     law = laplace.Blocks(curvature, precision_of(curvature))
     precisions = [{name: value * scale for name, value in law.precision.items()} for scale in LAMBDAS]
@@ -110,7 +110,7 @@ def test_linearized_covariance_is_j_inverse_p_j(model, curvature, tokens):
             j = j - j[:, :1]  # relative to the first candidate
             inverse = torch.linalg.inv(dense(block) + precision[name] * torch.eye(math.prod(block.shape)).double())
             expected += j @ inverse @ j.mT
-        torch.testing.assert_close(covariance[number], expected, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(covariance[number], expected, rtol=3e-6, atol=1e-12)
 
 
 def test_parts_that_do_not_fit_are_refused(model, curvature):
