@@ -31,7 +31,6 @@ from posterior.task import Task
 
 DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results"
 VERSION = 2  # raised when the methods themselves change: older cells are then computed again
-SEQUENCES = 3  # the same of Laplace where answers have several tokens
 PARTICLES = 8
 CALIBRATION, OTHER = 200, 50  # rows, at most, of the calibration split and of each other set
 OOD = ("mmlu_cs", "mmlu_chem")
@@ -158,15 +157,7 @@ class Cell:
     def key(self, base: Base) -> str:
         """sha256 of all that the predictions depend on."""
         parts = {name: data_hash(rows) for name, rows in self.data.parts().items()}
-        sequences = not self.data.answers and "--method" not in FAMILIES[self.family]
-        inputs = [
-            SEQUENCES if sequences else VERSION,
-            base.hash,
-            self.data.template,
-            self.data.answers,
-            data_hash(self.data.train),
-            parts,
-        ]
+        inputs = [VERSION, base.hash, self.data.template, self.data.answers, data_hash(self.data.train), parts]
         inputs += [self.seed, self.epochs, FAMILIES[self.family], PARTICLES, self.dtype]
         inputs += [] if self.data.answers else [Task.scores, self.training]  # of several tokens
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -107,8 +107,8 @@ def _at(log_p: Tensor, index: Tensor, token: Tensor) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits [S, keep or T, V] at the last `keep` positions, if not at all, through the model's own head (so
-    soft-capping and the like hold)."""
+    """Logits through the model's own head (so soft-capping and the like hold), [S, keep, V] at the last `keep`
+    positions; [S, T, V] of a model that does not know `logits_to_keep`."""
     out = model(
         input_ids=batch.tokens,
         attention_mask=batch.mask if batch.branch is None else _attention(model, batch.mask, batch.branch),

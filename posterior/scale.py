@@ -1,4 +1,4 @@
-"""How sure the scores are: their scale s in p(y|x) = softmax(s f), by the evidence, before any training.
+"""How sure the scores may be: their scale s in p(y|x) = softmax(s f), by the evidence, before any training.
 
 The mean of an answer's log-probabilities is no log-probability, so nothing says on which scale the answers' means are
 compared. Where the base is far too sure of its answers, a fit at scale 1 must first unlearn that, learns its rows by
@@ -8,7 +8,9 @@ At the initialisation the network is linear in B, and scores are a Gaussian proc
 g ~ N(0, v K), K = J J^T the Gram matrix of the Jacobians and v = s^2 / lambda, which is free as the prior precision
 lambda is. Its evidence p(D | s, v) (Laplace's approximation; Rasmussen & Williams 2006, algorithm 3.3) asks for what
 the base knows of the answers, and not for how well it can be made to fit them. We take the s whose evidence at the best
-v is highest, with log s ~ N(0, 1), as scores are not off by orders of magnitude.
+v is highest, with log s ~ N(0, 1), as scores are not off by orders of magnitude; and s <= 1, as a base that is not sure
+enough can be taught. Even where the linear network's evidence asks for more (ARC-Easy), training at a larger scale has
+a base to unlearn that is too sure, and does not get there.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from posterior.sketch import Signs
 
 NUMBERS = 384  # scores the process is asked about, at most: a subset of the rows tells one number
 COLUMNS = 4096  # of the random projection that K is computed in, which errs by about 1 / sqrt(COLUMNS / 2)
-SCALES: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-8, 9))  # s, from 1/16 to 16
+SCALES: tuple[float, ...] = tuple(2.0 ** (-step / 2) for step in range(9))  # s, from 1 to 1/16
 # Standard deviations of a score under the prior, as the mean over the rows: sqrt(v tr K / size).
-SPREADS: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-8, 15))
+SPREADS: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-8, 11))
 TOLERANCE = 1e-6  # nats of the log posterior at which Newton's method stops
 ABSENT = -1e4  # score of an answer that a row does not have
 
