@@ -3,9 +3,9 @@ rows.
 
     python -m benchmarks.fit                              the shipped posterior's adapter and the Yelp training rows
 
-Three tables (--tables): the curvature and the linearised predictive against passes over the rows; Laplace against
+Four tables (--tables): the curvature and the linearised predictive against passes over the rows; Laplace against
 laplace-torch and bayesian-lora (benchmarks/rivals.py); an epoch of SVGD's K particles against K epochs of MAP, one
-after the other.
+after the other; answers of several tokens that share their prompt's row against a row for each.
 
 Time: repetitions take turns, so that a machine that slows down slows all of them; ratios are of the same repetition,
 quoted as median [min, max]. Memory: peak resident size of a process of its own for each job (on CUDA: the allocator's
@@ -22,13 +22,15 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.rivals import WAYS, dense, gradients
-from posterior import artefact, kfac, lora, svgd
+from posterior import artefact, candidates, kfac, likelihood, lora, svgd
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.data import Batch, Example, batches, encode, read_jsonl
 from posterior.job import PRECISION, prior_precision
@@ -108,6 +110,25 @@ class Bench:
         matrices = lora.matrices(self.model)
         for batch in self.batches():
             moments(self.model, matrices, self.posterior.law, batch)
+
+
+class Questions(Bench):
+    """The same prompts with four answers of several tokens."""
+
+    ANSWERS = (" a place to avoid", " not worth the money", " about what one expects", " the best in town by far")
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        answers = candidates.encode(load_tokenizer(resolve(args.base)), self.ANSWERS)
+        self.examples = [replace(row, continuations=answers, mean=True) for row in self.examples]
+
+    def epoch_apart(self) -> None:
+        with mock.patch.object(likelihood, "BRANCHING", frozenset()):
+            self.epoch()
+
+    def linearised_apart(self) -> None:
+        with mock.patch.object(likelihood, "BRANCHING", frozenset()):
+            self.linearised()
 
 
 def main() -> None:
@@ -202,7 +223,20 @@ def together(bench: Bench, args: argparse.Namespace) -> None:
     )
 
 
-TABLES = {"curvature": curvature, "rivals": rivals, "together": together}
+def questions(_bench: Bench, args: argparse.Namespace) -> None:
+    """A prompt once for all its answers against once for each."""
+    bench = Questions(args)
+    times = measure(bench, ("epoch", "epoch_apart", "linearised", "linearised_apart"), args.repetitions)
+    lengths = [len(tokens) for tokens in bench.examples[0].continuations]
+    prompt = statistics.mean(len(row.prompt) for row in bench.examples)
+    print(f"\nPrompts of {prompt:.0f} tokens, {len(lengths)} answers of {statistics.mean(lengths):.1f}:\n")
+    print("| one row for a question / a row for each answer | seconds | ratio of times |\n|---|---|---|")
+    for label, job in (("an epoch of MAP", "epoch"), ("linearised predictive", "linearised")):
+        one, apart = times[job], times[f"{job}_apart"]
+        print(f"| {label} | {statistics.median(one):.1f} / {statistics.median(apart):.1f} | {ratio(one, apart)} |")
+
+
+TABLES = {"curvature": curvature, "rivals": rivals, "together": together, "questions": questions}
 
 
 def measure(bench: Bench, names: Sequence[str], repetitions: int) -> dict[str, list[float]]:
