@@ -17,6 +17,7 @@ parameters together.
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import resource
 import statistics
@@ -43,6 +44,7 @@ from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"
 PARTICLES = 8
+ANSWERS = (" a place to avoid", " not worth the money", " about what one expects", " the best in town by far")
 
 
 class Bench:
@@ -51,8 +53,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         posterior = artefact.load(args.posterior)
         base = resolve(args.base)
-        tokenizer: Any = load_tokenizer(base)
-        rows = encode(posterior.task, tokenizer, read_jsonl(args.data)[: args.rows + args.asked])
+        self.tokenizer: Any = load_tokenizer(base)
+        rows = encode(posterior.task, self.tokenizer, read_jsonl(args.data)[: args.rows + args.asked])
         self.examples: list[Example] = rows[: args.rows]
         self.asked: list[Example] = rows[args.rows :]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,18 +113,14 @@ class Bench:
         for batch in self.batches():
             moments(self.model, matrices, self.posterior.law, batch)
 
-
-class Questions(Bench):
-    """The same prompts with four answers of several tokens."""
-
-    ANSWERS = (" a place to avoid", " not worth the money", " about what one expects", " the best in town by far")
-
-    def __init__(self, args: argparse.Namespace):
-        super().__init__(args)
-        answers = candidates.encode(load_tokenizer(resolve(args.base)), self.ANSWERS)
-        self.examples = [replace(row, continuations=answers, mean=True) for row in self.examples]
+    def questions(self) -> Bench:
+        """The same rows with four answers of several tokens."""
+        bench, answers = copy.copy(self), candidates.encode(self.tokenizer, ANSWERS)
+        bench.examples = [replace(row, continuations=answers, mean=True) for row in self.examples]
+        return bench
 
     def epoch_apart(self) -> None:
+        """With a row for each answer."""
         with mock.patch.object(likelihood, "BRANCHING", frozenset()):
             self.epoch()
 
@@ -223,9 +221,9 @@ def together(bench: Bench, args: argparse.Namespace) -> None:
     )
 
 
-def questions(_bench: Bench, args: argparse.Namespace) -> None:
+def questions(bench: Bench, args: argparse.Namespace) -> None:
     """A prompt once for all its answers against once for each."""
-    bench = Questions(args)
+    bench = bench.questions()
     times = measure(bench, ("epoch", "epoch_apart", "linearised", "linearised_apart"), args.repetitions)
     lengths = [len(tokens) for tokens in bench.examples[0].continuations]
     prompt = statistics.mean(len(row.prompt) for row in bench.examples)

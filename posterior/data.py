@@ -100,7 +100,7 @@ class Batch:
             rows = value[:, None].expand(-1, count, -1).gather(2, order).flatten(0, 1)
             return rows[:, shortest:]
 
-        mask = moved(self.mask) * kept.gather(2, order).flatten(0, 1)[:, shortest:]
+        mask = kept.gather(2, order).flatten(0, 1)[:, shortest:].to(self.mask)
         source = order.argsort(dim=2).gather(2, self.source + width) - width
         return replace(
             self,

@@ -48,10 +48,10 @@ BRANCHING = frozenset(
 ATTENTION = ("eager", "sdpa", "short_or_float32")  # which heed a mask of their caller's
 
 
-def arranged(model: nn.Module, batch: Batch) -> Batch:
+def arranged(model: Any, batch: Batch) -> Batch:
     """The batch in rows that the model scores as it would score each continuation alone. `scores` takes care of it; who
     records a pass needs the rows that it was made of."""
-    config: Any = model.config
+    config = model.config
     window = getattr(config, "sliding_window", None) or math.inf
     known = config.model_type in BRANCHING and config._attn_implementation in ATTENTION
     return batch if known and batch.tokens.shape[1] <= window else batch.separate()
@@ -106,20 +106,20 @@ def _at(log_p: Tensor, index: Tensor, token: Tensor) -> Tensor:
     return log_p[index, token.clamp(min=0)].masked_fill(token < 0, 0.0)
 
 
-def _logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+def _logits(model: Any, batch: Batch, keep: int) -> Tensor:
     """Logits through the model's own head (so soft-capping and the like hold), [S, keep, V] at the last `keep`
     positions; [S, T, V] of a model that does not know `logits_to_keep`."""
-    out = model(
+    logits: Tensor = model(
         input_ids=batch.tokens,
         attention_mask=batch.mask if batch.branch is None else _attention(model, batch.mask, batch.branch),
         position_ids=batch.positions,
         use_cache=False,
         logits_to_keep=keep,
-    )
-    return out.logits  # type: ignore[no-any-return]
+    ).logits
+    return logits
 
 
-def _attention(model: nn.Module, mask: Tensor, branch: Tensor) -> Tensor:
+def _attention(model: Any, mask: Tensor, branch: Tensor) -> Tensor:
     """[S, 1, T, T]: a token sees the prompt and its own continuation up to itself. As booleans, or (eager) what is
     added to the logits of attention."""
     length = mask.shape[1]
@@ -127,9 +127,9 @@ def _attention(model: nn.Module, mask: Tensor, branch: Tensor) -> Tensor:
     seen, own = branch[:, None, :], branch[:, :, None]
     allowed = causal & mask.bool()[:, None, :] & ((seen == 0) | (seen == own))
     allowed = (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]  # padding sees itself
-    if model.config._attn_implementation != "eager":  # type: ignore[union-attr]
+    if model.config._attn_implementation != "eager":
         return allowed
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
@@ -137,8 +137,8 @@ def _attention(model: nn.Module, mask: Tensor, branch: Tensor) -> Tensor:
 def _head_at(model: nn.Module, used: Tensor) -> Iterator[bool]:
     """Within, a plain head multiplies its rows at the used positions [S, M] alone, and logits are [1, N, V]; yields
     whether it is plain."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear:  # it has an adapter of its own
+    head = _plain_head(model)
+    if head is None:
         yield False
         return
     hook = head.register_forward_pre_hook(lambda _head, hidden: hidden[0][:, -used.shape[1] :][used][None])
@@ -152,8 +152,8 @@ def _head_at(model: nn.Module, used: Tensor) -> Iterator[bool]:
 def _head_rows(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     """Within, a plain head multiplies its rows of these tokens [B, C] alone, of some 10^5; yields where they stand in
     the logits. What the model does to logits afterwards it does to these."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear:  # it has an adapter of its own
+    head = _plain_head(model)
+    if head is None:
         yield tokens
         return
     rows, columns = torch.unique(tokens, return_inverse=True)
@@ -167,6 +167,12 @@ def _head_rows(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
         yield columns
     finally:
         del head.forward
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """The LM head; None where it has an adapter of its own."""
+    head: nn.Module = model.get_output_embeddings()
+    return head if type(head) is nn.Linear else None
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ g ~ N(0, v K), K = J J^T the Gram matrix of the Jacobians and v = s^2 / lambda, 
 lambda is. Its evidence p(D | s, v) (Laplace's approximation; Rasmussen & Williams 2006, algorithm 3.3) asks for what
 the base knows of the answers, and not for how well it can be made to fit them. We take the s whose evidence at the best
 v is highest, with log s ~ N(0, 1), as scores are not off by orders of magnitude; and s <= 1, as a base that is not sure
-enough can be taught. Even where the linear network's evidence asks for more (ARC-Easy), training at a larger scale has
-a base to unlearn that is too sure, and does not get there.
+enough can be taught. Even where the linear network's evidence asks for more (ARC-Easy), training at a larger scale
+(`--scale 4`) has a base to unlearn that is too sure, and does not get there.
 """
 
 from __future__ import annotations
