@@ -33,6 +33,7 @@ DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results
 VERSION = 2  # raised when the methods themselves change: older cells are then computed again
 PARTICLES = 8
 CALIBRATION, OTHER = 200, 50  # rows, at most, of the calibration split and of each other set
+TEST, QUESTIONS = 396, 1000  # test rows, at most; more of questions, whose numbers are means over fewer fits
 OOD = ("mmlu_cs", "mmlu_chem")
 
 WEAK = ("--method", "ensemble", "--particles", "1", "--prior-precision", "1")
@@ -88,8 +89,9 @@ class Result:
     seconds: dict[str, float]
 
 
-def read(name: str, folder: Path | None, rows: int, test_rows: int) -> Data:
-    """The set `name`; all but yelp are below `folder`. Rows that are also training rows are not tested on."""
+def read(name: str, folder: Path | None, rows: int, test_rows: int | None = None) -> Data:
+    """The set `name`; all but yelp are below `folder`. Rows that are also training rows are not tested on; at most
+    `test_rows` others are, or by default TEST or QUESTIONS."""
 
     def part(path: str) -> list[Row]:
         if folder is None:
@@ -113,6 +115,7 @@ def read(name: str, folder: Path | None, rows: int, test_rows: int) -> Data:
         others = {f"ood {o}": _four(part(f"{o}/test.jsonl")) for o in OOD}
     train = train[:rows]
     known = {row[field] for row in train}
+    test_rows = test_rows or (TEST if answers else QUESTIONS)
 
     def fresh(found: list[Row], count: int) -> list[Row]:
         return [row for row in found if row[field] not in known][:count]
