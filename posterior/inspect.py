@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 
 from posterior import artefact, lora
 
@@ -19,9 +20,18 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))
         return
-    width = max(map(len, facts))
+    print("\n".join(lines(facts)))
+
+
+def lines(facts: Mapping[str, object]) -> Iterator[str]:
+    """One fact a line, what is inside another below it and further in; numbers to five digits."""
+    width = max(map(len, facts), default=0)
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
+        if isinstance(value, Mapping):
+            yield key
+            yield from (f"  {line}" for line in lines(value))
+        else:
+            yield f"{key:<{width}}  {f'{value:.5g}' if isinstance(value, float) else value}"
 
 
 def describe(posterior: artefact.Posterior) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -214,7 +215,10 @@ def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
     call(evaluate, posterior.path, data, "--base", tiny_base)
     assert "| 12 rows | accuracy | nll |" in capsys.readouterr().out
     call(inspect, posterior.path)
-    assert "(verified)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(verified)" in shown and "{" not in shown.replace(posterior.task.template, "")
+    evidence = format(posterior.fit["evidence"], ".5g")
+    assert re.search(rf"^  evidence +{re.escape(evidence)}$", shown, re.MULTILINE)
     call(inspect, posterior.path, "--json")
     assert json.loads(capsys.readouterr().out)["family"] == "laplace"
     assert inspect.describe(posterior)["answers"] == posterior.task.answers
