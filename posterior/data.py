@@ -180,7 +180,12 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     prompt = task.prompt_ids(tokenizer, row)
     if not prompt:
         raise PosteriorError("the prompt is empty")
-    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label, task.scores == "mean", task.scale)
+    return choice(task, prompt, candidates.encode(tokenizer, answers), label)
+
+
+def choice(task: Task, prompt: Sequence[int], answers: candidates.Candidates, label: int = 0) -> Example:
+    """Scored as the task says."""
+    return Example(tuple(prompt), answers, label, task.scores == "mean", task.scale)
 
 
 def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:

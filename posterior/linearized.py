@@ -16,7 +16,7 @@ from posterior import laplace, lora
 from posterior.artefact import Posterior
 from posterior.base import Base, load_model
 from posterior.candidates import Candidates
-from posterior.data import ROWS, TOKENS, Batch, Example, batches
+from posterior.data import ROWS, TOKENS, Batch, batches, choice
 from posterior.diagonal import by_example
 from posterior.errors import PosteriorError
 from posterior.likelihood import arranged, record, scores
@@ -104,8 +104,7 @@ class LinearizedModel:
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
         matrices, law, task = self.parts[name]
-        pairs = zip(prompts, candidates, strict=True)
-        examples = [Example(tuple(prompt), answers, 0, task.scores == "mean", task.scale) for prompt, answers in pairs]
+        examples = [choice(task, prompt, answers) for prompt, answers in zip(prompts, candidates, strict=True)]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for indices, batch in batches(examples, ROWS, tokens=TOKENS):
             mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))
