@@ -115,7 +115,8 @@ def read(name: str, folder: Path | None, rows: int, test_rows: int | None = None
         others = {f"ood {o}": _four(part(f"{o}/test.jsonl")) for o in OOD}
     train = train[:rows]
     known = {row[field] for row in train}
-    test_rows = test_rows or (TEST if answers else QUESTIONS)
+    if test_rows is None:
+        test_rows = TEST if answers else QUESTIONS
 
     def fresh(found: list[Row], count: int) -> list[Row]:
         return [row for row in found if row[field] not in known][:count]
