@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["yelp"])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="run in this order")
     parser.add_argument("--rows", type=int, default=128, help="training rows (default %(default)s)")
-    parser.add_argument("--test-rows", type=int, help="at most (default: 396, of questions 1000; see cells.py)")
+    parser.add_argument("--test-rows", type=int, help="at most (default: TEST or QUESTIONS of cells.py)")
     parser.add_argument("--epochs", type=int, default=8, help="more where answers have several tokens; see cells.py")
     parser.add_argument(
         "--dtype",

@@ -184,7 +184,7 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
 
 
 def choice(task: Task, prompt: Sequence[int], answers: candidates.Candidates, label: int = 0) -> Example:
-    """Scored as the task says."""
+    """A prompt's tokens with its encoded answers, scored as the task says; `label` is the true one's index."""
     return Example(tuple(prompt), answers, label, task.scores == "mean", task.scale)
 
 

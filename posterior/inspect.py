@@ -38,6 +38,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
     """What a person asks first, in order."""
     theta = lora.read_adapter(posterior.map_dir)
     parameters, base = sum(value.numel() for value in theta.values()), posterior.base
+    records = len(posterior.calibration)
     facts: dict[str, object] = {
         "posterior": f"{posterior.name}@{posterior.hash[:12]} (verified)",
         "family": posterior.family,
@@ -50,7 +51,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
         "adapter": f"{len(theta)} matrices, {parameters:,} parameters, rank {posterior.lora['r']}",
         "prior": posterior.prior,
         "fit": posterior.fit,
-        "calibration": f"{len(posterior.calibration)} records",
+        "calibration": f"{records} record{'' if records == 1 else 's'}",
     }
     if posterior.family == "particles":
         facts["particles"] = len(posterior.weights)

@@ -102,6 +102,7 @@ def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -
     before = artefact.load(folder)
     assert before.calibration == {}
     call(folder, data)
+    assert inspect.describe(artefact.load(folder))["calibration"] == "1 record"
     call(folder, data, "--predictive", "map")
     after = artefact.load(folder)
     assert (folder / "posterior.json").read_bytes() == record and after.hash == before.hash
