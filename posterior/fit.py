@@ -232,6 +232,12 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
 def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     """The base with a fresh adapter, or with somebody's."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    if (dtype, args.device, torch.backends.cpu.get_cpu_capability()) == (torch.bfloat16, "cpu", "AVX2"):
+        print(
+            "warning: this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times "
+            "faster here",
+            file=sys.stderr,
+        )
     model = load_model(base, dtype, args.device)
     if args.adapter:
         with adalora.ordinary(args.adapter) as folder:

@@ -175,7 +175,7 @@ def settle(
 
     def loss(log_lambda: float) -> float:
         precision = math.exp(log_lambda)
-        return precision * moved + float(sketch.eigenvalues(precision).log1p().sum())
+        return precision * moved + sketch.log_determinant(precision)
 
     best = math.exp(float(minimize_scalar(loss, bounds=LOG_BOUNDS, method="bounded", options={"xatol": 1e-4}).x))
     common = dict.fromkeys(opened, best) | dict(fixed)

@@ -99,6 +99,12 @@ class Sketch:
         values: Tensor = torch.linalg.eigvalsh(self._whitened(precision))
         return values.clamp(min=0)
 
+    def log_determinant(self, precision: float) -> float:
+        """log det of I + the Fisher whitened by the prior: what `eigenvalues` would tell in four times the time."""
+        shifted = self._whitened(precision)
+        shifted.diagonal().add_(1)
+        return 2 * float(torch.linalg.cholesky(shifted).diagonal().log().sum())
+
     def full(self, precision: float) -> Full:
         """The Laplace covariance at a prior precision of the open matrices."""
         values, basis = torch.linalg.eigh(self._whitened(precision))

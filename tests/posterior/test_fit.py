@@ -144,6 +144,14 @@ def test_heldout_rows_that_are_training_rows_are_counted(run_fit, tmp_path, caps
         assert ("warning: 3 of 5 rows of --heldout are training rows too" in capsys.readouterr().err) == warned
 
 
+def test_bfloat16_on_a_cpu_without_it_is_warned_of(run_fit, monkeypatch, capsys):
+    for capability, dtype in (("AVX2", "bfloat16"), ("AVX2", "float32"), ("AVX512", "bfloat16")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        run_fit(method="ensemble", particles=1, steps=1, device="cpu", dtype=dtype)
+        warned = "warning: this CPU does not multiply bfloat16" in capsys.readouterr().err
+        assert warned == ((capability, dtype) == ("AVX2", "bfloat16"))
+
+
 def test_rows_of_one_answer_need_a_fixed_prior(run_fit, capsys):
     rows = [{"text": f"row {index}", "label": 1} for index in range(4)]
     with pytest.raises(PosteriorError, match="every row has the answer 'p', which is no evidence of a prior"):

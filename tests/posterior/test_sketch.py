@@ -68,6 +68,7 @@ def test_is_the_dense_fisher_between_the_signs(model, tokens):
         omega[name] = (u[:, None] * w).double() * 7**-0.5
     expected = torch.linalg.eigvalsh(fisher(model, examples, OPEN, omega))
     torch.testing.assert_close(sketch.eigenvalues(OPEN), expected.clamp(min=0), rtol=1e-5, atol=1e-6)
+    assert sketch.log_determinant(OPEN) == pytest.approx(float(sketch.eigenvalues(OPEN).log1p().sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("precision", [0.5, OPEN])
