@@ -62,7 +62,20 @@ TEXTS = (
 )
 
 
-@pytest.mark.parametrize("texts", [TEXTS, (" ".join(TEXTS * 3),)], ids=["short", "long"])
+SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(TEXTS, id="short"),
+        pytest.param(
+            (" ".join(TEXTS * 3),),
+            id="long",
+            marks=pytest.mark.skipif(SLOW, reason="takes long on a CPU that does not multiply bfloat16 numbers"),
+        ),
+    ],
+)
 def test_attention_of_bfloat16_on_a_cpu(default: base.Base, texts: tuple[str, ...]) -> None:
     """As near to the float32 model as transformers' own is (rounding is luck: of one text alone, up to 1.4 times its
     distance was seen), whichever way the length takes; padding changes nothing; gradients pass."""
