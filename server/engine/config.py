@@ -104,5 +104,7 @@ def set_environment(device: str, compile_cache: Path | None = None) -> None:
         "GOMP_SPINCOUNT": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # of the lock of tqdm's bars, which a process that is told to stop leaves to Python's tracker to remove
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
     }.items():
         os.environ.setdefault(name, value)

@@ -96,7 +96,8 @@ def launched(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpr
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, (root / "log").read_text()
+        status, said = process.wait(60), (root / "log").read_text()
+        assert status == 0 and "leaked" not in said, said
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
