@@ -25,7 +25,7 @@ ROWS = [{"text": f"It was {word}.", "label": i % 2} for i, word in enumerate(["b
 INPUTS = [{"text": "A lovely evening."}, {"text": "Never again."}]
 PARTICLES = ("--particles", str(K))
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "laplace": (),
+    "laplace": ("--epochs", "2"),  # turns of curvature and mean
     "full": ("--structure", "full"),
     "reduce": ("--sharing", "reduce"),
     "diagonal": ("--structure", "diagonal"),
@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "ensemble": ("--method", "ensemble", *PARTICLES),
     "pissa": ("--method", "ensemble", "--init", "pissa", *PARTICLES),
     "dropout": ("--method", "dropout", "--dropout", "0.1", *PARTICLES),
-    "swag": ("--method", "swag", *PARTICLES),
+    "swag": ("--method", "swag", "--epochs", "2", *PARTICLES),  # moments of several epochs
     "blob": ("--method", "blob", *PARTICLES),
     "svgd": ("--method", "svgd", *PARTICLES),
     "tfb": ("--method", "tfb", *PARTICLES),
@@ -53,12 +53,11 @@ def fitted(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = root / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = ("--template", folders.TASK.template, "--answers", *(folders.TASK.answers or ()), "--base", str(base.path))
+    training = ("--epochs", "1", "--batch-size", "2", "--learning-rate", "0.003")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(width, "DRAWS", 1)  # any width will do, and eight draws' one takes as long as all the rest
         patch.setattr(width, "TOLERANCE", 0.5)
         for name, options in FAMILIES.items():
-            epochs = "2" if name in ("laplace", "swag") else "1"  # turns of curvature and mean, moments of epochs
-            training = ("--epochs", epochs, "--batch-size", "2", "--learning-rate", "0.003")
             given = ("--adapter", str(root / "posteriors" / "laplace" / "map")) if name == "tfb" else training
             parser = argparse.ArgumentParser()
             fit.add_arguments(parser)
