@@ -16,7 +16,7 @@ serve: setup
 	@$(BIN)/posterior serve $(SERVE)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: setup
 	$(BIN)/ruff check .
