@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ from torch import Tensor
 from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, SLOW_EPOCHS, SLOW_RATE, Cell, Data, Result, read
 from posterior import plots
 from posterior.base import resolve
-from posterior.evaluate import Predictions, point
-from posterior.metrics import COVERAGE, METRICS, best_temperature, calibrated_ece, nll, ood_auroc, sets
+from posterior.calibration import CALIBRATORS, Method
+from posterior.evaluate import Predictions
+from posterior.metrics import COVERAGE, METRICS, calibrated_ece, nll, ood_auroc, sets
+from posterior.predictive import entropy
 
 SETS = ("yelp", "sst2", "arc_easy", "openbookqa", "arc_challenge")
 LINEARISED = [family for family in FAMILIES if family.startswith("laplace")]
@@ -39,12 +41,14 @@ SAMPLED = [family for family in FAMILIES if family not in (*POINTS, "map-evidenc
 # The rows of a table: title, family, predictive.
 METHODS = [
     ("MAP", "map", "MAP"),
-    ("MAP, temperature", "map", "temperature"),
+    ("MAP, temperature", "map", "MAP+temperature"),
     ("MAP, label smoothing", "label-smoothing", "MAP"),
     ("MAP, prior by evidence", "map-evidence", "MAP"),
-    ("MAP, prior by evidence, temperature", "map-evidence", "temperature"),
+    ("MAP, prior by evidence, temperature", "map-evidence", "MAP+temperature"),
     ("plain Laplace, full, linearised", "map-evidence", "linearized"),
     *((f"{family}, linearised", family, "linearized") for family in LINEARISED),
+    ("laplace, linearised, temperature", "laplace", "linearized+temperature"),
+    ("laplace, linearised, platt", "laplace", "linearized+platt"),
     (f"laplace, {PARTICLES} samples", "laplace", "particles"),
     *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
 ]
@@ -125,15 +129,16 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
 
 
 def predictions(result: Result, part: str, predictive: str) -> Predictions:
-    """Those of a cell; "temperature": MAP's at the temperature of least NLL on the calibration split."""
-    if predictive != "temperature":
-        return result.predictions[part][predictive]
-    logs = {name: _log(result.predictions[name]["MAP"]) for name in ("calibration", part)}
-    return point(logs[part] / best_temperature(logs["calibration"], result.labels["calibration"]))
-
-
-def _log(found: Predictions) -> torch.Tensor:
-    return found.probability.clamp(min=1e-30).log()
+    """Those of a cell; "MAP+temperature": MAP's, calibrated by that method of `posterior calibrate` on the calibration
+    split."""
+    own, _, method = predictive.partition("+")
+    found = result.predictions[part][own]
+    if not method:
+        return found
+    seen = result.predictions["calibration"][own].probability
+    calibrator = CALIBRATORS[cast(Method, method)].fit(seen, result.labels["calibration"])
+    probability = calibrator.apply(found.probability)
+    return Predictions(probability, found.epistemic, entropy(probability))
 
 
 def by_row(result: Result, predictive: str) -> Tensor:
@@ -159,8 +164,7 @@ def values(result: Result, predictive: str) -> Values:
     row |= {f"{name} there": METRICS[name](calibration, result.labels["calibration"]) for name in ("ece", "gap")}
     row["cover"], row["size"] = sets(calibration, result.labels["calibration"], p.probability, y)
     row["fit"] = result.seconds["fit"] / result.seconds["epoch"]
-    own = "MAP" if predictive == "temperature" else predictive
-    row["predict"] = result.seconds[own] / result.seconds["MAP"]
+    row["predict"] = result.seconds[predictive.partition("+")[0]] / result.seconds["MAP"]
     return row
 
 

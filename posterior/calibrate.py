@@ -19,7 +19,7 @@ from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
 from posterior.data import ROWS, Example, Row, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
-from posterior.evaluate import base_spec, linearized, map_scores, markdown, sampled
+from posterior.evaluate import answer_count, base_spec, linearized, map_scores, markdown, sampled
 from posterior.metrics import Estimate, check, estimate
 from posterior.predictive import from_gaussian
 
@@ -90,9 +90,11 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
             f"{seen} of the {len(rows)} rows are rows that {posterior.name!r} was fitted on; calibrate on others"
         )
     y = torch.tensor([example.label for example in examples])
-    if len(set(y.tolist())) == 1:
-        answer = (posterior.task.answers or ())[int(y[0])]
-        raise PosteriorError(f"every row has the label {answer!r}; a calibration needs rows of at least two answers")
+    answers, count = posterior.task.answers, answer_count(examples)
+    if answers and len(set(y.tolist())) == 1:
+        raise PosteriorError(
+            f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
+        )
     model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
     p = probabilities(model, posterior, predictive, k, examples, args.batch_size)
     record = measure(
@@ -107,6 +109,7 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
             template=calibration.template_hash(posterior.task),
             predictive=predictive,
             particles=k,
+            answers=None if answers else count,
         ),
         data=data_hash(rows),
         dtype=args.dtype,
@@ -172,8 +175,11 @@ def _check(posterior: artefact.Posterior, rows: Sequence[Row], args: argparse.Na
     """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
     if posterior.task.kind != "choice":
         raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
-    if posterior.task.answers is None:
-        raise PosteriorError(f"each row of {posterior.name!r} brings its own answers; fit with --answers to calibrate")
+    if posterior.task.answers is None and args.method == "vector":
+        raise PosteriorError(
+            f"each row of {posterior.name!r} brings its own answers, but --method vector learns a bias of each answer; "
+            "use temperature, platt or isotonic"
+        )
     if not 0 < args.coverage < 1:
         raise PosteriorError(f"--coverage is {args.coverage}; it must lie between 0 and 1")
     if len(rows) < MIN_ROWS:

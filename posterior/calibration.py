@@ -1,8 +1,8 @@
 """A calibration of a choice's predictive: probabilities that come true, and sets of answers that hold the true one.
 
-A record belongs to one key: base, posterior, template, predictive and number of particles. Another key is another
-distribution. Records lie in calibration/<predictive>-<particles>.json beside posterior.json, whose hash does not cover
-them.
+A record belongs to one key: base, posterior, template, predictive and number of particles, and of answers where each
+row brings its own. Another key is another distribution. Records lie in calibration/<predictive>-<particles>.json (or
+...-<particles>-<answers>.json) beside posterior.json, whose hash does not cover them.
 
 The calibrator maps the predictive's probabilities p [..., C] to calibrated ones. The sets are split-conformal (Vovk et
 al. 2005; Lei et al. 2018), with scores of p itself and not of the calibrated probabilities: p saw none of the
@@ -34,6 +34,7 @@ from posterior.task import Task
 MIN_ROWS = 59
 MAX_NUMBERS = 4096  # scores or knots a record keeps; more would sharpen nothing one could see
 FLOOR = 1e-12  # of a probability before its logarithm
+HOTTEST, HALVINGS = 1e6, 40  # the largest temperature that lowers a confidence; steps to it, for nine digits and more
 
 PredictiveName = Literal["mixture", "linearized", "map"]
 Method = Literal["temperature", "vector", "isotonic", "platt"]
@@ -46,17 +47,20 @@ class _Part(BaseModel):
 
 
 class Key(_Part):
-    """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say."""
+    """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say; `answers`: how
+    many each row brings itself, None where they are the task's."""
 
     base: str
     posterior: str
     template: str
     predictive: PredictiveName
     particles: int
+    answers: int | None = None
 
     @property
     def file_name(self) -> str:
-        return f"{self.predictive}-{self.particles}.json"
+        own = "" if self.answers is None else f"-{self.answers}"
+        return f"{self.predictive}-{self.particles}{own}.json"
 
 
 def template_hash(task: Task) -> str:
@@ -126,8 +130,8 @@ class Isotonic(_Part):
     """P(top answer is true), a non-decreasing function of its probability (Zadrozny & Elkan 2002), linear between its
     knots.
 
-    It stays 1 / (n + 2) away from 0 and 1, because n rows prove no certainty. The other answers share the rest as they
-    did before.
+    It stays 1 / (n + 2) away from 0 and 1, because n rows prove no certainty. The other answers share the rest (see
+    `_with_confidence`).
     """
 
     method: Literal["isotonic"] = "isotonic"
@@ -162,7 +166,7 @@ class Platt(_Part):
     """P(top answer is true) = sigmoid(slope * logit of its probability + intercept) (Platt 1999).
 
     Fitted to Platt's softened labels, which keep it finite when every answer is right. The other answers share the
-    rest as they did before.
+    rest (see `_with_confidence`).
     """
 
     method: Literal["platt"] = "platt"
@@ -297,6 +301,7 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
         own = Key(
             base=base, posterior=posterior, template=template_hash(task),
             predictive=record.key.predictive, particles=record.key.particles,
+            answers=None if task.answers else record.key.answers,
         )  # fmt: skip
         calibrator = record.calibrator
         if record.key != own or path.name != own.file_name:
@@ -354,11 +359,24 @@ def _top(p: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_confidence(p: Tensor, confidence: Tensor) -> Tensor:
-    """p [..., C] with `confidence` [...] for its top answer; the others share the rest in proportion."""
-    top = p.argmax(-1, keepdim=True)
-    rest = p.clamp(min=FLOOR).scatter(-1, top, 0.0)
-    rest = rest / rest.sum(-1, keepdim=True) * (1 - confidence[..., None])
-    return rest.scatter(-1, top, confidence[..., None])
+    """p [..., C] with `confidence` [...] for its top answer.
+
+    More than it had is taken from the others in proportion. For less, all get a temperature, each row its own: in
+    proportion, a second answer would pass the first and be given with a confidence that nothing has calibrated. Hence
+    of three answers or more the top one stays on top, with hardly less than 1 / C; of two, the other has the rest.
+    """
+    top, q = p.argmax(-1, keepdim=True), confidence[..., None]
+    p = p.clamp(min=FLOOR)
+    rest = p.scatter(-1, top, 0.0)
+    sharper = (rest / rest.sum(-1, keepdim=True) * (1 - q)).scatter(-1, top, q)
+    if p.shape[-1] == 2:
+        return sharper
+    low, high = torch.full_like(q, 1 / HOTTEST), torch.ones_like(q)  # of 1 / temperature, by bisection
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        above = (middle * p.log()).softmax(-1).gather(-1, top) > q
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return torch.where(q < p.gather(-1, top), (low * p.log()).softmax(-1), sharper)
 
 
 def _scores(score: Score, p: Tensor) -> Tensor:

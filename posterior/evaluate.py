@@ -162,12 +162,19 @@ def predictives(
     return found
 
 
+def answer_count(examples: Sequence[Example]) -> int:
+    """How many answers each row has. Raises PosteriorError where some have more than others."""
+    found = {len(example.continuations) for example in examples}
+    if len(found) != 1:
+        numbers = " or ".join(map(str, sorted(found)))
+        raise PosteriorError(f"the rows have {numbers} answers; give those of each number in a file of their own")
+    return found.pop()
+
+
 def map_scores(model: Any, examples: Sequence[Example], batch_size: int = ROWS) -> Tensor:
-    """Scores [N, C] (float64, CPU) of the active adapter; all rows must have the same number of answers."""
-    if len({len(example.continuations) for example in examples}) != 1:
-        raise PosteriorError("the rows have different numbers of answers; evaluate them in separate files")
+    """Scores [N, C] (float64, CPU) of the active adapter. Raises PosteriorError like `answer_count`."""
     device = next(model.parameters()).device
-    result = torch.zeros(len(examples), len(examples[0].continuations), dtype=torch.float64)
+    result = torch.zeros(len(examples), answer_count(examples), dtype=torch.float64)
     parts = list(batches(examples, batch_size, tokens=TOKENS))
     with torch.no_grad():
         for indices, batch in tqdm(parts, desc="scoring", unit="batch", leave=False):

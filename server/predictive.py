@@ -33,7 +33,8 @@ from server.schemas import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Predictiv
 class Question:
     """What is asked of one posterior: prompts as token ids, and the candidates that may follow them.
 
-    template: hash of the task, where the server itself made the prompts with it and the answers are the task's own.
+    template: hash of the task, where the server itself made the prompts with it and the answers are the task's own, if
+    it has any.
     """
 
     served: Served
@@ -185,7 +186,8 @@ class Service:
         return record
 
     def _calibration(self, question: Question, p: Predictive) -> Record | None:
-        """The record made for exactly this base, posterior, template, predictive and number of particles."""
+        """The record made for exactly this base, posterior, template, predictive and number of particles, and for so
+        many answers where each question brings its own."""
         posterior = question.served.posterior
         if posterior is None or question.template is None:
             return None
@@ -195,6 +197,7 @@ class Service:
             template=question.template,
             predictive=question.predictive,
             particles=p.particles,
+            answers=None if posterior.task.answers else len(question.answers),
         )
         return posterior.calibration.get(key)
 
@@ -237,7 +240,7 @@ class Service:
                 _rendered(i, lambda row=row: task.prompt_ids(self.tokenizer, row, exact=True))
                 for i, row in enumerate(request.inputs)
             ]
-            template = template_hash(task) if tuple(answers) == task.answers else None
+            template = template_hash(task) if task.answers in (None, tuple(answers)) else None
         elif request.prompts is not None:
             prompts = [self.tokenizer.encode(text) for text in request.prompts]
         else:

@@ -172,18 +172,51 @@ def test_bad_rows_are_named(folder: Path, tmp_path: Path, call: Any, change: Any
         call(folder, data)
 
 
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        ({"kind": "text", "template": "{text}", "answers": None}, "is a text posterior"),
-        ({"kind": "choice", "template": "{text}", "answers": None}, "brings its own answers"),
-    ],
-)
-def test_tasks_without_answers_are_refused(folder: Path, data: Path, task: dict[str, Any], words: str) -> None:
+def change_task(folder: Path, kind: str) -> None:
+    """A posterior without answers of its own."""
     record = json.loads((folder / "posterior.json").read_text())
+    task = {"kind": kind, "template": "{text}", "answers": None}
     (folder / "posterior.json").write_text(json.dumps(record | {"task": task}))
-    with pytest.raises(PosteriorError, match=words):
+
+
+def test_texts_are_refused(folder: Path, data: Path) -> None:
+    change_task(folder, "text")
+    with pytest.raises(PosteriorError, match="is a text posterior"):
         calibrate.calibrate(arguments(calibrate, folder, data))
+
+
+@pytest.mark.parametrize(("predictive", "particles"), [("linearized", 1024), ("mixture", 8)])
+def test_rows_with_answers_of_their_own(
+    folder: Path, tmp_path: Path, call: Any, tiny_base: Path, predictive: str, particles: int
+) -> None:
+    change_task(folder, "choice")
+    rows = [row(index) | {"choices": [f" p{index}", " n", f" q {index}"]} for index in range(ROWS)]
+    data = write(tmp_path / "own.jsonl", rows)
+    record, path = call(folder, data, "--method", "platt", "--predictive", predictive)
+    assert path.name == f"{predictive}-{particles}-3.json" and record.key.answers == 3
+    posterior = artefact.load(folder)
+    assert posterior.calibration == {record.key: record}
+    base = resolve(str(tiny_base))
+    tokenizer: Any = load_tokenizer(base)
+    examples = encode(posterior.task, tokenizer, rows)
+    model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
+    p = calibrate.probabilities(model, posterior, record.key.predictive, particles, examples)
+    y = torch.tensor([one["label"] for one in rows])
+    assert p.shape == (ROWS, 3) and record.calibrator == calibration.Platt.fit(p, y)
+    assert record.conformal == calibration.Conformal.fit("lac", p, y)
+    _, other = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
+    assert other.name == "linearized-1024-2.json" and len(artefact.load(folder).calibration) == 2
+
+
+def test_answers_of_their_own_that_no_record_can_serve(folder: Path, tmp_path: Path, call: Any) -> None:
+    change_task(folder, "choice")
+    rows = [row(index) | {"choices": [" p", " n"] + [" q"] * (index % 2)} for index in range(ROWS)]
+    data = write(tmp_path / "own.jsonl", rows)
+    with pytest.raises(PosteriorError, match="the rows have 2 or 3 answers; give those of each number in a file"):
+        call(folder, data)
+    with pytest.raises(PosteriorError, match="brings its own answers, but --method vector"):
+        call(folder, data, "--method", "vector")
+    assert not (folder / "calibration").exists()
 
 
 def test_particle_posteriors(fitted: Path, tmp_path: Path, data: Path, call: Any) -> None:

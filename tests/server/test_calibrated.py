@@ -122,6 +122,21 @@ def test_the_task_s_own_answers_may_be_said(client: TestClient, service: Service
     assert ask(client, answers=[" negative", " positive"])["calibrated"] is True
 
 
+def test_answers_that_questions_bring_are_calibrated_by_their_number(client: TestClient, service: Service) -> None:
+    posterior: Any = service.registry.served["mood"].posterior
+    posterior.task = dataclasses.replace(posterior.task, answers=None)
+    own = KEY.model_copy(update={"template": template_hash(posterior.task), "answers": 3})
+    give(service, record(own))
+    three = ask(client, answers=[" yes", " no", " perhaps"])
+    assert three["calibrated"] is True and three["calibration"]["key"] == own.model_dump()
+    own_p = torch.tensor([a["uncalibrated"] for a in three["answers"]], dtype=torch.float64)
+    assert [a["probability"] for a in three["answers"]] == pytest.approx((own_p.log() / 2).softmax(0).tolist())
+    assert ask(client, answers=[" no", " perhaps", " yes"])["calibrated"] is True, "any three"
+    assert ask(client, answers=[" yes", " no"])["calibrated"] is False
+    raw = ask(client, answers=[" yes", " no", " perhaps"], inputs=None, prompts=["good\nSentiment:"])
+    assert raw["calibrated"] is False
+
+
 @pytest.mark.parametrize(("predictive", "particles"), [("linearized", 1024), ("map", 1)])
 def test_other_predictives_have_records_of_their_own(
     client: TestClient, service: Service, predictive: Any, particles: int
