@@ -42,6 +42,7 @@ SAMPLED = [family for family in FAMILIES if family not in (*POINTS, "map-evidenc
 METHODS = [
     ("MAP", "map", "MAP"),
     ("MAP, temperature", "map", "MAP+temperature"),
+    ("MAP, platt", "map", "MAP+platt"),
     ("MAP, label smoothing", "label-smoothing", "MAP"),
     ("MAP, prior by evidence", "map-evidence", "MAP"),
     ("MAP, prior by evidence, temperature", "map-evidence", "MAP+temperature"),
@@ -53,6 +54,7 @@ METHODS = [
     *((f"{family}, {PARTICLES} particles", family, "particles") for family in SAMPLED),
 ]
 DEFAULTS = ("laplace, linearised", f"laplace, {PARTICLES} samples")
+CALIBRATED = ("MAP, platt", "laplace, linearised, temperature", "laplace, linearised, platt")
 Values = dict[str, float]
 Summaries = dict[str, dict[str, dict[int, Values]]]  # by set, title and seed
 Rows = dict[str, dict[str, dict[int, Tensor]]]  # the same of `by_row`
@@ -255,11 +257,12 @@ def verdicts(summaries: Summaries, rows: Rows) -> str:
         "## What was wanted",
         "",
         "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run. The "
-        "calibration rows are those that temperatures are fitted to. Nothing else sees them, so for all else they are "
-        "test rows too; those of questions come from the file of the training rows. In brackets: central 95 % over "
-        "resampled test rows, of these fits and temperatures (an average of absolute values mostly grows by it).",
+        "calibration rows are those that temperatures and Platt's are fitted to. Nothing else sees them, so for all "
+        "else they are test rows too; those of questions come from the file of the training rows. In brackets: central "
+        "95 % over resampled test rows, of these fits and temperatures (an average of absolute values mostly grows by "
+        "it).",
     ]
-    for title in (*DEFAULTS, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
+    for title in (*DEFAULTS, *CALIBRATED, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
             for each in (summaries, _complete(summaries)):
                 titles = (title, reference, f"{reference}, temperature")
