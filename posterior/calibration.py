@@ -34,7 +34,8 @@ from posterior.task import Task
 MIN_ROWS = 59
 MAX_NUMBERS = 4096  # scores or knots a record keeps; more would sharpen nothing one could see
 FLOOR = 1e-12  # of a probability before its logarithm
-HOTTEST, HALVINGS = 1e6, 40  # the largest temperature that lowers a confidence; steps to it, for nine digits and more
+HOTTEST = 1e6  # the largest temperature that lowers a confidence
+STEPS = 50  # of Newton's method, at most: mostly under ten, a few more where p is nearly certain
 
 PredictiveName = Literal["mixture", "linearized", "map"]
 Method = Literal["temperature", "vector", "isotonic", "platt"]
@@ -371,12 +372,16 @@ def _with_confidence(p: Tensor, confidence: Tensor) -> Tensor:
     sharper = (rest / rest.sum(-1, keepdim=True) * (1 - q)).scatter(-1, top, q)
     if p.shape[-1] == 2:
         return sharper
-    low, high = torch.full_like(q, 1 / HOTTEST), torch.ones_like(q)  # of 1 / temperature, by bisection
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        above = (middle * p.log()).softmax(-1).gather(-1, top) > q
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return torch.where(q < p.gather(-1, top), (low * p.log()).softmax(-1), sharper)
+    below = p.log() - p.log().gather(-1, top)
+    inverse = torch.zeros_like(q)  # of the temperature; log q is concave in it, so that no step of Newton's is too long
+    for _ in range(STEPS):
+        weight = (inverse * below).exp()
+        total = weight.sum(-1, keepdim=True)
+        slope = -(weight * below).sum(-1, keepdim=True) / total
+        last, inverse = inverse, (inverse + (total * q).log() / slope.clamp(min=FLOOR)).clamp(1 / HOTTEST, 1.0)
+        if torch.allclose(inverse, last, rtol=1e-12, atol=0.0):
+            break
+    return torch.where(q < p.gather(-1, top), (inverse * below).softmax(-1), sharper)
 
 
 def _scores(score: Score, p: Tensor) -> Tensor:
