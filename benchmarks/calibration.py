@@ -113,8 +113,8 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
         "run ± their standard error; a dash: undefined or not run. ECE with 15 bins of equal width, adaptive ECE of "
         "equal mass; ECE if calibrated: what so few rows would show if these probabilities were exact; gap: confidence "
         "minus accuracy; AUROC of right against wrong answers; AURC: area under "
-        f"risk-coverage; cover, size: split-conformal sets (LAC) at {COVERAGE:.0%}; fit in epochs of MAP, predict in "
-        "MAP forwards, of CPU time."
+        f"risk-coverage; cover, size: split-conformal sets (LAC) at {COVERAGE:.0%}, of a row's own probabilities where "
+        "the server takes those before calibration; fit in epochs of MAP, predict in MAP forwards, of CPU time."
     ]
     summaries: Summaries = {}
     rows: Rows = {}

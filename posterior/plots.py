@@ -20,7 +20,7 @@ DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
 
 def reliability(curves: Curves) -> Figure:
     """Accuracy against mean confidence in bins of equal width, and the rows in each bin below."""
-    figure = Figure(figsize=(6, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     above.plot((0, 1), (0, 1), color="grey", linewidth=1, label="calibrated")
     for name, style in _styles(curves):
@@ -32,20 +32,20 @@ def reliability(curves: Curves) -> Figure:
         ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02), title="Reliability: below the diagonal is over-confident"
     )
     below.set(xlabel="confidence of the top answer", ylabel="rows", yscale="log", ylim=(0.7, None))
-    above.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
 def risk_coverage(curves: Curves) -> Figure:
     """The share of wrong answers against the share of answers that are kept, the most confident first."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for name, style in _styles(curves):
         risk = metrics.risk_coverage(*curves[name])
         axes.plot(torch.arange(1, len(risk) + 1) / len(risk), risk, label=name, **style | {"marker": ""})
     axes.set(xlabel="coverage: share of answers kept", ylabel="risk: share of those that are wrong", xlim=(0, 1))
     axes.set(ylim=(0, None), title="Risk and coverage: lower is better")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 

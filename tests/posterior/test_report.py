@@ -158,12 +158,26 @@ def test_plots_show_the_numbers():
     torch.testing.assert_close(torch.tensor(line.get_xydata()), torch.stack([confidence, share], 1)[filled])
     assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
     assert below.lines[0].get_ydata().tolist() == count[filled].tolist()
-    (axes,) = plots.risk_coverage({"it": (p, y)}).axes
+    figure = plots.risk_coverage({"it": (p, y)})
+    (axes,) = figure.axes
     assert (
         axes.lines[0].get_xdata()[-1] == 1
         and axes.lines[0].get_ydata().tolist() == metrics.risk_coverage(p, y).tolist()
     )
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["it"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["it"]
+
+
+def test_the_legend_of_as_many_methods_as_the_grid_has_hides_nothing():
+    p, y = draw()
+    curves = {f"MAP, prior by evidence, temperature {number}": (p, y) for number in range(22)}
+    for plot in (plots.reliability, plots.risk_coverage):
+        figure = plot(curves)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert all(axes.get_window_extent().x1 <= box.x0 for axes in figure.axes)
 
 
 def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
