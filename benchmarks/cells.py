@@ -189,7 +189,7 @@ class Cell:
 
     def run(self, base: Base, work: Path) -> Result:
         """Fit (into `work`, unless it is there) and predict; leaves the file that `known` reads."""
-        posterior, fitting = self._fit(work)
+        posterior, fitting = self.fit(work)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer: Any = load_tokenizer(base)
         model: Any = lora.load_peft(load_model(base, getattr(torch, self.dtype), device), posterior.map_dir)
@@ -222,13 +222,13 @@ class Cell:
             found["particles"] = lambda rows: sampled(model, posterior, PARTICLES, rows)
         return found
 
-    def _fit(self, work: Path) -> tuple[artefact.Posterior, float]:
+    def fit(self, work: Path) -> tuple[artefact.Posterior, float]:
         """The posterior, and the seconds that its fit took (TFB's include those of the adapter it spreads)."""
         folder = work / self.path.stem
         adapter, before = [], 0.0
         if self.family == "tfb":
             trained = Cell(self.data, self.seed, "map", self.epochs, self.dtype)
-            posterior, before = trained._fit(work)
+            posterior, before = trained.fit(work)
             adapter = ["--adapter", str(posterior.map_dir)]
         spent = work / f"{folder.name}.seconds"  # written last
         if not spent.is_file():
