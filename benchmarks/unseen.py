@@ -21,6 +21,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,16 @@ class Dense:
 
     def in_span(self, cross: Tensor) -> Tensor:
         """J_x J_x^T of the part of J_x in the span of J's rows."""
+        inside = cross @ self.basis
+        return inside @ inside.mT
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """V with V V^T = K^+, by which J^T V is an orthonormal basis of the span of J's rows."""
         values, vectors = torch.linalg.eigh(self.gram)
         kept = values > SMALL * values[-1]
-        inside: Tensor = cross @ vectors[:, kept] * values[kept].rsqrt()
-        return inside @ inside.mT
+        found: Tensor = vectors[:, kept] * values[kept].rsqrt()
+        return found
 
 
 def _logdet(matrix: Tensor) -> float:
@@ -155,9 +162,7 @@ def report(base: Base, posterior: artefact.Posterior, train: Any, other: Any, dt
     rows, others = (encode(posterior.task, tokenizer, each) for each in (train, other))
     data, stacked = dense(model, posterior, rows)
     precision = next(value for name, value in posterior.law.precision.items() if name.endswith(".B"))
-    values, vectors = torch.linalg.eigh(data.gram)
-    kept = values > SMALL * values[-1]
-    share = float(((vectors[:, kept].mT @ data.moved).square() / values[kept]).sum()) / data.distance
+    share = float(data.in_span(data.moved[None])) / data.distance
     lines = [
         f"lambda {precision:.2f}; by the dense Fisher {best(data.evidence):.2f}, and where theta* need not be the "
         f"maximum {best(data.local_evidence):.2f}. Of |B|^2 {share:.2f} is in the span of the rows' gradients.",
