@@ -270,9 +270,9 @@ def verdicts(summaries: Summaries, rows: Rows, gaps: Rows) -> str:
         "",
         "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run. The "
         "calibration rows are those that temperatures and Platt's are fitted to. Nothing else sees them, so for all "
-        "else they are test rows too (those of questions come from the file of the training rows). Wishes are judged on "
-        "the test rows; the mean |gap| is given over both as well, as the noise of few rows adds to absolute values. In "
-        "brackets: central 95 % over resampled rows, of these fits and temperatures.",
+        "else they are test rows too (those of questions come from the file of the training rows). Wishes are judged "
+        "on the test rows; the mean |gap| is given over both as well, as the noise of few rows adds to absolute values. "
+        "In brackets: central 95 % over resampled rows, of these fits and temperatures.",
     ]
     for title in (*DEFAULTS, *CALIBRATED, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
@@ -311,8 +311,8 @@ def _wishes(
         ),
         (f"NLL / its temperature scaling's {ratio:.3f} {around['nll']} (<= 1)", ratio <= 1),
         (
-            f"mean |gap| {gap:.3f} (<= 0.03; temperature scaling {_size(scaled, 'gap'):.3f}; ours on all rows it has not "
-            f"seen {_size(ours, 'gap unseen'):.3f} {around['gap']})",
+            f"mean |gap| {gap:.3f} (<= 0.03; temperature scaling {_size(scaled, 'gap'):.3f}; ours on all rows it has "
+            f"not seen {_size(ours, 'gap unseen'):.3f} {around['gap']})",
             gap <= 0.03,
         ),
         (f"accuracy {points:+.1f} {around['points']} points of its (>= -0.5)", points >= -0.5),
