@@ -271,8 +271,8 @@ def verdicts(summaries: Summaries, rows: Rows, gaps: Rows) -> str:
         "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run. The "
         "calibration rows are those that temperatures and Platt's are fitted to. Nothing else sees them, so for all "
         "else they are test rows too (those of questions come from the file of the training rows). Wishes are judged "
-        "on the test rows; the mean |gap| is given over both as well, as the noise of few rows adds to absolute values. "
-        "In brackets: central 95 % over resampled rows, of these fits and temperatures.",
+        "on the test rows; the mean |gap| is given over both as well, as the noise of few rows adds to absolute "
+        "values. In brackets: central 95 % over resampled rows, of these fits and temperatures.",
     ]
     for title in (*DEFAULTS, *CALIBRATED, *(f"{family}, {PARTICLES} particles" for family in SAMPLED)):
         for reference in ("MAP", "MAP, prior by evidence"):
