@@ -52,11 +52,19 @@ class TextPredictive:
         return float(self.logprob.mean().exp()) if len(self.logprob) else 1.0
 
 
-def text_predictive(log_p: Tensor, weights: Tensor, mixing: Mixing, total: Tensor, aleatoric: Tensor) -> TextPredictive:
-    """From the particles' log-probabilities log_p [T, K] of the tokens, the posterior's weights [K] (normalised
-    here), and the entropies [T] of the mixture and the weighted mean of the particles' own."""
-    log_p, w = log_p.double(), weights.double() / weights.double().sum()
-    log_weights = mixing_weights(log_p, w.log(), mixing)
+def text_predictive(
+    log_p: Tensor, log_weights: Tensor, mixing: Mixing, total: Tensor, aleatoric: Tensor
+) -> TextPredictive:
+    """The predictive of T tokens, all of a text or a part of it.
+
+    log_p: the particles' log-probabilities [T, K] of the tokens. log_weights: the logarithms [K] of the particles'
+    weights before the first of them, normalised here: the posterior's, or for a later part the last row of
+    `TextPredictive.log_weights` of what stands before it. total, aleatoric: the entropies [T] of the mixture and the
+    weighted mean of the particles' own.
+    """
+    log_p, start = log_p.double(), log_weights.double().log_softmax(0)
+    w = start.exp()
+    log_weights = mixing_weights(log_p, start, mixing)
     now = log_weights[:-1]
     p, share = log_p.exp(), now.exp()
     mean = (share * p).sum(1)

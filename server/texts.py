@@ -58,7 +58,7 @@ class Writer:
         if self.options.per_particle:
             record["per_particle"] = {"logprob": result.particles.sum(0).tolist(), "weight": after.tolist()}
         if self.options.tokens:
-            record["tokens"] = _tokens(result, 0, self.options.per_particle)
+            record["tokens"] = _tokens(result, self.options.per_particle)
         return record
 
     def _head(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class Writer:
         tokens: list[dict[str, Any]] = []
         if self.trace is not None and self.options.tokens is not False:
             text = self.trace.text(choice)
-            if text.told < text.delivered:
-                result = predictive_of(self.trace, text.rows[: text.delivered])
-                tokens = _tokens(result, text.told, self.options.per_particle)
-                text.told = text.delivered
+            if text.described < text.delivered:
+                result = predictive_of(self.trace, text.rows[text.described : text.delivered], text.log_weights)
+                tokens = _tokens(result, self.options.per_particle)
+                text.described, text.log_weights = text.delivered, result.log_weights[-1]
         if not last:
             return self._head() | {"tokens": tokens} if tokens else None
         record = self.whole(choice)
@@ -114,11 +114,13 @@ def writer(service: Service, served: Served, options: Uncertainty, body: Mapping
     return Writer(service, served, options, trace)
 
 
-def predictive_of(trace: Trace, rows: list[list[float]]) -> TextPredictive:
-    """The mixture's law of the tokens that left `rows` in the trace."""
+def predictive_of(trace: Trace, rows: list[list[float]], log_weights: torch.Tensor | None = None) -> TextPredictive:
+    """The mixture's predictive of the tokens that left `rows` in the trace; `log_weights`: the particles' before them,
+    None: the posterior's."""
     table = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(trace.adapters) + 2)
-    weights = torch.tensor(trace.weights, dtype=torch.float64)
-    return text_predictive(table[:, :-2], weights, trace.mixing, table[:, -2], table[:, -1])
+    if log_weights is None:
+        log_weights = torch.tensor(trace.weights, dtype=torch.float64).log()
+    return text_predictive(table[:, :-2], log_weights, trace.mixing, table[:, -2], table[:, -1])
 
 
 def _summary(result: TextPredictive) -> dict[str, Any]:
@@ -133,10 +135,10 @@ def _summary(result: TextPredictive) -> dict[str, Any]:
     }
 
 
-def _tokens(result: TextPredictive, start: int, per_particle: bool) -> list[dict[str, Any]]:
-    """A record for each token from `start` on."""
+def _tokens(result: TextPredictive, per_particle: bool) -> list[dict[str, Any]]:
+    """A record for each token."""
     records: list[dict[str, Any]] = []
-    for t in range(start, len(result.logprob)):
+    for t in range(len(result.logprob)):
         records.append(
             {
                 "logprob": float(result.logprob[t]),

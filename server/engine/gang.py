@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from posterior.decoding import Mixing
 from server.engine import Adapter
 
@@ -21,13 +23,15 @@ NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, wh
 
 @dataclass
 class Text:
-    """One text being written: a row [log p_1, ..., log p_K, total entropy, aleatoric entropy] per token; how many of
-    the tokens have been handed out; of how many a stream has told the uncertainty."""
+    """One text that is being written: a row [log p_1, ..., log p_K, total entropy, aleatoric entropy] per token; how
+    many of the tokens have been handed out; how many of those a stream has described, and the particles' log-weights
+    after these (None: the posterior's own)."""
 
     rows: list[list[float]] = field(default_factory=list)
     prompt: list[list[float]] = field(default_factory=list)  # likewise of the prompt's tokens but the first, if scored
     delivered: int = 0
-    told: int = 0
+    described: int = 0
+    log_weights: torch.Tensor | None = None
 
 
 @dataclass

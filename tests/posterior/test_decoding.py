@@ -22,7 +22,7 @@ def random_text(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_logprob_and_weights_by_a_loop(mixing: Mixing) -> None:
     log_p, weights = random_text()
     entropies = torch.linspace(1, 2, T)
-    result = text_predictive(log_p, weights, mixing, entropies, entropies / 2)
+    result = text_predictive(log_p, weights.double().log(), mixing, entropies, entropies / 2)
     w = [value / 10 for value in (4, 3, 2, 1)]
     for t in range(T):
         p = [math.exp(float(log_p[t, k])) for k in range(K)]
@@ -39,7 +39,7 @@ def test_logprob_and_weights_by_a_loop(mixing: Mixing) -> None:
 def test_sequence_mixing_is_the_exact_predictive_and_its_information_a_divergence() -> None:
     log_p, weights = random_text(1)
     w = weights.double() / weights.double().sum()
-    result = text_predictive(log_p, weights, "sequence", torch.ones(T), torch.ones(T))
+    result = text_predictive(log_p, weights.double().log(), "sequence", torch.ones(T), torch.ones(T))
     exact = float(torch.logsumexp(w.log() + log_p.sum(0), 0))
     assert float(result.logprob.sum()) == pytest.approx(exact, abs=1e-12)
     divergence = float((w * (w.log() - result.log_weights[-1])).sum())
@@ -54,7 +54,7 @@ def test_monte_carlo_error_matches_the_spread_over_posteriors(mixing: Mixing) ->
     k, values, errors = 64, [], []
     for _ in range(400):
         log_p = -0.5 - 0.3 * torch.randn(3, k, generator=generator, dtype=torch.float64).abs()
-        result = text_predictive(log_p, torch.ones(k), mixing, torch.ones(3), torch.ones(3))
+        result = text_predictive(log_p, torch.zeros(k), mixing, torch.ones(3), torch.ones(3))
         values.append(float(result.logprob.sum()))
         errors.append(result.mc_error)
     assert sum(errors) / len(errors) == pytest.approx(float(torch.tensor(values).std()), rel=0.15)
@@ -62,15 +62,30 @@ def test_monte_carlo_error_matches_the_spread_over_posteriors(mixing: Mixing) ->
 
 def test_one_particle_has_no_epistemic_part_and_no_text_is_certain() -> None:
     log_p = torch.full((T, 1), -0.7)
-    one = text_predictive(log_p, torch.ones(1), "sequence", torch.ones(T), torch.ones(T))
+    one = text_predictive(log_p, torch.zeros(1), "sequence", torch.ones(T), torch.ones(T))
     assert one.information == one.mc_error == float(one.variance.sum()) == float(one.epistemic.sum()) == 0
     assert one.confidence == pytest.approx(math.exp(-0.7))
-    none = text_predictive(torch.zeros(0, K), torch.ones(K), "token", torch.zeros(0), torch.zeros(0))
+    none = text_predictive(torch.zeros(0, K), torch.zeros(K), "token", torch.zeros(0), torch.zeros(0))
     assert none.confidence == 1.0 and none.log_weights.shape == (1, K)
 
 
 def test_a_particle_of_weight_zero_changes_nothing() -> None:
     log_p, _ = random_text(2)
-    some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]), "sequence", torch.ones(T), torch.ones(T))
-    more = text_predictive(log_p[:, :3], torch.tensor([0.6, 0.4, 0.0]), "sequence", torch.ones(T), torch.ones(T))
+    some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]).double().log(), "sequence", torch.ones(T), torch.ones(T))
+    more = text_predictive(log_p[:, :3], torch.tensor([0.6, 0.4, 0.0]).double().log(), "sequence", torch.ones(T), torch.ones(T))
     assert torch.allclose(some.logprob, more.logprob) and some.expected == pytest.approx(more.expected)
+
+
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_the_parts_of_a_text_are_the_whole(mixing: Mixing) -> None:
+    """Each part starts from the weights after the one before it, as a stream has them."""
+    log_p, weights = random_text(3)
+    entropies = torch.linspace(1, 2, T)
+    whole = text_predictive(log_p, weights.double().log(), mixing, entropies, entropies / 2)
+    log_weights = weights.double().log()
+    for start, stop in ((0, 1), (1, 4), (4, T)):
+        part = text_predictive(log_p[start:stop], log_weights, mixing, entropies[start:stop], entropies[start:stop] / 2)
+        for name in ("logprob", "variance", "effective_particles", "total", "aleatoric", "epistemic", "particles"):
+            assert torch.allclose(getattr(part, name), getattr(whole, name)[start:stop], rtol=1e-12, atol=1e-14), name
+        log_weights = part.log_weights[-1]
+    assert torch.allclose(log_weights, whole.log_weights[-1], rtol=1e-12)
