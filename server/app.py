@@ -10,45 +10,61 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic_core import from_json
 
 import posterior
-from server import answers, errors
-from server.answers import Reply
+from server import answers, errors, openapi
 from server.auth import require_key
+from server.choices import Reply
 from server.errors import ApiError, as_api_error, bad_request, unavailable
 from server.metrics import Observation
 from server.predictive import Service
-from server.registry import Registry
-from server.schemas import MAX_BODY_BYTES
+from server.registry import Served
+from server.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
+from server.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
 
 T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
+PUBLIC = frozenset({"/health", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # of a request with `stream`
 
 
 def create_app(service: Service, key: str | None) -> FastAPI:
-    """The application over a running service. `app.state.ready` is False until its owner has warmed it up."""
-    app = FastAPI(
-        title="Posterior Server",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        dependencies=[Depends(require_key(key))],
-    )
+    """The application over a running service. `app.state.ready` is False until its owner has warmed it up.
+
+    Raises PosteriorError for an empty key.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(require_key(key, PUBLIC))])
     app.state.service = service
     app.state.ready = False
     errors.register(app)
-    app.add_route("/health", _health)  # a plain route: the one that the key's dependency does not cover
-    app.get("/ready")(_ready)
-    app.get("/version")(_version)
-    app.get("/metrics")(_metrics)
-    app.get("/v1/models")(_models)
-    app.get("/v1/models/{name:path}")(_model)
-    app.post("/v1/predictive")(_predictive)
-    app.post("/v1/chat/completions")(_chat)
-    app.post("/v1/completions")(_completions)
+    for path, handler, summary, reply, statuses in (
+        ("/health", _health, "Whether the process lives", Status, (503,)),
+        ("/ready", _ready, "Whether requests are answered", Status, (401, 503)),
+        ("/version", _version, "The server's version", Version, (401,)),
+        ("/v1/models", _models, "The models that are served", ModelList, (401,)),
+        ("/v1/models/{name:path}", _model, "One of them", ModelCard, (401, 404)),
+    ):
+        app.get(path, summary=summary, responses=openapi.replies(reply, *statuses))(handler)
+    for path, handler, summary, body, reply in (
+        ("/v1/predictive", _predictive, "Posterior predictives of many inputs", PredictiveRequest, PredictiveReply),
+        ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
+        ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
+    ):
+        responses = openapi.replies(reply, 400, 401, 404, 413, 503)
+        if issubclass(body, TextRequest):
+            responses[200]["content"] = STREAM
+        app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
+    metrics = openapi.replies(None, 401)
+    app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
+    app.get("/openapi.json", include_in_schema=False)(openapi.show)
+    for path in ("/docs", "/docs/{name}"):
+        app.get(path, include_in_schema=False)(openapi.page)
+    app.state.document = openapi.describe(app, key=key is not None, public=PUBLIC)
     return app
 
 
@@ -77,30 +93,30 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    registry = _service(request).registry
-    return JSONResponse({"object": "list", "data": [_card(registry, name) for name in registry.served]})
+    service = _service(request)
+    cards = [_card(service, served) for served in service.registry.served.values()]
+    return JSONResponse({"object": "list", "data": cards})
 
 
 async def _model(request: Request, name: str) -> Response:
-    return JSONResponse(_card(_service(request).registry, _service(request).find(name).name))
+    if not name:  # GET /v1/models/
+        return await _models(request)
+    return JSONResponse(_card(_service(request), _service(request).find(name.removesuffix("/"))))
 
 
-def _card(registry: Registry, name: str) -> dict[str, Any]:
-    served = registry.served[name]
-    parent = None if served.posterior is None else registry.base.id
+def _card(service: Service, served: Served) -> dict[str, Any]:
     card = {
-        "id": name,
+        "id": served.name,
         "object": "model",
         "created": STARTED,
         "owned_by": "posterior-server",
-        "root": served.label or name,
-        "parent": parent,
+        "root": served.id,
+        "parent": None if served.posterior is None else service.base.id,
+        "max_model_len": service.engine.max_model_len,
     }
-    return (
-        card
-        if served.posterior is None
-        else {**card, "family": served.posterior.family, "predictives": list(served.predictives)}
-    )
+    if served.posterior is None:
+        return card
+    return {**card, "family": served.posterior.family, "predictives": list(served.predictives)}
 
 
 STARTED = int(time.time())
@@ -137,7 +153,7 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     if isinstance(result, dict):
         observation.end(200)
         return JSONResponse(result)
-    return StreamingResponse(_observed(result, observation), media_type="text/event-stream")
+    return StreamingResponse(_observed(result, observation), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
@@ -173,16 +189,13 @@ async def _read_json(request: Request) -> dict[str, Any]:
                 code="body_too_large",
             )
     try:
-        body = json.loads(bytes(chunks), parse_constant=_no_constant)
+        body = from_json(bytes(chunks), allow_inf_nan=False)
+        json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
     except (ValueError, RecursionError) as error:
-        raise bad_request("the body is not valid JSON") from error
+        raise bad_request(f"the body is not valid JSON in UTF-8: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):
         raise bad_request("the body must be a JSON object")
     return body
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:

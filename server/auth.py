@@ -12,11 +12,21 @@ from posterior.errors import PosteriorError
 from server.errors import ApiError
 
 
-def require_key(key: str | None) -> Callable[[Request], Awaitable[None]]:
-    """A FastAPI dependency: only `Authorization: Bearer <key>` passes (anything if `key` is None)."""
+def secret(given: str | None) -> str | None:
+    """The key without the blanks around it; None where nothing is left, since an empty key is no key."""
+    return (given or "").strip() or None
+
+
+def require_key(key: str | None, public: frozenset[str] = frozenset()) -> Callable[[Request], Awaitable[None]]:
+    """A FastAPI dependency: only `Authorization: Bearer <key>` passes (anything if `key` is None).
+
+    Routes whose path template is in `public` need no key. Raises PosteriorError for an empty key.
+    """
+    if key is not None and secret(key) != key:
+        raise PosteriorError("the API key is empty or has blanks around it; give a key, or None for no key")
 
     async def check(request: Request) -> None:
-        if key is None:
+        if key is None or request.scope["route"].path in public:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Starlette reads header bytes as Latin-1; the way back gives the client's bytes
@@ -28,7 +38,7 @@ def require_key(key: str | None) -> Callable[[Request], Awaitable[None]]:
 
 def check_exposure(host: str, key: str | None) -> None:
     """Raises PosteriorError if `host` is reachable from other machines and no key protects it."""
-    if key is not None or host == "localhost":
+    if secret(key) is not None or host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(host).is_loopback

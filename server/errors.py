@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from itertools import takewhile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,8 +21,17 @@ RETRY_SECONDS = 5
 class ApiError(Exception):
     """A failure the client is told about: an HTTP status, one clear line, the field at fault, OpenAI's code."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
+        self.headers = dict(headers or {})
         self.status = status
         self.message = message
         self.param = param
@@ -38,10 +47,8 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_SECONDS)} if self.status == 503 else None
-        if self.status == 401:
-            headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        headers = {503: {"Retry-After": str(RETRY_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status, {})
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers | headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
@@ -66,18 +73,28 @@ def model_not_found(name: object) -> ApiError:
     )
 
 
-def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
-    """The first complaint of pydantic as one line, without its types and links."""
+def from_validation(error: ValidationError, body: Any) -> ApiError:
+    """The first complaint of pydantic about `body` as one line, without its types and links."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Beyond the client's own field names pydantic adds types of the union it tried: "messages.0.SomeParam.content"
-    path = takewhile(lambda part: isinstance(part, int) or (part.isidentifier() and part.islower()), first["loc"])
-    where = ".".join([prefix, *map(str, path)]).strip(".") or None
+    where = ".".join(map(str, _path(first["loc"], body))) or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field {where!r}", where)
     if first["type"] == "missing":
         return bad_request(f"the field {where!r} is required", where)
     message = first["msg"].splitlines()[0].removeprefix("Value error, ")
     return bad_request(f"{where}: {message}" if where else message, where)
+
+
+def _path(location: Sequence[str | int], body: Any) -> Iterator[str | int]:
+    """The part of pydantic's `location` that names a place in `body`, or a field that is missing from it. Where it
+    tried a union, pydantic puts the types that it tried between: "messages.0.SomeParam.content"."""
+    for part in location:
+        if isinstance(body, dict) and isinstance(part, str) and (part in body or part == location[-1]):
+            body = body.get(part)
+            yield part
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+            yield part
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -87,7 +104,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, PosteriorError):
         return bad_request(str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("request failed", exc_info=error)
     return internal_error()
 

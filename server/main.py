@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +20,10 @@ import posterior
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from server import auth, registry
+from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.linearized import Linearizer
+from server.lobby import Lobby
 from server.metrics import Metrics
 from server.registry import Registry
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--particles", type=int, default=8, help=text)
     add("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    add("--port", type=_port, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
     text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
     add("--api-key", default=os.environ.get("POSTERIOR_API_KEY"), help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
@@ -63,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-gib", type=float, help=text)
     text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
     add("--gpu-memory-utilization", type=float, default=0.7, help=text)
+    text = "on a terminal, show what vLLM and torch say; else it goes to a log file there, and is shown elsewhere"
+    add("--verbose", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,41 +76,62 @@ def run(args: argparse.Namespace) -> None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
     if args.particles < 2:
         raise PosteriorError("--particles must be at least 2: one sample has no spread")
+    args.api_key = auth.secret(args.api_key)
     auth.check_exposure(args.host, args.api_key)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(args))
+    with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _log(args, lobby.port):
+        asyncio.run(_serve(args, lobby))
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _log(args: argparse.Namespace, port: int) -> Iterator[None]:
+    """On a terminal all but our own lines goes to a log file; an error then names it."""
+    if args.verbose or not sys.stderr.isatty():
+        yield
+        return
+    log = cache_folder() / "logs" / f"serve-{port}.log"
+    with quiet(log):
+        say(f"what vLLM and torch say goes to {log} (--verbose shows it here)")
+        try:
+            yield
+        except PosteriorError as error:
+            raise PosteriorError(f"{error} (log: {log})") from error
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-async def _serve(args: argparse.Namespace) -> None:
+async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
     from server.app import create_app
     from server.predictive import Service
 
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_bind(args.host, args.port))
         device = _device(args.device)
         set_environment(device, cache_folder() / "compiled" if args.compile else None)
         base = resolve(args.base)
-        _say(f"base {base.id} on {device}")
+        say(f"base {base.id} on {device}")
         served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
-        _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
+        say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
         metrics.describe(served)
         laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
-        _say("starting vLLM (up to a minute)")
+        say("starting vLLM (up to a minute)")
         engine = await _start_engine(args, base, device, served)
         stack.callback(engine.stop)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
         app = create_app(service, args.api_key)
-        await _listen(app, listener, service, args, start)
+        await _listen(app, lobby, service, args, start)
 
 
 async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
@@ -135,7 +159,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         raise PosteriorError(f"vLLM did not start: {_line(error)}") from error
 
 
-async def _listen(app: Any, listener: socket.socket, service: Service, args: argparse.Namespace, start: float) -> None:
+async def _listen(app: Any, lobby: Lobby, service: Service, args: argparse.Namespace, start: float) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -148,7 +172,7 @@ async def _listen(app: Any, listener: socket.socket, service: Service, args: arg
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.handle_exit, number, None)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[lobby.leave()]))
     warming = asyncio.create_task(_warm_up(service))
     await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
     if warming.done() and not serving.done():
@@ -158,7 +182,7 @@ async def _listen(app: Any, listener: socket.socket, service: Service, args: arg
             raise PosteriorError(f"the warm-up failed: {_line(error)}") from error
         app.state.ready = True
         service.metrics.ready.set(1)
-        _say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, args)}\n")
+        say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, lobby.port, args)}\n")
     await serving
     warming.cancel()
 
@@ -179,20 +203,6 @@ async def _warm_up(service: Service) -> None:
     await service.engine.warm_up(prompt)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port but does not answer yet: a taken port is found out before minutes of loading."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PosteriorError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-    listener.set_inheritable(False)
-    return listener
-
-
 def _device(wanted: str) -> str:
     import torch
 
@@ -209,21 +219,17 @@ def _own_length(base: Base) -> int:
     return length if isinstance(length, int) else LONGEST_DEFAULT
 
 
-def _curl(served: Registry, args: argparse.Namespace) -> str:
+def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
     item = served.posteriors[0]
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key else ""
     fields = {field: "The food was good, the service was slow." for field in item.task.fields}
     body = {"model": item.name, "inputs": [fields]}
     if item.task.answers is None:
         body["answers"] = [" yes", " no"]
-    host = f"[{args.host}]" if ":" in args.host else args.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, f"[{args.host}]" if ":" in args.host else args.host)
     data = shlex.quote(json.dumps(body))
-    return f"  curl http://{host}:{args.port}/v1/predictive{key} -H 'Content-Type: application/json' -d {data}"
+    return f"  curl http://{host}:{port}/v1/predictive{key} -H 'Content-Type: application/json' -d {data}"
 
 
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _say(line: str) -> None:
-    print(f"posterior: {line}", file=sys.stderr, flush=True)

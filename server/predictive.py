@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from posterior.calibration import Key, Record, template_hash
 from posterior.candidates import Candidates
 from posterior.errors import PosteriorError
 from posterior.predictive import Predictive, from_gaussian, from_particles
-from posterior.task import Tokenizer, chat_ids
+from posterior.task import Task, Tokenizer
 from server.engine import Engine, Usage
 from server.engine.scoring import prefix_tree
 from server.errors import bad_request, from_validation, model_not_found
@@ -71,8 +71,8 @@ class Service:
         return self.registry.base
 
     def find(self, name: object) -> Served:
-        """The model `name`. Raises ApiError 404."""
-        served = self.registry.served.get(name) if isinstance(name, str) else None
+        """The model of that name or id. Raises ApiError 404."""
+        served = self.registry.find(name) if isinstance(name, str) else None
         if served is None:
             raise model_not_found(name)
         return served
@@ -206,10 +206,10 @@ class Service:
         try:
             request = PredictiveRequest.model_validate(body)
         except ValidationError as error:
-            raise from_validation(error) from error
+            raise from_validation(error, body) from error
         served = self.find(request.model)
         observation.posterior = _label(served)
-        question = await asyncio.to_thread(self._question, served, request)
+        question = await self._question(served, request)
         observation.predictive = question.predictive
         answers = await self.answer(question)
         usage = Usage(sum(map(len, question.prompts)), 0)
@@ -227,7 +227,7 @@ class Service:
             "usage": usage_record(usage),
         }
 
-    def _question(self, served: Served, request: PredictiveRequest) -> Question:
+    async def _question(self, served: Served, request: PredictiveRequest) -> Question:
         task = None if served.posterior is None else served.posterior.task
         answers = request.answers or (task.answers if task is not None else None)
         if answers is None:
@@ -236,48 +236,36 @@ class Service:
         if request.inputs is not None:
             if task is None:
                 raise bad_request("the base model has no template; give 'prompts' or 'messages'", "inputs")
-            prompts = [
-                _rendered(i, lambda row=row: task.prompt_ids(self.tokenizer, row, exact=True))
-                for i, row in enumerate(request.inputs)
-            ]
+            prompts = await asyncio.to_thread(_rendered, task, self.tokenizer, request.inputs)
             template = template_hash(task) if task.answers in (None, tuple(answers)) else None
-        elif request.prompts is not None:
-            prompts = [self.tokenizer.encode(text) for text in request.prompts]
         else:
-            prompts = [self.conversation(messages) for messages in request.messages or []]
+            prompts = await self._read(served, request)
         return self.question(served, prompts, answers, request, template=template)
 
-    def conversation(self, messages: Any) -> list[int]:
-        """Token ids of chat messages up to where the assistant answers. Raises ApiError 400."""
-        plain = plain_messages(messages)
-        try:
-            return chat_ids(self.tokenizer, plain)
-        except Exception as error:  # a Jinja template may raise anything about the order of roles
-            raise bad_request("the base model's chat template does not accept these messages", "messages") from error
+    async def _read(self, served: Served, request: PredictiveRequest) -> list[list[int]]:
+        """Token ids of prompts or conversations, read as completion and chat requests are."""
+        model = {"model": served.name}
+        if request.prompts is not None:
+            return await self.engine.render("completion", {**model, "prompt": request.prompts, "max_tokens": 1})
+        prompts = []
+        for messages in request.messages or ():
+            check_messages(messages)
+            prompts += await self.engine.render("chat", {**model, "messages": messages})
+        return prompts
 
 
-def plain_messages(messages: Any) -> list[dict[str, str]]:
-    """Messages of role and text; parts of type text are joined. Raises ApiError 400 for anything else."""
-    if not isinstance(messages, list) or not messages:
-        raise bad_request("'messages' must be a list of at least one message", "messages")
-    return [{"role": _role(message), "content": _text(message.get("content"))} for message in messages]
+def check_messages(messages: Any) -> None:
+    """What vLLM lets pass: messages without content, and media, which name addresses that the server would fetch.
 
-
-def _role(message: Any) -> str:
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str):
-        raise bad_request("every message needs a 'role' and a 'content'", "messages")
-    return role
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise bad_request("the 'content' of a message must be text", "messages")
+    Raises ApiError 400.
+    """
+    for message in messages if isinstance(messages, list) else ():
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or (content is None and role != "assistant"):
+            raise bad_request("every message needs a 'role' and a 'content'", "messages")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
+                raise bad_request("the 'content' of a message must be text", "messages")
 
 
 def usage_record(usage: Usage) -> dict[str, int]:
@@ -321,9 +309,12 @@ def _particles(served: Served, predictive: PredictiveName, options: Uncertainty)
     return 1 if predictive == "map" else options.particles or len(served.particles)
 
 
-def _rendered(index: int, render: Any) -> list[int]:
-    try:
-        ids: list[int] = render()
-    except PosteriorError as error:
-        raise bad_request(f"input {index}: {error}", "inputs") from error
-    return ids
+def _rendered(task: Task, tokenizer: Tokenizer, inputs: Sequence[Mapping[str, str]]) -> list[list[int]]:
+    """Token ids of the posterior's own template, filled in. Raises ApiError 400."""
+    prompts = []
+    for index, row in enumerate(inputs):
+        try:
+            prompts.append(task.prompt_ids(tokenizer, row, exact=True))
+        except PosteriorError as error:
+            raise bad_request(f"input {index}: {error}", "inputs") from error
+    return prompts

@@ -39,6 +39,11 @@ class Served:
         return None if self.posterior is None else _label(self.posterior)
 
     @property
+    def id(self) -> str:
+        """What answers call the model: its name, and the hash where it has a posterior. Clients may ask by either."""
+        return self.name if self.posterior is None else f"{self.name}@{self.posterior.hash[:HASH_DIGITS]}"
+
+    @property
     def predictives(self) -> tuple[PredictiveName, ...]:
         """The predictives this name can give for candidate answers, its default first."""
         if self.posterior is None or not self.particles:
@@ -59,6 +64,11 @@ class Registry:
 
     base: Base
     served: Mapping[str, Served]
+
+    def find(self, name: str) -> Served | None:
+        """The model with this name or id."""
+        found = self.served.get(name) or self.served.get(name.partition("@")[0])
+        return found if found is not None and name in (found.name, found.id) else None
 
     @property
     def posteriors(self) -> list[Posterior]:

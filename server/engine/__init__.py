@@ -14,6 +14,7 @@ import torch
 from fastapi import Request
 
 from posterior.candidates import Candidates
+from server.schemas import Kind
 
 if TYPE_CHECKING:
     from server.engine.gang import Trace
@@ -46,6 +47,13 @@ class Engine(Protocol):
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
     ) -> torch.Tensor:
         """log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]; adapter None is the bare base."""
+        ...
+
+    async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
+        """Token ids of each prompt of a chat or completion request, as `chat` and `complete` read it.
+
+        Raises ApiError 400.
+        """
         ...
 
     async def chat(

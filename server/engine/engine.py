@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fastapi import Request
+from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import State
 from vllm.config import CompilationMode, VllmConfig
@@ -41,6 +42,7 @@ from server.engine.fields import check_fields
 from server.engine.gang import CURRENT, Trace
 from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
 from server.errors import ApiError, bad_request, from_validation, internal_error, model_not_found, unavailable
+from server.schemas import Kind
 
 STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
@@ -127,45 +129,49 @@ class VllmEngine:
             raise _refusal(error) from error
         raise internal_error()  # a read without result is never averaged away
 
+    async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
+        parsed = self._parsed(kind, body)
+        with _refusals(body):
+            if kind == "chat":
+                _, found = _result(await self._state.openai_serving_chat.render_chat_request(parsed), body)
+            else:
+                found = _result(await self._state.openai_serving_completion.render_completion_request(parsed), body)
+        return [list(prompt["prompt_token_ids"]) for prompt in found]
+
     async def chat(
         self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
-        if body.get("tools") and body.get("tool_choice") != "none" and not self._tools:
-            raise bad_request(
-                "tools are not served here; start the server with --tool-call-parser NAME (how this base writes calls)",
-                "tools",
-            )
         create = self._state.openai_serving_chat.create_chat_completion
-        return await self._serve(ChatCompletionRequest, create, body, request, trace)
+        return await self._serve(create, self._parsed("chat", body), body, request, trace)
 
     async def complete(
         self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         create = self._state.openai_serving_completion.create_completion
-        return await self._serve(CompletionRequest, create, body, request, trace)
+        return await self._serve(create, self._parsed("completion", body), body, request, trace)
+
+    def _parsed(self, kind: Kind, body: dict[str, Any]) -> Any:
+        """The body as vLLM's request. Raises ApiError 400 for whatever vLLM or this server does not take."""
+        model = ChatCompletionRequest if kind == "chat" else CompletionRequest
+        check_fields(kind, body, model)
+        if body.get("tools") and body.get("tool_choice") != "none" and not self._tools:
+            raise bad_request(
+                "tools are not served here; start the server with --tool-call-parser NAME (how this base writes calls)",
+                "tools",
+            )
+        with _refusals(body):
+            return model.model_validate(body)
 
     async def _serve(
-        self, model: type[BaseModel], create: Any, body: dict[str, Any], request: Request | None, trace: Trace | None
+        self, create: Any, parsed: Any, body: dict[str, Any], request: Request | None, trace: Trace | None
     ) -> dict[str, Any] | AsyncIterator[str]:
-        check_fields(body, frozenset(model.model_fields))
         token = CURRENT.set(trace)
         try:
-            answer = await create(model.model_validate(body), request)
-        except ValidationError as error:
-            raise from_validation(error) from error
-        except EngineDeadError as error:
-            raise unavailable("the engine has stopped; the server needs a restart") from error
-        except (
-            VLLMClientError,
-            GracefulHTTPError,
-            ValueError,
-        ) as error:  # vLLM also raises bare ValueErrors for bad requests
-            raise _refusal(error) from error
+            with _refusals(body):
+                answer = _result(await create(parsed, request), body)
         finally:
             CURRENT.reset(token)
-        if isinstance(answer, ErrorResponse):
-            raise _from_response(answer, body)
-        return answer.model_dump() if isinstance(answer, BaseModel) else answer
+        return answer.model_dump() if isinstance(answer, BaseModel) else answer  # type: ignore[no-any-return]
 
     async def warm_up(self, prompt: list[int]) -> None:
         """Two tokens of the bare base with log-probabilities."""
@@ -226,6 +232,30 @@ def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
     """The first leaf of a group: one cause is what a client can use."""
     error: BaseException = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+@contextlib.contextmanager
+def _refusals(body: dict[str, Any]) -> Iterator[None]:
+    """What vLLM raises about a request as ApiError."""
+    try:
+        yield
+    except ValidationError as error:
+        raise from_validation(error, body) from error
+    except EngineDeadError as error:
+        raise unavailable("the engine has stopped; the server needs a restart") from error
+    except TemplateError as error:
+        raise bad_request(
+            f"the base's chat template refuses these messages: {_line(str(error))}", "messages"
+        ) from error
+    except (VLLMClientError, GracefulHTTPError, ValueError) as error:  # vLLM also raises bare ValueErrors
+        raise _refusal(error) from error
+
+
+def _result(answer: Any, body: dict[str, Any]) -> Any:
+    """What vLLM answered. Raises ApiError where it is an error."""
+    if isinstance(answer, ErrorResponse):
+        raise _from_response(answer, body)
+    return answer
 
 
 def _refusal(error: Exception) -> ApiError:

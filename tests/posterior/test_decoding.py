@@ -71,8 +71,8 @@ def test_one_particle_has_no_epistemic_part_and_no_text_is_certain() -> None:
 
 def test_a_particle_of_weight_zero_changes_nothing() -> None:
     log_p, _ = random_text(2)
-    some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]).double().log(), "sequence", torch.ones(T), torch.ones(T))
-    more = text_predictive(log_p[:, :3], torch.tensor([0.6, 0.4, 0.0]).double().log(), "sequence", torch.ones(T), torch.ones(T))
+    some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]).log(), "sequence", torch.ones(T), torch.ones(T))
+    more = text_predictive(log_p[:, :3], torch.tensor([0.6, 0.4, 0.0]).log(), "sequence", torch.ones(T), torch.ones(T))
     assert torch.allclose(some.logprob, more.logprob) and some.expected == pytest.approx(more.expected)
 
 

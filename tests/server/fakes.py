@@ -18,7 +18,9 @@ from posterior.candidates import Candidates
 from posterior.task import Task
 from server.engine import Adapter, Usage
 from server.engine.gang import Text, Trace
+from server.errors import bad_request
 from server.registry import Registry, Served
+from server.schemas import Kind
 
 BASE = Base(Path("/nowhere"), "tiny-base", None, "sha256:00")
 SPECIAL = "<|im_end|>"
@@ -47,6 +49,10 @@ class Posterior:
     hash: str = "abcdef0123456789"
     task: Task = field(default_factory=lambda: Task("choice", "{text}\nSentiment:", (" negative", " positive")))
     calibration: dict[Key, Record] = field(default_factory=dict)
+
+
+def joined(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def particle_logits(number: int, candidates: int) -> torch.Tensor:
@@ -81,6 +87,18 @@ class Engine:
         lengths = torch.tensor([len(tokens) for tokens in candidates])  # sums, of which the server takes the mean
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
         return rows.expand(len(prompts), *rows.shape)
+
+    async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
+        """As vLLM reads a request: text parts are joined by line breaks, and ids are taken as they are."""
+        if kind == "chat":
+            messages = [{"role": m["role"], "content": joined(m["content"])} for m in body["messages"]]
+            try:
+                return [Tokenizer().apply_chat_template(messages)]
+            except ValueError as error:
+                raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
+        prompt = body["prompt"]
+        prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        return [Tokenizer().encode(item) if isinstance(item, str) else item for item in prompts]
 
     async def chat(
         self, body: dict[str, Any], request: Request | None, trace: Trace | None = None

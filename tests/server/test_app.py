@@ -17,19 +17,20 @@ from tests.server import fakes
 from tests.server.conftest import error_of
 
 PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
-OPEN = {"/health"}
+OPEN = {"/health", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"),
+    ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/docs/{name}"),
 }  # fmt: skip
 
 
 def test_exactly_these_routes_exist(client: TestClient) -> None:
     routes = {(method, route.path) for route in client.app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
     assert routes == ROUTES
-    assert error_of(client.get("/openapi.json"), 404)
-    assert error_of(client.get("/v1/predictive"), 405)
+    assert error_of(client.get("/openapi"), 404)
+    response = client.get("/v1/predictive")
+    assert error_of(response, 405) and response.headers["allow"] == "POST"
 
 
 def test_models_name_their_base(client: TestClient) -> None:
@@ -45,7 +46,9 @@ def test_without_the_key_only_health_answers(service: Service) -> None:
     app.state.ready = True
     with TestClient(app) as client:
         for method, path in ROUTES:
-            response = client.request(method, path.replace("{name:path}", "mood"), content=b"{")
+            response = client.request(
+                method, path.replace("{name:path}", "mood").replace("{name}", "start.js"), content=b"{"
+            )
             assert response.status_code == (200 if path in OPEN else 401), path
         assert error_of(response if path not in OPEN else client.get("/metrics"), 401)["type"] == "authentication_error"
         for header in ("", "Bearer", "Bearer wrong", "Basic s3cret-ключ", "s3cret-ключ"):

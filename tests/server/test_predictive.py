@@ -127,7 +127,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         None,
         "the limit is 8192",
     ),
-    ({"messages": [[]]}, 400, "messages", "at least one"),
+    ({"messages": [[]]}, 400, "messages.0", "at least 1"),
     ({"messages": [[{"role": "user", "content": [{"type": "image_url"}]}]]}, 400, "messages", "must be text"),
     ({"messages": [[{"content": "x"}]]}, 400, "messages", "role"),
     ({"messages": [[{"role": "assistant", "content": "x"}]]}, 400, "messages", "chat template"),
