@@ -6,20 +6,26 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from posterior.errors import PosteriorError
-from server.errors import RETRY_SECONDS, unavailable
+from server.errors import RETRY_SECONDS, bad_request, unavailable
+from server.schemas import MAX_BODY_BYTES
 
 
 class _Loading(BaseHTTPRequestHandler):
     """`/health` is well; everything else is not there yet."""
 
     timeout = 5.0  # seconds for a client to say what it wants
+    error_content_type = "application/json"
+    error_message_format = json.dumps(bad_request("this is not HTTP").body())
 
     def _answer(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        self.rfile.read(
+            min(int(length), MAX_BODY_BYTES) if length.isdecimal() else 0
+        )  # else the client may get a reset
         living = self.path == "/health"
         answer = {"status": "ok"} if living else unavailable("the server is loading; try again shortly").body()
         content = json.dumps(answer).encode()
@@ -39,7 +45,7 @@ class _Loading(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(HTTPServer):
+class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away
 
@@ -77,9 +83,7 @@ class Lobby:
         self._thread.join()
         return self._listener
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread.is_alive():
             self.leave()
         self._listener.close()

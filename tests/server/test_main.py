@@ -17,7 +17,8 @@ from tests.server.running import free_port
 PROGRAM = """
 import argparse, asyncio, sys
 from server.app import create_app
-from server.main import _bind, _listen
+from server.lobby import Lobby
+from server.main import _listen
 from server.metrics import Metrics
 from server.predictive import Service
 from tests.server import fakes
@@ -26,7 +27,8 @@ async def main(port, delay):
     engine = fakes.Engine(delay=delay)
     service = Service(fakes.registry(), engine, None, fakes.Tokenizer(), Metrics())
     args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None)
-    await _listen(create_app(service, None), _bind("127.0.0.1", port), service, args, 0.0)
+    with Lobby("127.0.0.1", port) as lobby:
+        await _listen(create_app(service, None), lobby, service, args, 0.0)
 
 asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
 """
