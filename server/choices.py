@@ -25,11 +25,12 @@ READING = {
     "chat_template_kwargs", "reasoning_effort",
 }  # fmt: skip
 DRAWING = {"n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
+STREAMING = {"stream", "stream_options"}
 SENDING = {
-    "model", "uncertainty", "stream", "stream_options", "user", "parallel_tool_calls", "skip_special_tokens",
-    "spaces_between_special_tokens", "include_stop_str_in_output",
+    "model", "uncertainty", "user", "parallel_tool_calls", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output",
 }  # fmt: skip
-HONOURED = READING | DRAWING | SENDING
+HONOURED = READING | DRAWING | STREAMING | SENDING
 # Of the others, the values that leave an answer as it is.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,), "presence_penalty": (0.0,),
@@ -56,8 +57,8 @@ async def choose(
     options = request.uncertainty or Uncertainty()
     _check(request, options)
     n, answers = request.n or 1, options.answers or ()
-    read = {name: value for name, value in body.items() if name in READING}
-    prompts = await service.engine.render(kind, {**read, "model": served.name, "max_tokens": 1})
+    read = {name: value for name, value in body.items() if name not in DRAWING | STREAMING}
+    prompts = await service.engine.render(kind, {**read, "max_tokens": 1})
     question = service.question(served, prompts, answers, options, copies=n)
     _check_length(request, question)
     observation.predictive = question.predictive

@@ -81,6 +81,8 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
         return bad_request(f"unknown field {where!r}", where)
     if first["type"] == "missing":
         return bad_request(f"the field {where!r} is required", where)
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return bad_request(f"{where or 'the body'} must be a JSON object", where)
     message = first["msg"].splitlines()[0].removeprefix("Value error, ")
     return bad_request(f"{where}: {message}" if where else message, where)
 

@@ -132,7 +132,7 @@ def test_several_prompts_and_token_ids(client: TestClient) -> None:
 
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"uncertainty": {"answer": ["a"]}}, "uncertainty.answer", "unknown field"),
-    ({"uncertainty": 3}, "uncertainty", "dictionary"),
+    ({"uncertainty": 3}, "uncertainty", "JSON object"),
     ({"uncertainty": {"answers": []}}, "uncertainty.answers", "at least 2"),
     ({"uncertainty": {"answers": ["a", "a"]}}, "answers", "alike"),
     ({"uncertainty": {"answers": ANSWERS, "particles": 9, "predictive": "mixture"}}, "particles", "holds 8"),
