@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic_core import from_json
 
 import posterior
@@ -61,9 +61,10 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
     metrics = openapi.replies(None, 401)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
-    app.get("/openapi.json", include_in_schema=False)(openapi.show)
-    for path in ("/docs", "/docs/{name}"):
-        app.get(path, include_in_schema=False)(openapi.page)
+    app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
+    html = openapi.replies(None)
+    app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
+    app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
     app.state.document = openapi.describe(app, key=key is not None, public=PUBLIC)
     return app
 

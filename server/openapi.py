@@ -17,7 +17,7 @@ from server.replies import Error
 from server.schemas import ChatRequest, CompletionRequest, PredictiveRequest
 
 REFERENCE = "#/components/schemas/{model}"
-PAGE = {
+PARTS = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui.css": "text/css",
     "start.js": "text/javascript",
@@ -67,6 +67,10 @@ def describe(app: FastAPI, *, key: bool, public: frozenset[str]) -> dict[str, An
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(bodies["$defs"])
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        operation["responses"].pop("422", None)  # FastAPI's own form of a bad request, which is never sent
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
     if key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
@@ -81,9 +85,18 @@ async def show(request: Request) -> Response:
     return JSONResponse(request.app.state.document)
 
 
-async def page(_: Request, name: str = "") -> Response:
-    """GET /docs and the files it needs: they hold no data, and the page asks for the key."""
-    if name and name not in PAGE:
+async def page() -> Response:
+    """GET /docs: it holds no data, and asks for the key."""
+    return _file("index.html", "text/html")
+
+
+async def part(name: str) -> Response:
+    """GET /docs/{name}: what the page needs."""
+    if name not in PARTS:
         raise ApiError(404, "there is no such page")
-    content = (files("server") / "docs" / (name or "index.html")).read_bytes()
-    return Response(content, media_type=f"{PAGE.get(name, 'text/html')}; charset=utf-8", headers=HEADERS)
+    return _file(name, PARTS[name])
+
+
+def _file(name: str, kind: str) -> Response:
+    content = (files("server") / "docs" / name).read_bytes()
+    return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)

@@ -127,7 +127,10 @@ class Engine:
             raise self.failure
         if body.get("stream"):
             return self._stream(part)
-        return {"id": "x", "choices": [{"index": 0, **whole, "finish_reason": "stop"}], "usage": {}}
+        name = "chat.completion" if "message" in whole else "text_completion"
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        choices = [{"index": 0, **whole, "finish_reason": "stop"}]
+        return {"id": "x", "object": name, "created": 0, "model": "x", "choices": choices, "usage": usage}
 
     async def _stream(self, part: dict[str, Any]) -> AsyncIterator[str]:
         import json
