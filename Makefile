@@ -3,8 +3,9 @@
 # make check   ruff and mypy only          make bench   the numbers in benchmarks/README.md
 # make grid    hours: every family of posteriors, cell by cell (GRID='--data FOLDER --sets yelp sst2 --seeds 0 1 2')
 # make fit     refit the shipped posterior make clean   remove the environment
+# make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test check bench grid soak fit setup clean
+.PHONY: serve test check bench grid soak fuzz fit setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -38,6 +39,9 @@ soak: setup
 	SEEDS=1000 $(BIN)/python -m pytest tests/server/test_gang.py
 	$(BIN)/python -m benchmarks.load --seeds 3
 	$(BIN)/python -m benchmarks.soak
+
+fuzz: setup
+	CASES=2000 $(BIN)/python -m pytest tests/server/test_fuzz.py
 
 clean:
 	rm -rf .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,7 +31,7 @@ Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 PUBLIC = frozenset({"/health", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # of a request with `stream`
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
 
 
 def create_app(service: Service, key: str | None) -> FastAPI:
@@ -50,12 +51,12 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         ("/v1/models/{name:path}", _model, "One of them", ModelCard, (401, 404)),
     ):
         app.get(path, summary=summary, responses=openapi.replies(reply, *statuses))(handler)
-    for path, handler, summary, body, reply in (
+    for path, handler, summary, body, answer in (
         ("/v1/predictive", _predictive, "Posterior predictives of many inputs", PredictiveRequest, PredictiveReply),
         ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
         ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
     ):
-        responses = openapi.replies(reply, 400, 401, 404, 413, 503)
+        responses = openapi.replies(answer, 400, 401, 404, 413, 503)
         if issubclass(body, TextRequest):
             responses[200]["content"] = STREAM
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
@@ -65,7 +66,7 @@ def create_app(service: Service, key: str | None) -> FastAPI:
     html = openapi.replies(None)
     app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
     app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
-    app.state.document = openapi.describe(app, key=key is not None, public=PUBLIC)
+    app.state.description = functools.cache(partial(openapi.describe, app, key=key is not None, public=PUBLIC))
     return app
 
 

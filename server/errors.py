@@ -76,7 +76,7 @@ def model_not_found(name: object) -> ApiError:
 def from_validation(error: ValidationError, body: Any) -> ApiError:
     """The first complaint of pydantic about `body` as one line, without its types and links."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, _path(first["loc"], body))) or None
+    where = ".".join(map(str, _path(first["loc"], body, first["type"] == "missing"))) or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field {where!r}", where)
     if first["type"] == "missing":
@@ -87,11 +87,11 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     return bad_request(f"{where}: {message}" if where else message, where)
 
 
-def _path(location: Sequence[str | int], body: Any) -> Iterator[str | int]:
-    """The part of pydantic's `location` that names a place in `body`, or a field that is missing from it. Where it
+def _path(location: Sequence[str | int], body: Any, missing: bool) -> Iterator[str | int]:
+    """The part of pydantic's `location` that names a place in `body`, or the field that is `missing` from it. Where it
     tried a union, pydantic puts the types that it tried between: "messages.0.SomeParam.content"."""
     for part in location:
-        if isinstance(body, dict) and isinstance(part, str) and (part in body or part == location[-1]):
+        if isinstance(body, dict) and isinstance(part, str) and (part in body or (missing and part == location[-1])):
             body = body.get(part)
             yield part
         elif isinstance(body, list) and isinstance(part, int) and part < len(body):

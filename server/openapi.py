@@ -82,7 +82,7 @@ def describe(app: FastAPI, *, key: bool, public: frozenset[str]) -> dict[str, An
 
 async def show(request: Request) -> Response:
     """GET /openapi.json"""
-    return JSONResponse(request.app.state.document)
+    return JSONResponse(request.app.state.description())
 
 
 async def page() -> Response:

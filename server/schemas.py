@@ -35,15 +35,23 @@ class Uncertainty(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    predictive: PredictiveName | None = Field(None, description="how the posterior is averaged; the model's first")
-    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = Field(None, description="of the mixture; all")
-    answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = Field(
-        None, description="candidate answers, each with its leading space if it has one"
+    predictive: PredictiveName | None = Field(
+        default=None, description="how the posterior is averaged; the model's first"
     )
-    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.9, description="of intervals and prediction sets")
-    per_particle: bool = Field(False, description="also what each particle says")
-    mixing: Mixing | None = Field(None, description="of text: 'sequence' (exact, the default) or 'token'")
-    tokens: bool | None = Field(None, description="of text: a record for each token; by default on streams only")
+    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = Field(
+        default=None, description="of the mixture; all"
+    )
+    answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = Field(
+        default=None, description="candidate answers, each with its leading space if it has one"
+    )
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.9, description="of intervals and prediction sets"
+    )
+    per_particle: bool = Field(default=False, description="also what each particle says")
+    mixing: Mixing | None = Field(default=None, description="of text: 'sequence' (exact, the default) or 'token'")
+    tokens: bool | None = Field(
+        default=None, description="of text: a record for each token; by default on streams only"
+    )
 
 
 class PredictiveRequest(Uncertainty):
@@ -51,11 +59,11 @@ class PredictiveRequest(Uncertainty):
 
     model: str
     inputs: Annotated[list[dict[str, str]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
-        None, description="the fields of the posterior's template"
+        default=None, description="the fields of the posterior's template"
     )
     prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     messages: Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
-        None, description="conversations, each as chat completions have it"
+        default=None, description="conversations, each as chat completions have it"
     )
 
     @model_validator(mode="after")
@@ -127,7 +135,7 @@ class ChatRequest(TextRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = Field(
-        None, description="values of the base's own chat template, such as enable_thinking"
+        default=None, description="values of the base's own chat template, such as enable_thinking"
     )
 
 

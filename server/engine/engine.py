@@ -171,7 +171,7 @@ class VllmEngine:
                 answer = _result(await create(parsed, request), body)
         finally:
             CURRENT.reset(token)
-        return answer.model_dump() if isinstance(answer, BaseModel) else answer  # type: ignore[no-any-return]
+        return answer.model_dump() if isinstance(answer, BaseModel) else answer
 
     async def warm_up(self, prompt: list[int]) -> None:
         """Two tokens of the bare base with log-probabilities."""
