@@ -20,12 +20,25 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet(log: Path) -> Iterator[None]:
-    """Within, what this process and those it starts write to stdout and stderr goes to `log`; `say` goes on as before.
+def quiet(log: Path, verbose: bool) -> Iterator[None]:
+    """On a terminal, unless `verbose`: what this process and those it starts write goes to `log`, but for `say`.
 
     vLLM, torch and OpenMP write some thirty lines at a start. The log of the run before is kept beside it, as *.1.
-    Raises PosteriorError if the log cannot be written.
+    Raises PosteriorError if the log cannot be written; one that is raised within names the log.
     """
+    if verbose or not sys.stderr.isatty():
+        yield
+        return
+    with _redirected(log):
+        say(f"what vLLM and torch say goes to {log} (--verbose shows it here)")
+        try:
+            yield
+        except PosteriorError as error:
+            raise PosteriorError(f"{error} (log: {log})") from error
+
+
+@contextlib.contextmanager
+def _redirected(log: Path) -> Iterator[None]:
     global _terminal
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_opened(log))

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,29 +78,18 @@ def run(args: argparse.Namespace) -> None:
     args.api_key = auth.secret(args.api_key)
     auth.check_exposure(args.host, args.api_key)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
-    with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _log(args, lobby.port):
+    with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _quiet(args, lobby):
         asyncio.run(_serve(args, lobby))
+
+
+def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
+    return quiet(cache_folder() / "logs" / f"serve-{lobby.port}.log", args.verbose)
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
     return int(text)
-
-
-@contextlib.contextmanager
-def _log(args: argparse.Namespace, port: int) -> Iterator[None]:
-    """On a terminal all but our own lines goes to a log file; an error then names it."""
-    if args.verbose or not sys.stderr.isatty():
-        yield
-        return
-    log = cache_folder() / "logs" / f"serve-{port}.log"
-    with quiet(log):
-        say(f"what vLLM and torch say goes to {log} (--verbose shows it here)")
-        try:
-            yield
-        except PosteriorError as error:
-            raise PosteriorError(f"{error} (log: {log})") from error
 
 
 def _interrupt(*_: object) -> None:

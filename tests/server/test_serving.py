@@ -169,7 +169,8 @@ def test_chat_equals_generation_by_transformers(client: openai.OpenAI, server: R
     expected = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
     choice = answer.choices[0]
     assert choice.message.content == tokenizer.decode(expected, skip_special_tokens=True)
-    assert answer.model == choice.model_extra["uncertainty"]["posterior"] == f"mood@{server.mood.hash[:12]}"
+    assert answer.model == f"mood/map@{server.mood.hash[:12]}"
+    assert choice.model_extra["uncertainty"]["posterior"] == f"mood@{server.mood.hash[:12]}"
     assert answer.usage.completion_tokens == len(expected) and answer.usage.prompt_tokens == prompt.shape[1]
 
 
@@ -200,6 +201,42 @@ def test_answers_through_the_stock_client(client: openai.OpenAI, server: Running
     assert chat.model_extra["uncertainty"]["confidence"] == pytest.approx(same["confidence"], abs=1e-5)
 
 
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+PARTS = [{"type": "text", "text": "Say"}, {"type": "text", "text": "hello."}]
+CHATS: dict[str, dict[str, Any]] = {
+    "two parts": {"messages": [{"role": "user", "content": PARTS}]},
+    "developer": {"messages": [{"role": "developer", "content": "Be kind."}, *MESSAGES]},
+    "tools": {"messages": MESSAGES, "tools": TOOLS},
+    "tool history": {
+        "messages": [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c", "content": "seen"},
+        ]
+    },
+    "continued": {
+        "messages": [*MESSAGES, {"role": "assistant", "content": "He"}],
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    },
+    "template values": {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}},
+    "defaults spelled out": {"messages": MESSAGES, "priority": 0, "length_penalty": 1.0, "include_reasoning": True},
+}
+
+
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_a_chat_is_read_the_same_way_whatever_is_asked_about_it(server: Running, chat: dict[str, Any]) -> None:
+    """The prompt of a text, as vLLM returns its ids, scored by the answers' own route."""
+    text = server.post("/v1/chat/completions", model="mood", max_tokens=1, return_token_ids=True, **chat)
+    options = {"answers": ["a", "b"], "predictive": "map"}
+    choice = server.post("/v1/chat/completions", model="mood", uncertainty=options, **chat)
+    assert choice["usage"]["prompt_tokens"] == len(text["prompt_token_ids"]) == text["usage"]["prompt_tokens"]
+    again = server.post("/v1/completions", model="mood", prompt=text["prompt_token_ids"], uncertainty=options)
+    confidence, known = (each["choices"][0]["uncertainty"]["confidence"] for each in (choice, again))
+    assert confidence == pytest.approx(known, abs=1e-5)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
     ({"messages": "hi"}, "messages"),
@@ -208,7 +245,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"9999999": 1}}, "vocab"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"n": 129}, "between 1 and 128"),
+    ({"n": 129}, "less than or equal to 128"),
     ({"prompt_logprobs": 0}, "'prompt_logprobs' is not served"),
     ({"chat_template": "{{ 1 }}"}, "'chat_template' is not served"),
     ({"use_beam_search": True}, "'use_beam_search' is not served"),
