@@ -30,4 +30,5 @@ def changes_nothing(name: str, value: Any, vllms: type[BaseModel]) -> bool:
     """Whether `value` is what vLLM would take if the field were not given."""
     default = vllms.model_fields[name].get_default(call_default_factory=True, validated_data={})
     alike = isinstance(value, bool) == isinstance(default, bool)
-    return (alike and value == default) or (not default and value in (False, [], {}))
+    empty = value is False or (isinstance(value, list | dict) and not value)
+    return (alike and value == default) or (empty and not default)
