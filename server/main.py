@@ -155,7 +155,7 @@ async def _listen(app: Any, lobby: Lobby, service: Service, args: argparse.Names
         def capture_signals(self) -> Iterator[None]:
             yield  # uvicorn would raise the signal again after the drain; the loop's handlers below do not
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
+    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS)
     server = Server(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
