@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +95,9 @@ async def _serve(args: argparse.Namespace) -> None:
         base = resolve(args.base)
         _say(f"base {base.id} on {device}")
         served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
+        _say_refused(served.refused)
         _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
-        metrics.describe(served)
         laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
@@ -105,6 +105,10 @@ async def _serve(args: argparse.Namespace) -> None:
         _say("starting vLLM (up to a minute)")
         engine = await _start_engine(args, base, device, served)
         stack.callback(engine.stop)
+        known, served = served.refused, served.without(engine.refused)
+        _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
+        served.check(args.posteriors)
+        metrics.describe(served)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
         app = create_app(service, args.api_key)
         await _listen(app, listener, service, args, start)
@@ -120,8 +124,8 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         dtype=args.dtype,
         particles=max(len(entry.particles) for entry in served.served.values()),
         adapters=len(served.adapters),
-        lora_rank=max(int(item.lora["r"]) for item in served.posteriors),
-        targets=lora_targets(item.lora for item in served.posteriors),
+        lora_rank=served.rank,
+        targets=lora_targets(served.modules),
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
         max_num_seqs=args.max_num_seqs,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -223,6 +227,11 @@ def _curl(served: Registry, args: argparse.Namespace) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _say_refused(refused: Mapping[str, str]) -> None:
+    for name, reason in refused.items():
+        _say(f"warning: {name} is not served: {reason}")
 
 
 def _say(line: str) -> None:

@@ -48,7 +48,8 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 class VllmEngine:
     """One MixingLLM and the serving classes vLLM builds on it."""
 
-    def __init__(self, llm: AsyncLLM, state: State, tools: bool) -> None:
+    def __init__(self, llm: AsyncLLM, state: State, tools: bool, refused: Mapping[Adapter, str]) -> None:
+        self.refused = refused
         self._llm = llm
         self._state = state
         self._tools = tools
@@ -59,7 +60,8 @@ class VllmEngine:
     async def start(
         cls, config: EngineConfig, public: Mapping[str, Adapter], adapters: Sequence[Adapter]
     ) -> VllmEngine:
-        """Load the base and every adapter; `public` maps the model names that generate text to their adapters.
+        """Load the base and every adapter; `public` maps the model names that generate text to their adapters. An
+        adapter that vLLM does not load is listed in `refused` with vLLM's reason.
 
         Raises ValueError for what vLLM cannot start with.
         """
@@ -76,13 +78,12 @@ class VllmEngine:
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
-            for adapter in adapters:
-                await llm.add_lora(_lora(adapter))
+            refused = await _load_adapters(llm, adapters)
             state.openai_serving_models.lora_requests.update({name: _lora(adapter) for name, adapter in public.items()})
         except BaseException:
             llm.shutdown()
             raise
-        return cls(llm, state, config.tool_call_parser is not None)
+        return cls(llm, state, config.tool_call_parser is not None, refused)
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
@@ -212,6 +213,20 @@ def _threads(engine_config: VllmConfig, device: str) -> Iterator[None]:
     engine_config.parallel_config.distributed_executor_backend = UniProcExecutor
     with OMPProcessManager(engine_config).configure_omp_envs(rank=0, local_rank=0):
         yield
+
+
+async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Adapter, str]:
+    """Load each adapter once, so that no request finds out that vLLM refuses it; those refused, with vLLM's reason."""
+    refused: dict[Adapter, str] = {}
+    for adapter in adapters:
+        try:
+            await llm.add_lora(_lora(adapter))
+        except Exception as error:
+            if llm.errored:
+                raise
+            refused[adapter] = _line(str(error))
+            await llm.remove_lora(adapter.number)  # what was loaded of it
+    return refused
 
 
 def _lora(adapter: Adapter) -> LoRARequest:
