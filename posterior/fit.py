@@ -256,8 +256,9 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     model = load_model(base, dtype, args.device)
     if args.adapter:
         with adalora.ordinary(args.adapter) as folder:
+            trained = lora.load_peft(model, folder)
             servable.check_theta(args.adapter, lora.read_adapter(folder))
-            return lora.load_peft(model, folder)
+            return trained
     attach = pissa.attach if args.init == "pissa" else lora.attach
     peft_model = attach(
         model,
