@@ -31,7 +31,7 @@ from posterior.data import Example
 from posterior.footprint import Footprint
 from posterior.linearized import LinearizedModel
 from server import memory
-from server.errors import bad_request, unavailable
+from server.errors import ApiError, bad_request, unavailable
 from server.metrics import Metrics
 
 MAX_BATCH = 32  # prompts
@@ -142,6 +142,7 @@ class Linearizer:
     def _new_pool(self) -> None:
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
         self._loaded: Future[dict[str, Footprint]] = self._pool.submit(_load, *self._parts)
+        (self._process,) = self._pool._processes.values()
 
     async def start(self) -> None:
         """Wait until the worker holds its models, and keep one from then on; raises what kept it from loading."""
@@ -157,8 +158,7 @@ class Linearizer:
     async def _keep(self) -> None:
         """Load another worker whenever one has ended, and try again, less and less often, while that fails."""
         while True:
-            (process,) = (self._pool._processes or {}).values()
-            await _end(process)
+            await _end(self._process)
             self._metrics.restarts.inc()
             self._problem, pause = "is starting again", PAUSE
             logger.error("the linearised predictive's worker ended; another one is being loaded")
@@ -242,7 +242,8 @@ class Linearizer:
 
     def _fail(self, batch: list[_Item], error: Exception) -> None:
         """Tell those who wait. They may try again; nothing is tried again here."""
-        logger.error("linearised batch failed", exc_info=error)
+        if not isinstance(error, ApiError):
+            logger.error("linearised batch failed", exc_info=error)
         if isinstance(error, BrokenProcessPool):
             self._suspects.blame(batch)
             error = unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
@@ -276,10 +277,8 @@ class Linearizer:
         """End the worker, whatever it is doing."""
         if self._keeper is not None and not self._keeper.done():
             self._keeper.cancel()
-        processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        self._process.terminate()
 
 
 async def _end(process: Any) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 DRAIN_SECONDS = 30
+WATCH_SECONDS = 0.5  # between looks at the engine
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
 
@@ -163,8 +164,14 @@ async def _listen(app: Any, listener: socket.socket, service: Service, args: arg
         app.state.ready = True
         service.metrics.ready.set(1)
         _say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, args)}\n")
-    await serving
+    while service.engine.alive() and not serving.done():
+        await asyncio.wait((serving,), timeout=WATCH_SECONDS)
+    lost = not service.engine.alive() and not server.should_exit  # Ctrl-C may end the engine first
+    server.should_exit = True
+    await serving  # which answers what waits: a request whose engine is lost gets a 503
     warming.cancel()
+    if lost:  # whoever started the server starts it again
+        raise PosteriorError("the engine has stopped, and the server with it; the log says why. Start it again")
 
 
 async def _warm_up(service: Service) -> None:
