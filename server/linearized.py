@@ -283,10 +283,9 @@ class Linearizer:
 
 async def _end(process: Any) -> None:
     """Wait for the end of a process."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    loop.add_reader(process.sentinel, lambda: ended.done() or ended.set_result(None))
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process.sentinel, ended.set)
     try:
-        await ended
+        await ended.wait()
     finally:
         loop.remove_reader(process.sentinel)

@@ -8,7 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fastapi import Request
@@ -74,10 +74,11 @@ class VllmEngine:
             engine_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         _choose_runner(engine_config, config.device)
         with _threads(engine_config, config.device):
-            llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+            llm = cast(MixingLLM, MixingLLM.from_vllm_config(engine_config, UsageContext.OPENAI_API_SERVER))
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
+            llm.groups = [tuple(group) for group in (await llm.collective_rpc("kv_groups"))[0]]
             refused = await _load_adapters(llm, adapters)
             state.openai_serving_models.lora_requests.update({name: _lora(adapter) for name, adapter in public.items()})
         except BaseException:
