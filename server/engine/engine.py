@@ -74,7 +74,8 @@ class VllmEngine:
             engine_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         _choose_runner(engine_config, config.device)
         with _threads(engine_config, config.device):
-            llm = cast(MixingLLM, MixingLLM.from_vllm_config(engine_config, UsageContext.OPENAI_API_SERVER))
+            started = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+            llm = cast(MixingLLM, started)
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
@@ -225,7 +226,7 @@ async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Ada
         except Exception as error:
             if llm.errored:
                 raise
-            refused[adapter] = _line(str(error))
+            refused[adapter] = _line(str(error).removeprefix("Call to add_lora method failed: "))
             await llm.remove_lora(adapter.number)  # what was loaded of it
     return refused
 

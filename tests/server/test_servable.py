@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posterior import lora, servable
 from posterior.errors import PosteriorError
+from server.engine import Adapter
 from server.engine.config import set_environment
 
 set_environment("cpu")  # before vLLM, as the server does
@@ -24,6 +26,8 @@ from vllm.config.lora import LoRAConfig, MaxLoRARanks  # noqa: E402
 from vllm.lora.lora_model import LoRAModel  # noqa: E402
 from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 from vllm.model_executor.models.llama import LlamaForCausalLM as VllmLlama  # noqa: E402
+
+from server.engine.engine import _load_adapters  # noqa: E402
 
 Change = Callable[[Path], Any]
 PREFIX = "base_model.model.model.layers.0.self_attn"
@@ -183,3 +187,24 @@ def test_what_we_take_vllm_computes_as_peft_does(tmp_path: Path, name: str) -> N
 
 def test_the_ranks_are_vllms() -> None:
     assert get_args(MaxLoRARanks) == servable.RANKS
+
+
+@pytest.mark.asyncio
+async def test_an_adapter_that_the_engine_refuses_does_not_stop_the_others() -> None:
+    adapters = [Adapter(f"a{number}", Path(f"/nowhere/{number}"), number) for number in (1, 2, 3)]
+    llm = SimpleNamespace(errored=False, loaded=[], removed=[])
+
+    async def add_lora(request: Any) -> None:
+        if request.lora_int_id == 2:
+            raise Exception("Call to add_lora method failed: expected target modules\nmore")
+        llm.loaded.append(request.lora_int_id)
+
+    async def remove_lora(number: int) -> None:
+        llm.removed.append(number)
+
+    llm.add_lora, llm.remove_lora = add_lora, remove_lora
+    refused = await _load_adapters(llm, adapters)  # type: ignore[arg-type]
+    assert refused == {adapters[1]: "expected target modules"} and llm.loaded == [1, 3] and llm.removed == [2]
+    llm.errored = True
+    with pytest.raises(Exception, match="add_lora"):
+        await _load_adapters(llm, adapters)  # type: ignore[arg-type]
