@@ -259,6 +259,7 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
             trained = lora.load_peft(model, folder)
             servable.check_theta(args.adapter, lora.read_adapter(folder))
             return trained
+    servable.check_modules("the adapter of --targets", args.targets)
     attach = pissa.attach if args.init == "pissa" else lora.attach
     peft_model = attach(
         model,
@@ -270,8 +271,7 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
         seed=args.seed,
         base_id=base.id,
     )
-    servable.check_config("the adapter of --rank and --targets", lora.config_of(peft_model))
-    servable.check_modules("the adapter of --targets", lora.matrices(peft_model))
+    servable.check_config("the adapter of --rank", lora.config_of(peft_model))
     return peft_model
 
 
