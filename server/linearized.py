@@ -28,6 +28,7 @@ from posterior import artefact
 from posterior.base import Base
 from posterior.candidates import Candidates
 from posterior.data import Example
+from posterior.errors import PosteriorError
 from posterior.footprint import Footprint
 from posterior.linearized import LinearizedModel
 from server import memory
@@ -45,11 +46,13 @@ Moments = tuple[
     np.ndarray, np.ndarray
 ]  # mean [C], covariance [C, C]; arrays, because tensors would travel in shared memory
 
+Folder = tuple[Path, str]  # of a posterior, and its hash
+
 logger = logging.getLogger("posterior.server")
 _model: LinearizedModel | None = None  # of a worker process; None in the server's own
 
 
-def _load(base: Base, folders: Mapping[str, Path], device: str) -> dict[str, Footprint]:
+def _load(base: Base, folders: Mapping[str, Folder], device: str) -> dict[str, Footprint]:
     """In the worker: hold the base and the posteriors until the server goes away; what their moments take."""
     global _model
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
@@ -58,10 +61,17 @@ def _load(base: Base, folders: Mapping[str, Path], device: str) -> dict[str, Foo
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    _model = LinearizedModel(
-        base, {name: artefact.load(path) for name, path in folders.items()}, dtype=dtype, device=device
-    )
+    posteriors = {name: _unchanged(*folder) for name, folder in folders.items()}
+    _model = LinearizedModel(base, posteriors, dtype=dtype, device=device)
     return _model.footprints
+
+
+def _unchanged(path: Path, expected: str) -> artefact.Posterior:
+    """The posterior that the server started with: answers are labelled with its hash."""
+    posterior = artefact.load(path)
+    if posterior.hash != expected:
+        raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
+    return posterior
 
 
 def _follow(parent: Any) -> None:
@@ -127,7 +137,7 @@ class _Suspects:
 class Linearizer:
     """The server's end of the worker process."""
 
-    def __init__(self, base: Base, folders: Mapping[str, Path], device: str, metrics: Metrics) -> None:
+    def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
         self._parts = (base, dict(folders), device)
         self._metrics = metrics
         self._waiting: list[_Item] = []

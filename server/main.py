@@ -99,7 +99,7 @@ async def _serve(args: argparse.Namespace) -> None:
         _say_refused(served.refused)
         _say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
-        laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
+        laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
             stack.callback(linearizer.stop)

@@ -56,16 +56,19 @@ def expected(trace: Trace | None, prompt: list[int], tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_any_load_gives_every_request_its_own_text(model: Path, seed: int) -> None:
-    """Gangs and plain requests of random sizes and lengths, a cache too small for all, clients that leave: whoever
+    """Gangs and plain requests of random sizes and lengths, a cache too small for all of one or two groups of layers,
+    clients that leave: whoever
     stays gets exactly what brute force gives for the request alone, and nothing is left behind."""
     rng = random.Random(seed)
+    second = rng.choice([None, None, (None,), (6,)])
     engine = Engine(
         make_scheduler(
             model,
-            blocks=rng.choice([40, 60, 90]),
+            blocks=rng.choice([40, 60, 90]) * (1 if second is None else 2),
             sequences=rng.choice([8, 12, 24]),
             batched_tokens=rng.choice([24, 40, 128]),
             loras=8,
+            second=second,
         )
     )
     wanted: dict[str, tuple[Trace | None, list[int], int]] = {}

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posterior.artefact import Posterior
 from posterior.base import Base
+from posterior.errors import PosteriorError
 from posterior.footprint import MARGIN, Footprint
 from posterior.linearized import LinearizedModel
 from server.errors import ApiError
-from server.linearized import SHARE, Linearizer, _moments
+from server.linearized import SHARE, Linearizer, _moments, _unchanged
 from server.metrics import Metrics
 from tests.server import folders, workers
 
@@ -46,7 +47,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def linearizer(tiny: tuple[Base, Posterior], metrics: Metrics) -> Iterator[Linearizer]:
     base, posterior = tiny
-    linearizer = Linearizer(base, {"mood": posterior.path}, "cpu", metrics)
+    linearizer = Linearizer(base, {"mood": (posterior.path, posterior.hash)}, "cpu", metrics)
     yield linearizer
     linearizer.stop()
 
@@ -58,7 +59,9 @@ def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(f"server.linearized.{name}", function)
     (tmp_path / "mood").mkdir()
     (tmp_path / "mood" / "posterior.json").touch()
-    linearizer = Linearizer(Base(tmp_path, "tiny", None, "sha256:00"), {"mood": tmp_path / "mood"}, "cpu", metrics)
+    linearizer = Linearizer(
+        Base(tmp_path, "tiny", None, "sha256:00"), {"mood": (tmp_path / "mood", "")}, "cpu", metrics
+    )
     yield linearizer
     linearizer.stop()
 
@@ -171,6 +174,13 @@ async def test_a_prompt_that_memory_cannot_hold_is_refused_with_the_arithmetic(l
     await refused(light.moments("mood", [[1]], CANDIDATES), 400, "give fewer answers, or ask for")
 
 
+def test_another_posterior_is_not_loaded_under_the_same_name(tiny: tuple[Base, Posterior]) -> None:
+    _, posterior = tiny
+    assert _unchanged(posterior.path, posterior.hash).hash == posterior.hash
+    with pytest.raises(PosteriorError, match="has changed since the server started"):
+        _unchanged(posterior.path, "sha256:other")
+
+
 def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
         device = "cpu"
@@ -205,9 +215,7 @@ async def test_a_full_queue_refuses_at_once(light: Linearizer, monkeypatch: pyte
 async def test_a_worker_that_cannot_load_says_why(
     tiny: tuple[Base, Posterior], metrics: Metrics, tmp_path: Path
 ) -> None:
-    from posterior.errors import PosteriorError
-
-    broken = Linearizer(tiny[0], {"mood": tmp_path}, "cpu", metrics)
+    broken = Linearizer(tiny[0], {"mood": (tmp_path, "")}, "cpu", metrics)
     with pytest.raises(PosteriorError, match="posterior.json"):
         await broken.start()
     broken.stop()

@@ -20,8 +20,8 @@ class Weightless:
         return 0.0
 
 
-def load(_base: object, folders: Mapping[str, Path], _device: str) -> dict[str, Weightless]:
-    for folder in folders.values():
+def load(_base: object, folders: Mapping[str, tuple[Path, str]], _device: str) -> dict[str, Weightless]:
+    for folder, _ in folders.values():
         (folder / "posterior.json").read_text()
     return {name: Weightless() for name in folders}
 
