@@ -28,7 +28,7 @@ import httpx
 import torch
 from scipy import stats
 
-from posterior import artefact, base, lora
+from posterior import artefact, base, lora, servable
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.candidates import encode
@@ -190,8 +190,8 @@ def stock(
         dtype=args.dtype,
         particles=args.particles,
         adapters=len(adapters),
-        lora_rank=int(posterior.lora["r"]),
-        targets=lora_targets([posterior.lora]),
+        lora_rank=servable.rank(lora.read_config(posterior.map_dir)),
+        targets=lora_targets(lora.modules(posterior.map_dir)),
         max_model_len=MODEL_LENGTH,
         max_num_seqs=64,
         gpu_memory_utilization=0.3,

@@ -32,7 +32,7 @@ def ordinary(folder: Path) -> Iterator[Path]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}  # lora.read_config says what is wrong
-    if config.get("peft_type") != "ADALORA":
+    if not isinstance(config, dict) or config.get("peft_type") != "ADALORA":
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,22 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, scale, svgd, swag, tfb
+from posterior import (
+    adalora,
+    artefact,
+    blob,
+    dropout,
+    ensemble,
+    gaussian,
+    lora,
+    options,
+    pissa,
+    scale,
+    servable,
+    svgd,
+    swag,
+    tfb,
+)
 from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import Example, data_hash, encode, read_jsonl
@@ -241,9 +256,12 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     model = load_model(base, dtype, args.device)
     if args.adapter:
         with adalora.ordinary(args.adapter) as folder:
-            return lora.load_peft(model, folder)
+            trained = lora.load_peft(model, folder)
+            servable.check_theta(args.adapter, lora.read_adapter(folder))
+            return trained
+    servable.check_modules("the adapter of --targets", args.targets)
     attach = pissa.attach if args.init == "pissa" else lora.attach
-    return attach(
+    peft_model = attach(
         model,
         rank=args.rank,
         alpha=args.alpha,
@@ -253,6 +271,8 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
         seed=args.seed,
         base_id=base.id,
     )
+    servable.check_config("the adapter of --rank", lora.config_of(peft_model))
+    return peft_model
 
 
 def _by_evidence(args: argparse.Namespace, examples: Sequence[Example]) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from posterior import adalora, artefact, candidates, lora
+from posterior import adalora, artefact, candidates, lora, servable
 from posterior.arguments import add_task
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> artefact.Posterior:
     """The posterior folder of the adapters. map/ holds the one of the largest weight, the first of several.
 
-    Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or are not
-    finite.
+    Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or that
+    vLLM would not serve (posterior/servable.py).
     """
     weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
     task = Task(
@@ -86,11 +86,9 @@ def normalised(weights: Sequence[float], count: int) -> list[float]:
 
 
 def read(folder: Path) -> lora.Theta:
-    """theta of a PEFT folder, refused if a value is not finite."""
+    """theta of a PEFT folder that can be served."""
     theta = lora.read_adapter(folder)
-    for name, value in theta.items():
-        if not bool(torch.isfinite(value).all()):
-            raise PosteriorError(f"{folder} holds a value in {name} that is not finite; train it again")
+    servable.check_theta(folder, theta)
     return theta
 
 

@@ -48,13 +48,17 @@ BRANCHING = frozenset(
 ATTENTION = ("eager", "sdpa", "short_or_float32")  # which heed a mask of their caller's
 
 
+def branching(model: Any) -> float:
+    """The longest row, in tokens, in which the model scores continuations side by side as it would score each alone."""
+    config = model.config
+    known = config.model_type in BRANCHING and config._attn_implementation in ATTENTION
+    return (getattr(config, "sliding_window", None) or math.inf) if known else 0.0
+
+
 def arranged(model: Any, batch: Batch) -> Batch:
     """The batch in rows that the model scores as it would score each continuation alone. `scores` takes care of it; who
     records a pass needs the rows that it was made of."""
-    config = model.config
-    window = getattr(config, "sliding_window", None) or math.inf
-    known = config.model_type in BRANCHING and config._attn_implementation in ATTENTION
-    return batch if known and batch.tokens.shape[1] <= window else batch.separate()
+    return batch if batch.tokens.shape[1] <= branching(model) else batch.separate()
 
 
 def log_likelihood(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ passes. No Jacobian over base weights ever exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -16,9 +17,10 @@ from posterior import laplace, lora
 from posterior.artefact import Posterior
 from posterior.base import Base, load_model
 from posterior.candidates import Candidates
-from posterior.data import ROWS, TOKENS, Batch, batches, choice
+from posterior.data import ROWS, TOKENS, Batch, Example, batches, choice, collate
 from posterior.diagonal import by_example
 from posterior.errors import PosteriorError
+from posterior.footprint import measure
 from posterior.likelihood import arranged, record, scores
 from posterior.predictive import Predictive, from_gaussian
 from posterior.task import Task
@@ -44,17 +46,21 @@ def jacobians(
     """Scores [B, C] in float64, and the Jacobians [B, C - 1, r, d] of their differences to the first candidate's, a
     matrix at a time, oriented as lora.orient has them."""
     batch = arranged(model, batch)
+    found: list[dict[str, Tensor]] = []  # of each candidate [B, r, d]: its gradients at all positions take more memory
     with record(dict(matrices)) as tape:
         f = scores(model, batch)
         width = f.shape[1]
-        gradients = [tape.gradients(f, _difference(f, c), keep=c + 1 < width) for c in range(1, width)]
+        for c in range(1, width):
+            gradients = tape.gradients(f, _difference(f, c), keep=c + 1 < width)
+            found.append({name: _jacobian(name, tape.inputs[name], gradients.pop(name), batch) for name in matrices})
 
-    def parts() -> Iterator[tuple[str, Tensor]]:
-        for name in matrices:
-            pairs = [by_example(tape.inputs[name], grads[name], batch) for grads in gradients]
-            yield name, torch.stack([lora.orient(name, g.mT @ a) for a, g in pairs], 1)
+    return f.detach().double(), ((name, torch.stack([each[name] for each in found], 1)) for name in matrices)
 
-    return f.detach().double(), parts()
+
+def _jacobian(name: str, inputs: Tensor, gradient: Tensor, batch: Batch) -> Tensor:
+    """A matrix's gradient for each example, [B, r, d], from those at its outputs."""
+    a, g = by_example(inputs, gradient, batch)
+    return lora.orient(name, g.mT @ a)
 
 
 def predictives(
@@ -72,7 +78,9 @@ def _difference(f: Tensor, c: int) -> Tensor:
 
 
 class LinearizedModel:
-    """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores."""
+    """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores.
+
+    footprints: what those take, by posterior."""
 
     def __init__(
         self,
@@ -96,17 +104,56 @@ class LinearizedModel:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
         self.model = model.eval().requires_grad_(False)
+        self.footprints = {}
+        for name, (matrices, law, _) in self.parts.items():
+            self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
+            self.model.requires_grad_(False)
+            self.footprints[name] = measure(model, {each: matrices[each] for each in law.precision}, device)
 
     def logits(
-        self, name: str, prompts: Sequence[Sequence[int]], candidates: Sequence[Candidates]
+        self,
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[Candidates],
+        room: float = math.inf,
     ) -> list[tuple[Tensor, Tensor]]:
-        """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order."""
+        """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order.
+
+        A batch that would take more than `room` bytes, or more than there are, is halved. Raises MemoryError for a
+        single prompt that finds no memory.
+        """
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
-        matrices, law, task = self.parts[name]
+        _, _, task = self.parts[name]
         examples = [choice(task, prompt, answers) for prompt, answers in zip(prompts, candidates, strict=True)]
         results: dict[int, tuple[Tensor, Tensor]] = {}
-        for indices, batch in batches(examples, ROWS, tokens=TOKENS):
-            mean, (covariance,) = moments(self.model, matrices, law, batch.to(self.device))
-            results.update({index: (mean[row].cpu(), covariance[row].cpu()) for row, index in enumerate(indices)})
+        waiting = [indices for indices, _ in batches(examples, ROWS, tokens=TOKENS)]
+        while waiting:
+            indices = waiting.pop()
+            chosen = [examples[index] for index in indices]
+            found = None
+            if len(chosen) == 1 or sum(map(self.footprints[name].bytes, chosen)) <= room:
+                found = self._moments(name, chosen)
+            if found is not None:
+                results.update(zip(indices, found, strict=True))
+            elif len(chosen) == 1:
+                raise MemoryError(f"no memory for the moments of {chosen[0].length} tokens")
+            else:
+                waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
         return [results[index] for index in range(len(examples))]
+
+    def _moments(self, name: str, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]] | None:
+        """Moments of one batch; None if there is no memory for it."""
+        matrices, law, _ = self.parts[name]
+        try:
+            mean, (covariance,) = moments(self.model, matrices, law, collate(examples).to(self.device))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            return None  # only now, without the error's traceback, are the batch's tensors freed
+        return list(zip(mean.cpu(), covariance.cpu(), strict=True))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from posterior import servable
 from posterior.errors import PosteriorError
 
 Theta = dict[str, Tensor]
 ADAPTER = "default"
-PLAIN_INITS = ("gaussian", "eva", "orthogonal")  # by name; the others (PiSSA, OLoRA, ...) change the base's weights
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
@@ -108,10 +109,12 @@ def load_peft(model: PreTrainedModel, folder: Path, *, name: str = ADAPTER) -> P
     config = read_config(folder)
     theta = read_adapter(folder)
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are an error below
+            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise PosteriorError(
-            f"the adapter {folder} does not fit the base model: {str(error).splitlines()[0]}"
+            f"the adapter {folder} does not fit the base model: {str(error).strip().partition(chr(10))[0]}"
         ) from None
     shapes = {key: tuple(module.weight.shape) for key, module in matrices(peft_model, name).items()}
     if shapes != {key: tuple(value.shape) for key, value in theta.items()}:
@@ -122,20 +125,12 @@ def load_peft(model: PreTrainedModel, folder: Path, *, name: str = ADAPTER) -> P
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder; only LoRA is supported."""
+    """adapter_config.json of a PEFT folder. Raises PosteriorError for what servable.check_config refuses."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise PosteriorError(f"{folder} is no PEFT adapter: adapter_config.json is missing or not JSON") from None
-    if config.get("peft_type") != "LORA":
-        raise PosteriorError(f"{folder} is a {config.get('peft_type')} adapter; only LORA is supported")
-    if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("modules_to_save"):
-        raise PosteriorError(f"{folder} uses DoRA, biases or modules_to_save; only plain LoRA matrices are supported")
-    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in PLAIN_INITS:
-        raise PosteriorError(
-            f"{folder} was initialised by {config['init_lora_weights']}, which changes the base's weights; convert it "
-            "to an ordinary LoRA with PEFT's path_initial_model_for_weight_conversion"
-        )
+    servable.check_config(folder, config)
     return config  # type: ignore[no-any-return]
 
 
@@ -147,7 +142,19 @@ def read_adapter(folder: Path) -> Theta:
         raise PosteriorError(
             f"{folder} has no readable adapter_model.safetensors (pickled adapters are refused)"
         ) from None
-    return {_short(key): value for key, value in tensors.items()}
+    theta = {_short(folder, key): value for key, value in tensors.items()}
+    if len(theta) < len(tensors):
+        raise PosteriorError(f"{folder} holds matrices twice, with and without the prefix 'base_model.model.'")
+    return theta
+
+
+def modules(folder: Path) -> list[str]:
+    """The modules that the adapter of a PEFT folder changes. Its tensors tell; target_modules may be a pattern."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            return sorted({_short(folder, key)[:-2] for key in file.keys()})  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        raise PosteriorError(f"{folder} has no readable adapter_model.safetensors") from None
 
 
 def write_adapter(folder: Path, theta: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -173,13 +180,13 @@ def config_of(model: PeftModel) -> dict[str, Any]:
     return config | {"inference_mode": True}
 
 
-def _short(key: str) -> str:
+def _short(folder: Path, key: str) -> str:
     name = key.removeprefix("base_model.model.")
     for side in "AB":
         suffix = f".lora_{side}.weight"
         if name.endswith(suffix):
             return name.removesuffix(suffix) + f".{side}"
-    raise PosteriorError(f"the adapter holds {key!r}, which is not a LoRA matrix; only plain LoRA is supported")
+    raise PosteriorError(f"{folder} holds {key!r}, which is not a LoRA matrix; only plain LoRA is supported")
 
 
 @contextlib.contextmanager

@@ -82,7 +82,12 @@ async def _health(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
+    """Whether every request can be answered. Those that need no linearised predictive are, even while its worker is
+    loaded again."""
     _check_ready(request)
+    linearizer = _service(request).linearizer
+    if linearizer is not None:
+        linearizer.check()
     return JSONResponse({"status": "ready"})
 
 

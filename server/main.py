@@ -11,7 +11,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 DRAIN_SECONDS = 30
+WATCH_SECONDS = 0.5  # between looks at the engine
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
 
@@ -107,16 +108,20 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         base = resolve(args.base)
         say(f"base {base.id} on {device}")
         served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
+        _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
-        metrics.describe(served)
-        laplace = {p.name: p.path for p in served.posteriors if p.family == "laplace"}
+        laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
         say("starting vLLM (up to a minute)")
         engine = await _start_engine(args, base, device, served)
         stack.callback(engine.stop)
+        known, served = served.refused, served.without(engine.refused)
+        _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
+        served.check(args.posteriors)
+        metrics.describe(served)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
         app = create_app(service, args.api_key)
         await _listen(app, lobby, service, args, start)
@@ -132,8 +137,8 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         dtype=args.dtype,
         particles=max(len(entry.particles) for entry in served.served.values()),
         adapters=len(served.adapters),
-        lora_rank=max(int(item.lora["r"]) for item in served.posteriors),
-        targets=lora_targets(item.lora for item in served.posteriors),
+        lora_rank=served.rank,
+        targets=lora_targets(served.modules),
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
         max_num_seqs=args.max_num_seqs,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -171,8 +176,14 @@ async def _listen(app: Any, lobby: Lobby, service: Service, args: argparse.Names
         app.state.ready = True
         service.metrics.ready.set(1)
         say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, lobby.port, args)}\n")
-    await serving
+    while service.engine.alive() and not serving.done():
+        await asyncio.wait((serving,), timeout=WATCH_SECONDS)
+    lost = not service.engine.alive() and not server.should_exit  # Ctrl-C may end the engine first
+    server.should_exit = True
+    await serving  # which answers what waits: a request whose engine is lost gets a 503
     warming.cancel()
+    if lost:  # whoever started the server starts it again
+        raise PosteriorError("the engine has stopped, and the server with it; the log says why. Start it again")
 
 
 async def _warm_up(service: Service) -> None:
@@ -221,3 +232,8 @@ def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _say_refused(refused: Mapping[str, str]) -> None:
+    for name, reason in refused.items():
+        say(f"warning: {name} is not served: {reason}")

@@ -71,7 +71,15 @@ class Metrics:
             "posterior_info", "The posteriors served.", ("posterior", "hash", "family", "base"), registry=own
         )
 
+        self.refused = Gauge(
+            "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
+        )
+        self.restarts = Counter(
+            "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
+        )
+
     def describe(self, registry: Registry) -> None:
+        self.refused.set(len(registry.refused))
         for item in registry.posteriors:
             self.info.labels(item.name, item.hash, item.family, registry.base.id).set(1)
 

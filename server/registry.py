@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from posterior import artefact
+from posterior import artefact, lora, servable
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
@@ -60,10 +60,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything the server serves, by model name."""
+    """Everything the server serves, by model name; and why a folder is not served, by its name."""
 
     base: Base
     served: Mapping[str, Served]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> Served | None:
         """The model with this name or id."""
@@ -91,46 +92,90 @@ class Registry:
         """Model names that generate text with an adapter."""
         return {name: entry.map for name, entry in self.served.items() if entry.map is not None}
 
+    @property
+    def modules(self) -> set[str]:
+        """The modules that adapters change."""
+        return {name for posterior in self.posteriors for name in lora.modules(posterior.map_dir)}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of all adapters."""
+        return max(servable.rank(lora.read_config(posterior.map_dir)) for posterior in self.posteriors)
+
+    def without(self, refused: Mapping[Adapter, str]) -> Registry:
+        """The rest, when the engine has refused these adapters, for these reasons."""
+        reasons = {
+            entry.posterior.name: f"{reason} (adapter {adapter.path})"
+            for adapter, reason in refused.items()
+            for entry in self.served.values()
+            if entry.posterior is not None and adapter in (entry.map, *entry.particles)
+        }
+        kept = {
+            name: entry
+            for name, entry in self.served.items()
+            if entry.posterior is None or entry.posterior.name not in reasons
+        }
+        return Registry(self.base, kept, {**self.refused, **reasons})
+
+    def check(self, root: Path) -> None:
+        """Raises PosteriorError with the reasons when no posterior is left to serve."""
+        if self.posteriors:
+            return
+        if self.refused:
+            raise PosteriorError(
+                f"no posterior in {root} can be served: " + "; ".join(f"{k}: {v}" for k, v in self.refused.items())
+            )
+        raise PosteriorError(
+            f"no posterior in {root}: expected folders that hold a posterior.json; `posterior fit` makes one"
+        )
+
 
 def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
     """Verify every posterior folder in `root` and write `particles` samples of each Laplace posterior under `cache`.
 
-    Raises PosteriorError for a folder that is damaged, of another base, badly named or outside `root`, and for none.
+    A folder that is damaged, of another base, badly named, outside `root`, or holds what vLLM does not serve is left
+    out and listed in `refused`. Raises PosteriorError when there is nothing else.
     """
     served = {base.id: Served(base.id)}
+    refused: dict[str, str] = {}
     numbers = count(1)
     for folder in _folders(root):
-        posterior = artefact.load(folder)
-        posterior.check_base(base.hash)
-        _check_targets(posterior)
-        entry = _serve(posterior, numbers, particles, cache)
-        for name, item in {
-            entry.name: entry,
-            f"{entry.name}/map": Served(f"{entry.name}/map", posterior, entry.map),
-        }.items():
-            if name in served:
-                raise PosteriorError(f"two models would be named {name!r}; rename the folder {folder}")
-            served[name] = item
-    if len(served) == 1:
-        raise PosteriorError(
-            f"no posterior in {root}: expected folders that hold a posterior.json; `posterior fit` makes one"
-        )
-    return Registry(base, served)
+        try:
+            entries = _entries(folder, root, base, served, numbers, particles, cache)
+        except (PosteriorError, OSError) as error:
+            refused[folder.name] = str(error)
+        else:
+            served |= entries
+    registry = Registry(base, served, refused)
+    registry.check(root)
+    return registry
 
 
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise PosteriorError(f"the posteriors folder {root} does not exist; name one with --posteriors")
-    inside = root.resolve()
-    folders = sorted(path.parent for path in root.glob("*/posterior.json"))
-    for folder in folders:
-        if not folder.resolve().is_relative_to(inside):
-            raise PosteriorError(f"the posterior {folder} lies outside {root}; copy it into that folder")
-        if not NAME.fullmatch(folder.name):
-            raise PosteriorError(
-                f"the folder {folder.name!r} cannot be a model name; use letters, digits, '.', '_' and '-'"
-            )
-    return folders
+    return sorted(path.parent for path in root.glob("*/posterior.json"))
+
+
+def _entries(
+    folder: Path, root: Path, base: Base, known: Container[str], numbers: Iterator[int], particles: int, cache: Path
+) -> dict[str, Served]:
+    """The model names of one folder. Raises PosteriorError if it cannot be served."""
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise PosteriorError(f"the posterior {folder} lies outside {root}; copy it into that folder")
+    if not NAME.fullmatch(folder.name):
+        raise PosteriorError(
+            f"the folder {folder.name!r} cannot be a model name; use letters, digits, '.', '_' and '-'"
+        )
+    posterior = artefact.load(folder)
+    posterior.check_base(base.hash)
+    servable.check_modules(f"the posterior {posterior.name!r}", lora.modules(posterior.map_dir))
+    entry = _serve(posterior, numbers, particles, cache)
+    map_only = Served(f"{entry.name}/map", posterior, entry.map)
+    for name in (entry.name, map_only.name):
+        if name in known:
+            raise PosteriorError(f"two models would be named {name!r}; rename the folder {folder}")
+    return {entry.name: entry, map_only.name: map_only}
 
 
 def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
@@ -145,19 +190,6 @@ def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: 
         particles=tuple(Adapter(f"{label}/{k:03d}", path, next(numbers)) for k, path in enumerate(paths)),
         weights=weights,
     )
-
-
-def _check_targets(posterior: Posterior) -> None:
-    """Raises PosteriorError for adapters of the vocabulary, which vLLM's prompt log-probabilities would ignore."""
-    found = {"lm_head", "embed_tokens"} & {
-        *posterior.lora["target_modules"],
-        *(posterior.lora.get("modules_to_save") or ()),
-    }
-    if found:
-        raise PosteriorError(
-            f"{posterior.name!r} adapts {', '.join(sorted(found))}; only adapters inside the layers are served: "
-            "fit it with other --targets"
-        )
 
 
 def _label(posterior: Posterior) -> str:

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from posterior.decoding import Mixing
+from server.errors import bad_request
 
 MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
-MAX_SEQUENCES = 8192  # forward passes one request may cause: prompts x particles x candidate prefixes
+MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x candidate prefixes, or x n for text
+MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that are kept until all have read it
 MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_BODY_BYTES = 4 * 2**20
 MAX_TEMPERATURE = 100.0
@@ -28,6 +30,17 @@ PredictiveName = Literal["mixture", "linearized", "map"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)]
+
+
+def check_size(prompts: int, n: int, particles: int) -> None:
+    """Raises ApiError 400 for a request of more texts than are written at a time."""
+    sequences = prompts * n * particles
+    if sequences > MAX_SEQUENCES:
+        raise bad_request(
+            f"{prompts} prompts x n = {n} x {particles} particles are {sequences} sequences; one request may have "
+            f"{MAX_SEQUENCES}: send fewer prompts, or ask for fewer choices or 'particles'",
+            "n",
+        )
 
 
 class Uncertainty(BaseModel):

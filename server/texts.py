@@ -13,7 +13,7 @@ from server.engine.gang import Trace
 from server.errors import bad_request
 from server.predictive import Service
 from server.registry import Served
-from server.schemas import Uncertainty
+from server.schemas import Uncertainty, check_size
 
 
 @dataclass
@@ -103,15 +103,24 @@ def writer(service: Service, served: Served, options: Uncertainty, body: Mapping
                 "'mixture' of a posterior",
                 "uncertainty.predictive",
             )
+        check_size(*_asked(body), particles=1)
         return Writer(service, served, options, None)
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise bad_request(
             f"particles is {k}; this server holds {len(served.particles)} of {served.name!r}", "uncertainty.particles"
         )
+    check_size(*_asked(body), particles=k)
     explicit = body.get("max_tokens") is not None or body.get("max_completion_tokens") is not None
     trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", explicit)
     return Writer(service, served, options, trace)
+
+
+def _asked(body: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prompts a body holds, and how many choices it asks of each; vLLM checks their forms."""
+    prompt, n = body.get("prompt"), body.get("n")
+    several = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
+    return len(prompt) if several and prompt else 1, n if isinstance(n, int) else 1
 
 
 def predictive_of(trace: Trace, rows: list[list[float]], log_weights: torch.Tensor | None = None) -> TextPredictive:

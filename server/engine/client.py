@@ -11,8 +11,10 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from server.engine.blocks import Group, longest, needed
 from server.engine.gang import CURRENT, NOTE, Text, Trace
 from server.errors import bad_request
+from server.schemas import MAX_SCORED
 
 
 class MixingLLM(AsyncLLM):
@@ -20,6 +22,7 @@ class MixingLLM(AsyncLLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.groups: list[Group] = []  # of the KV cache; set when the engine runs
         self._texts: dict[str, tuple[Trace, list[Text]]] = {}  # by the key of `extra_args`
         self._process_outputs = self.output_processor.process_outputs
         self.output_processor.process_outputs = self._take_notes  # type: ignore[method-assign]
@@ -70,10 +73,10 @@ class MixingLLM(AsyncLLM):
 
     def _fit(self, trace: Trace, prompt_tokens: int, params: SamplingParams) -> None:
         """Refuse, or (when the client left the length to us) shorten, what K times the KV cache cannot hold."""
-        cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
-        k, size = len(trace.adapters), cache.block_size
-        blocks = (cache.num_gpu_blocks or 1) - 1  # vLLM keeps one for itself
-        room = blocks // k * size - prompt_tokens
+        scheduler = self.vllm_config.scheduler_config
+        k = len(trace.adapters)
+        blocks = (self.vllm_config.cache_config.num_gpu_blocks or 1) - 1  # vLLM keeps one for itself
+        room = longest(self.groups, blocks // k, self.vllm_config.model_config.max_model_len) - prompt_tokens
         if k > scheduler.max_num_seqs:
             raise bad_request(
                 f"{k} particles need {k} sequences in one batch; this server has {scheduler.max_num_seqs}: "
@@ -84,9 +87,15 @@ class MixingLLM(AsyncLLM):
         if room < 1 or (trace.explicit and wanted > room):
             raise bad_request(
                 f"{k} particles x ({prompt_tokens} prompt + {wanted} new tokens) need "
-                f"{k * -(-(prompt_tokens + wanted) // size)} blocks of {size} tokens; the KV cache has {blocks}: "
+                f"{k * needed(self.groups, prompt_tokens + wanted)} blocks; the KV cache has {blocks}: "
                 "ask for fewer tokens or 'particles'",
                 "max_tokens",
+            )
+        if params.prompt_logprobs is not None and k * prompt_tokens > MAX_SCORED:
+            raise bad_request(
+                f"{k} particles x {prompt_tokens} tokens of an echoed prompt are {k * prompt_tokens}; at most "
+                f"{MAX_SCORED} are scored: send a shorter prompt, or ask for fewer 'particles'",
+                "echo",
             )
         params.max_tokens = min(wanted, room)
 

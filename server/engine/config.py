@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+from posterior.servable import RANKS
+
 CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
 FEW_CORES = 4
 
@@ -47,7 +47,7 @@ class EngineConfig:
 
     def stock_arguments(self) -> list[str]:
         """The command line of vLLM's own server that this corresponds to."""
-        rank = next((r for r in LORA_RANKS if r >= self.lora_rank), LORA_RANKS[-1])
+        rank = next((r for r in RANKS if r >= self.lora_rank), RANKS[-1])
         arguments = [
             *("--model", str(self.model), "--served-model-name", self.served_name, "--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)),
@@ -70,15 +70,9 @@ class EngineConfig:
         return arguments if cache is None else [*arguments, "--kv-cache-memory-bytes", str(cache)]
 
 
-def lora_targets(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...] | None:
-    """`EngineConfig.targets` of adapters with these PEFT configurations; None where one gives a pattern of names."""
-    found: set[str] = set()
-    for config in configs:
-        names = config.get("target_modules")
-        if not isinstance(names, list):
-            return None
-        found |= {name.rpartition(".")[2] for name in names}
-    return tuple(sorted(found))
+def lora_targets(modules: Iterable[str]) -> tuple[str, ...]:
+    """`EngineConfig.targets` of adapters that change these modules."""
+    return tuple(sorted({name.rpartition(".")[2] for name in modules}))
 
 
 def set_environment(device: str, compile_cache: Path | None = None) -> None:

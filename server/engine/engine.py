@@ -8,7 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fastapi import Request
@@ -50,7 +50,8 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 class VllmEngine:
     """One MixingLLM and the serving classes vLLM builds on it."""
 
-    def __init__(self, llm: AsyncLLM, state: State, tools: bool) -> None:
+    def __init__(self, llm: AsyncLLM, state: State, tools: bool, refused: Mapping[Adapter, str]) -> None:
+        self.refused = refused
         self._llm = llm
         self._state = state
         self._tools = tools
@@ -61,7 +62,8 @@ class VllmEngine:
     async def start(
         cls, config: EngineConfig, public: Mapping[str, Adapter], adapters: Sequence[Adapter]
     ) -> VllmEngine:
-        """Load the base and every adapter; `public` maps the model names that generate text to their adapters.
+        """Load the base and every adapter; `public` maps the model names that generate text to their adapters. An
+        adapter that vLLM does not load is listed in `refused` with vLLM's reason.
 
         Raises ValueError for what vLLM cannot start with.
         """
@@ -74,17 +76,18 @@ class VllmEngine:
             engine_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         _choose_runner(engine_config, config.device)
         with _threads(engine_config, config.device):
-            llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+            started = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+            llm = cast(MixingLLM, started)
         try:
             state = State()
             await init_app_state(llm, state, args, await llm.get_supported_tasks())
-            for adapter in adapters:
-                await llm.add_lora(_lora(adapter))
+            llm.groups = [tuple(group) for group in (await llm.collective_rpc("kv_groups"))[0]]
+            refused = await _load_adapters(llm, adapters)
             state.openai_serving_models.lora_requests.update({name: _lora(adapter) for name, adapter in public.items()})
         except BaseException:
             llm.shutdown()
             raise
-        return cls(llm, state, config.tool_call_parser is not None)
+        return cls(llm, state, config.tool_call_parser is not None, refused)
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
@@ -218,6 +221,20 @@ def _threads(engine_config: VllmConfig, device: str) -> Iterator[None]:
     engine_config.parallel_config.distributed_executor_backend = UniProcExecutor
     with OMPProcessManager(engine_config).configure_omp_envs(rank=0, local_rank=0):
         yield
+
+
+async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Adapter, str]:
+    """Load each adapter once, so that no request finds out that vLLM refuses it; those refused, with vLLM's reason."""
+    refused: dict[Adapter, str] = {}
+    for adapter in adapters:
+        try:
+            await llm.add_lora(_lora(adapter))
+        except Exception as error:
+            if llm.errored:
+                raise
+            refused[adapter] = _line(str(error).removeprefix("Call to add_lora method failed: "))
+            await llm.remove_lora(adapter.number)  # what was loaded of it
+    return refused
 
 
 def _lora(adapter: Adapter) -> LoRARequest:

@@ -20,6 +20,7 @@ from vllm.v1.sample import sampler
 from vllm.v1.sample.sampler import Sampler
 
 from server.engine import cpu_lora, mixing
+from server.engine.blocks import Group, groups_of
 
 MENDED_VERSION = "0.32.0"
 COUNT = "batched_count_greater_than"  # the ranks of log-probabilities
@@ -61,6 +62,13 @@ def install() -> None:
 
 class WorkerExtension:
     """Named in vLLM's `worker_extension_cls`: importing this module in a worker installs the mend."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def kv_groups(self) -> list[Group]:
+        """For the front end, which vLLM tells nothing of the cache's groups."""
+        return groups_of(self.model_runner.kv_cache_config, self.vllm_config)
 
 
 install()

@@ -27,6 +27,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from server.engine.blocks import groups_of, needed
 from server.engine.gang import LEADER, NOTE, SIBLING
 from server.engine.orphan import die_with_parent
 
@@ -43,6 +44,7 @@ class GangScheduler(Scheduler):
         self._leaders: dict[str, str] = {}  # of every member's id, the leader's own included
         self._broken: set[str] = set()  # leaders of gangs with a member preempted since the last step
         self._resumed: Counter[str] = Counter()
+        self._groups = groups_of(self.kv_cache_config, self.vllm_config)
 
     # Joining and leaving
 
@@ -141,7 +143,7 @@ class GangScheduler(Scheduler):
             if leader not in admitted:
                 new = [member for member in members if member.status != RequestStatus.RUNNING]
                 slots -= len(new)
-                blocks -= sum(self._blocks(member.num_tokens + 1) for member in new)
+                blocks -= sum(needed(self._groups, member.num_tokens + 1) for member in new)
                 loras |= {member.lora_request.lora_int_id for member in new if member.lora_request}
                 fits = slots >= 0 and blocks >= 0 and (not self.lora_config or len(loras) <= self.lora_config.max_loras)
                 if not fits and leader not in running and (self.running or admitted):
@@ -155,12 +157,10 @@ class GangScheduler(Scheduler):
         """KV blocks that are free and that no running request needs for its next token."""
         free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
         for request in self.running:
-            owned = sum(map(len, self.kv_cache_manager.get_block_ids(request.request_id)))
-            free -= max(0, self._blocks(request.num_tokens + 1) - owned)
+            owned = self.kv_cache_manager.get_block_ids(request.request_id)
+            for (size, _), ids in zip(self._groups, owned, strict=True):
+                free -= max(0, cdiv(request.num_tokens + 1, size) - len(ids))
         return free
-
-    def _blocks(self, tokens: int) -> int:
-        return cdiv(tokens, self.block_size) * len(self.kv_cache_config.kv_cache_groups)
 
     # After a step
 

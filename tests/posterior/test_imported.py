@@ -51,6 +51,62 @@ def collect(tiny_base, tmp_path) -> Callable[..., artefact.Posterior]:
     return call
 
 
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (r".*\.(q_proj|down_proj)", {"q_proj", "down_proj"}),
+        (".*o_proj", {"o_proj"}),
+    ],
+)
+def test_a_pattern_of_targets_is_what_it_matched(peft_folder, collect, run_fit, tiny_base, tmp_path, targets, modules):
+    """Imported, and fitted: PEFT's logits stay, and the tensors name the modules."""
+    folder = peft_folder("a", 1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(r=2, lora_alpha=4, target_modules=targets)
+    )
+    for module in lora.matrices(model).values():
+        torch.nn.init.normal_(module.weight, std=0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    edit(folder, target_modules=targets, base_model_name_or_path="tiny-llama")  # as it was written by hand
+    for posterior in (collect(folder), run_fit(tmp_path / "fitted", adapter=folder)):
+        assert {name.rpartition(".")[2] for name in lora.modules(posterior.map_dir)} == modules
+        torch.testing.assert_close(
+            logits(tiny_base, posterior.map_dir), logits(tiny_base, folder), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda f: edit(f, use_dora=True), "a has use_dora set"),
+        (lambda f: edit(f, r=1024), "a has rank 1024; vLLM serves up to 512"),
+        (lambda f: edit(f, lora_alpha="x"), "a has a lora_alpha that is not a number"),
+        (lambda f: damage(f), "a holds a value in .* that is not finite"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "a is no PEFT adapter: .* not a JSON object"),
+    ],
+)
+def test_fit_refuses_what_import_refuses(peft_folder, collect, run_fit, change, match):
+    folder = peft_folder("a", 1)
+    change(folder)
+    for use in (lambda: collect(folder), lambda: run_fit(adapter=folder)):
+        with pytest.raises(PosteriorError, match=match) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"targets": ["lm_head"]}, "adapts lm_head; only adapters inside"),
+        ({"rank": 600}, "rank 600; vLLM serves up to"),
+    ],
+)
+def test_fit_does_not_begin_what_cannot_be_served(run_fit, options, match):
+    with pytest.raises(PosteriorError, match=match):
+        run_fit(**options)
+
+
 def test_particles_are_the_adapters(peft_folder, collect, tiny_base, capsys):
     """Logits under PEFT of each folder given and of each particle written are equal; weights are normalised."""
     folders = [peft_folder("a", 1), peft_folder("b", 2)]

@@ -156,6 +156,11 @@ class Linearizer:
     """One Gaussian for every prompt."""
 
     failure: Exception | None = None
+    problem: Exception | None = None
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
 
     async def moments(self, name: str, prompts: Any, candidates: Candidates) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if self.failure is not None:

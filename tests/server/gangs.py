@@ -20,10 +20,10 @@ set_environment("cpu")  # before vLLM, as the server does
 
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams  # noqa: E402
 from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec  # noqa: E402
 from vllm.v1.outputs import ModelRunnerOutput  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
@@ -62,8 +62,16 @@ def alone(
 
 
 def make_scheduler(
-    model: Path, *, blocks: int, sequences: int, batched_tokens: int, loras: int, chunked: bool = True
+    model: Path,
+    *,
+    blocks: int,
+    sequences: int,
+    batched_tokens: int,
+    loras: int,
+    chunked: bool = True,
+    second: tuple[int | None] | None = None,
 ) -> GangScheduler:
+    """`second`: the window of a second group of layers, (None,) for one of all tokens."""
     args = EngineArgs(
         model=str(model), block_size=32, max_num_seqs=sequences, max_num_batched_tokens=batched_tokens,
         max_model_len=64, enable_lora=True, max_loras=loras, max_lora_rank=8, async_scheduling=False,
@@ -74,7 +82,13 @@ def make_scheduler(
     config.cache_config.block_size = BLOCK
     init_none_hash(sha256)
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    groups = [KVCacheGroupSpec(["layer"], spec)]
+    if second is not None:
+        sizes: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+        window = second[0]
+        more = FullAttentionSpec(**sizes) if window is None else SlidingWindowSpec(**sizes, sliding_window=window)
+        groups.append(KVCacheGroupSpec(["another"], more))
+    cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     return GangScheduler(
         vllm_config=config, kv_cache_config=cache, structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK, log_stats=False,
@@ -147,12 +161,22 @@ class Engine:
         self.hasher = get_request_block_hasher(BLOCK, sha256)
 
     def add(
-        self, name: str, prompt: list[int], tokens: int, trace: Trace | None = None, lora: Adapter | None = None
+        self,
+        name: str,
+        prompt: list[int],
+        tokens: int,
+        trace: Trace | None = None,
+        lora: Adapter | None = None,
+        structured: bool = False,
     ) -> None:
         if trace is not None:
             lora = trace.adapters[0]
         params = SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, extra_args=trace.extra_args(name) if trace else None
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            extra_args=trace.extra_args(name) if trace else None,
+            structured_outputs=StructuredOutputsParams(regex=".*") if structured else None,
         )
         request = Request(
             request_id=name, prompt_token_ids=prompt, sampling_params=params, pooling_params=None,

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from posterior.errors import PosteriorError
 from server.app import create_app
 from server.auth import check_exposure
+from server.errors import unavailable
 from server.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
@@ -68,13 +69,22 @@ def test_loopback_needs_no_key() -> None:
         check_exposure(host, None)
 
 
-def test_not_ready_until_warm_and_not_healthy_without_an_engine(service: Service, engine: fakes.Engine) -> None:
+def test_not_ready_until_warm_and_not_healthy_without_an_engine(
+    service: Service, engine: fakes.Engine, linearizer: fakes.Linearizer
+) -> None:
     app = create_app(service, None)
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200
         for response in (client.get("/ready"), client.post("/v1/predictive", json=PREDICT)):
             assert error_of(response, 503) and "retry-after" in response.headers
         app.state.ready = True
+        assert client.get("/ready").status_code == 200
+        linearizer.problem = unavailable("the linearised predictive is starting again")
+        response = client.get("/ready")
+        assert "starting again" in error_of(response, 503)["message"] and "retry-after" in response.headers
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/predictive", json=PREDICT).status_code == 200, "the mixture is answered all the same"
+        linearizer.problem = None
         assert client.get("/ready").status_code == 200
         engine.living = False
         assert error_of(client.get("/health"), 503) and error_of(client.get("/ready"), 503)

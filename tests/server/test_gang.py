@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,16 @@ import torch
 from posterior import base as base_models
 from posterior.decoding import Mixing
 from server.engine import Adapter
+from server.engine.blocks import Group
 from server.engine.gang import Trace
 from server.engine.laws import mix
 from server.errors import ApiError
+from server.schemas import MAX_SCORED
 from tests.server.gangs import (  # with what is vLLM's: its environment is prepared there
     VOCABULARY,
     Engine,
     MixingLLM,
+    RequestStatus,
     Runner,
     SamplingParams,
     alone,
@@ -52,16 +56,19 @@ def expected(trace: Trace | None, prompt: list[int], tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_any_load_gives_every_request_its_own_text(model: Path, seed: int) -> None:
-    """Gangs and plain requests of random sizes and lengths, a cache too small for all, clients that leave: whoever
+    """Gangs and plain requests of random sizes and lengths, a cache too small for all of one or two groups of layers,
+    clients that leave: whoever
     stays gets exactly what brute force gives for the request alone, and nothing is left behind."""
     rng = random.Random(seed)
+    second = rng.choice([None, None, (None,), (6,)])
     engine = Engine(
         make_scheduler(
             model,
-            blocks=rng.choice([40, 60, 90]),
+            blocks=rng.choice([40, 60, 90]) * (1 if second is None else 2),
             sequences=rng.choice([8, 12, 24]),
             batched_tokens=rng.choice([24, 40, 128]),
             loras=8,
+            second=second,
         )
     )
     wanted: dict[str, tuple[Trace | None, list[int], int]] = {}
@@ -153,18 +160,19 @@ def test_neither_gangs_nor_plain_requests_starve(model: Path) -> None:
         assert engine.written["target"].admitted - arrival <= 10 + 1
 
 
-def cache(blocks: int, sequences: int) -> Any:
+def cache(blocks: int, sequences: int, *more: Group) -> Any:
     """What `_fit` reads of an engine: blocks of 16 tokens, of which vLLM keeps one."""
     config = SimpleNamespace(
-        cache_config=SimpleNamespace(num_gpu_blocks=blocks + 1, block_size=16),
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks + 1),
         scheduler_config=SimpleNamespace(max_num_seqs=sequences),
+        model_config=SimpleNamespace(max_model_len=2**17),
     )
-    return SimpleNamespace(vllm_config=config)
+    return SimpleNamespace(vllm_config=config, groups=[(16, None), *more])
 
 
 def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
     explicit = replace(gang(4), explicit=True)
-    with pytest.raises(ApiError, match=r"4 particles x \(20 prompt \+ 30 new.* need 16 blocks of 16 tokens.*has 15"):
+    with pytest.raises(ApiError, match=r"4 particles x \(20 prompt \+ 30 new.* need 16 blocks; .*has 15"):
         MixingLLM._fit(cache(15, 8), explicit, 20, SamplingParams(max_tokens=30))
     with pytest.raises(ApiError, match="4 particles need 4 sequences in one batch; this server has 3"):
         MixingLLM._fit(cache(100, 3), explicit, 20, SamplingParams(max_tokens=30))
@@ -175,6 +183,90 @@ def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
     assert params.max_tokens == 30, "what just fits is served"
     MixingLLM._fit(cache(15, 8), gang(4), 20, params)
     assert params.max_tokens == 3 * 16 - 20, "a length that the client left to us is cut to what fits"
+
+
+def test_every_group_of_the_cache_counts() -> None:
+    """A second group of all tokens doubles what a text takes; one of a sliding window adds its bound."""
+    explicit = replace(gang(4), explicit=True)
+    with pytest.raises(ApiError, match="need 32 blocks; .*has 31"):
+        MixingLLM._fit(cache(31, 8, (16, None)), explicit, 20, SamplingParams(max_tokens=30))
+    with pytest.raises(ApiError, match="need 24 blocks; .*has 23"):
+        MixingLLM._fit(cache(23, 8, (16, 2)), explicit, 20, SamplingParams(max_tokens=30))
+    MixingLLM._fit(cache(24, 8, (16, 2)), explicit, 20, SamplingParams(max_tokens=30))
+    params = SamplingParams(max_tokens=1000)
+    MixingLLM._fit(cache(24, 8, (16, 2)), gang(4), 20, params)
+    assert params.max_tokens == 4 * 16 - 20
+
+
+def test_an_echo_keeps_a_bounded_number_of_hidden_states() -> None:
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    MixingLLM._fit(cache(2**16, 8), gang(4), MAX_SCORED // 4, params)
+    with pytest.raises(ApiError, match=f"4 particles x {MAX_SCORED // 4 + 1} tokens of an echoed prompt are"):
+        MixingLLM._fit(cache(2**16, 8), gang(4), MAX_SCORED // 4 + 1, params)
+
+
+@pytest.mark.parametrize(("window", "most"), [(None, 12 * 4 - 5), (6, (24 - 9) * 4 - 5)])
+def test_gangs_share_a_cache_of_two_groups(model: Path, window: int | None, most: int) -> None:
+    """Of all tokens, and of all tokens or a sliding window: the longest gang that is let in is written in full, and
+    those behind it are not kept waiting for ever. The scheduler counts as the door does."""
+    scheduler = make_scheduler(model, blocks=97, sequences=12, batched_tokens=24, loras=8, second=(window,))
+    assert len(scheduler.kv_cache_config.kv_cache_groups) == 2
+    engine = Engine(scheduler)
+    front = cache(96, 12)
+    front.groups = scheduler._groups
+    front.vllm_config.model_config.max_model_len = 64
+    params = SamplingParams(max_tokens=64)
+    MixingLLM._fit(front, gang(4), 5, params)
+    assert params.max_tokens == most, "a window of 6 tokens, and 24 on their way, hold at most 9 blocks of 4"
+    wanted = {"long": (gang(4), [1, 2, 3, 4, 5], most), "plain": (None, [7], 9), "other": (gang(2), [8], 9)}
+    for name, (trace, prompt, tokens) in wanted.items():
+        engine.add(name, prompt, tokens, trace)
+    engine.run()
+    for name, (trace, prompt, tokens) in wanted.items():
+        assert engine.written[name].tokens == expected(trace, prompt, tokens), name
+    engine.assert_nothing_left()
+
+
+class Grammar:
+    """Takes any token."""
+
+    def accept_tokens(self, *_: Any) -> bool:
+        return True
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+def with_a_held_grammar(model: Path) -> tuple[Engine, Future[Any]]:
+    """A gang whose grammar is being compiled, and what came behind it, after a few steps."""
+    engine = Engine(make_scheduler(model, blocks=90, sequences=8, batched_tokens=64, loras=8))
+    engine.add("held", [1, 2, 3], 8, gang(3), structured=True)
+    grammar: Future[Any] = Future()
+    engine.scheduler.requests["held"].structured_output_request.grammar = grammar
+    engine.add("plain", [4, 5], 4)
+    engine.add("behind", [6], 4, gang(2))
+    for _ in range(12):
+        engine.step()
+    return engine, grammar
+
+
+def test_a_gang_waits_for_its_grammar_and_nobody_else_does(model: Path) -> None:
+    engine, grammar = with_a_held_grammar(model)
+    held = engine.scheduler.gangs["held"]
+    assert not any(member.status == RequestStatus.RUNNING for member in held), "siblings wait with their leader"
+    assert engine.written["plain"].finished and engine.written["behind"].finished
+    grammar.set_result(Grammar())
+    engine.run()
+    assert engine.written["held"].tokens == expected(gang(3), [1, 2, 3], 8)
+    assert engine.written["behind"].tokens == expected(gang(2), [6], 4)
+    engine.assert_nothing_left()
+
+
+def test_a_client_that_leaves_while_its_grammar_is_compiled_leaves_nothing(model: Path) -> None:
+    engine, _ = with_a_held_grammar(model)
+    engine.abort("held")
+    engine.run()
+    engine.assert_nothing_left()
 
 
 def test_mixing_is_the_weighted_average_of_probabilities() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posterior.artefact import Posterior
 from posterior.base import Base
+from posterior.errors import PosteriorError
+from posterior.footprint import MARGIN, Footprint
 from posterior.linearized import LinearizedModel
 from server.errors import ApiError
-from server.linearized import Linearizer
+from server.linearized import SHARE, Linearizer, _moments, _unchanged
 from server.metrics import Metrics
-from tests.server import folders
+from tests.server import folders, workers
 
 CANDIDATES = ((3,), (5,), (7,))
 PROMPTS = [[1, 2, 9], [4, 4, 8, 6], [11, 12]]
@@ -43,14 +47,42 @@ def metrics() -> Metrics:
 @pytest.fixture
 def linearizer(tiny: tuple[Base, Posterior], metrics: Metrics) -> Iterator[Linearizer]:
     base, posterior = tiny
-    linearizer = Linearizer(base, {"mood": posterior.path}, "cpu", metrics)
+    linearizer = Linearizer(base, {"mood": (posterior.path, posterior.hash)}, "cpu", metrics)
+    yield linearizer
+    linearizer.stop()
+
+
+@pytest.fixture
+def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Linearizer]:
+    """With a worker that computes nothing."""
+    for name, function in (("_load", workers.load), ("_moments", workers.moments), ("memory.free", workers.free)):
+        monkeypatch.setattr(f"server.linearized.{name}", function)
+    (tmp_path / "mood").mkdir()
+    (tmp_path / "mood" / "posterior.json").touch()
+    linearizer = Linearizer(
+        Base(tmp_path, "tiny", None, "sha256:00"), {"mood": (tmp_path / "mood", "")}, "cpu", metrics
+    )
     yield linearizer
     linearizer.stop()
 
 
 def worker(linearizer: Linearizer) -> int:
-    (pid,) = linearizer._pool._processes
-    return int(pid)
+    return int(linearizer._process.pid or 0)
+
+
+async def ready(linearizer: Linearizer) -> None:
+    for _ in range(600):
+        with contextlib.suppress(ApiError):
+            linearizer.check()
+            return
+        await asyncio.sleep(0.1)
+    linearizer.check()
+
+
+async def refused(awaitable: Any, status: int, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        await asyncio.wait_for(awaitable, 60)
+    assert caught.value.status == status and "\n" not in caught.value.message
 
 
 def sample(metrics: Metrics, name: str) -> float:
@@ -77,29 +109,113 @@ async def test_batches_and_survives_the_loss_of_its_worker(
 
     lost = asyncio.create_task(linearizer.moments("mood", [[1] * 40] * 400, CANDIDATES))
     await asyncio.sleep(0.05)
-    os.kill(worker(linearizer), signal.SIGKILL)
-    with pytest.raises(ApiError) as caught:
-        await asyncio.wait_for(lost, 60)
-    assert caught.value.status == 503 and "\n" not in caught.value.message
+    before = worker(linearizer)
+    os.kill(before, signal.SIGKILL)
+    await refused(lost, 503, "linearised predictive")
+    await refused(linearizer.moments("mood", [PROMPTS[0]], CANDIDATES), 503, "starting again.*'mixture'")
+    await ready(linearizer)
+    assert worker(linearizer) != before and sample(metrics, "posterior_linearized_restarts_total") == 1
     await asyncio.wait_for(check(), 60)
 
 
 @pytest.mark.asyncio
-async def test_a_full_queue_refuses_at_once(linearizer: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_worker_that_dies_is_noticed_and_loaded_again_when_that_is_possible(
+    light: Linearizer, metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.linearized.LONGEST_PAUSE", 0.2)
+    await light.start()
+    (tmp_path / "mood").rename(tmp_path / "away")
+    os.kill(worker(light), signal.SIGKILL)
+    for _ in range(600):
+        await asyncio.sleep(0.05)
+        if light._problem == "cannot be loaded again":
+            break
+    await refused(light.moments("mood", PROMPTS, CANDIDATES), 503, "cannot be loaded again.*'mixture'")
+    (tmp_path / "away").rename(tmp_path / "mood")
+    await ready(light)
+    assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
+    assert sample(metrics, "posterior_linearized_restarts_total") == 1
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_others_are_answered(
+    light: Linearizer, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await light.start()
+
+    def ask(prompt: list[int]) -> Any:
+        return light.moments("mood", [prompt], CANDIDATES)
+
+    guilty, innocent = [1, workers.KILLER], [4, 4, 8]
+    both = await asyncio.gather(ask(guilty), ask(innocent), return_exceptions=True)
+    assert [error.status for error in both if isinstance(error, ApiError)] == [503, 503]
+    await ready(light)
+    again = await asyncio.gather(ask(innocent), ask(guilty), return_exceptions=True)
+    assert isinstance(again[0], list), "alone, it is answered"
+    assert isinstance(again[1], ApiError) and again[1].status == 503
+    await ready(light)
+    await refused(ask(guilty), 400, "prompt 0 has ended the .* worker 2 times.*'mixture'")
+    assert len(await ask(innocent)) == 1
+    assert sample(metrics, "posterior_linearized_restarts_total") == 2
+    monkeypatch.setattr("server.linearized.FORGIVEN_SECONDS", 0.0)
+    assert light._suspects.strikes("mood", tuple(guilty), CANDIDATES) == 0
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_memory_cannot_hold_is_refused_with_the_arithmetic(light: Linearizer) -> None:
+    await light.start()
+    assert light._room == SHARE * workers.free("cpu")
+    light._footprints = {"mood": Footprint(token=1e7, square=0, jacobian=0, words=0, branch=0)}
+    light._room = 50 * MARGIN * 1e7
+    assert len(await light.moments("mood", [[1] * 50], CANDIDATES)) == 1
+    words = r"prompt 1 has 60 tokens: .* 3 answers takes 1.0 GB, and 0.8 GB are free .* at most 50 tokens, or .*mixture"
+    await refused(light.moments("mood", [[1], [1] * 60], CANDIDATES), 400, words)
+    light._room = 1.0
+    await refused(light.moments("mood", [[1]], CANDIDATES), 400, "give fewer answers, or ask for")
+
+
+def test_another_posterior_is_not_loaded_under_the_same_name(tiny: tuple[Base, Posterior]) -> None:
+    _, posterior = tiny
+    assert _unchanged(posterior.path, posterior.hash).hash == posterior.hash
+    with pytest.raises(PosteriorError, match="has changed since the server started"):
+        _unchanged(posterior.path, "sha256:other")
+
+
+def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        device = "cpu"
+        error: Exception = torch.AcceleratorError("illegal memory access")
+
+        def logits(self, *_: Any) -> Any:
+            raise self.error
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("server.linearized._model", Model())
+    monkeypatch.setattr("server.linearized.os._exit", end)
+    with pytest.raises(SystemExit):
+        _moments("mood", [(1,)], [CANDIDATES], 1.0)
+    monkeypatch.setattr(Model, "error", RuntimeError("a fault of one batch"))
+    with pytest.raises(RuntimeError, match="one batch"):
+        _moments("mood", [(1,)], [CANDIDATES], 1.0)
+
+
+@pytest.mark.asyncio
+async def test_a_full_queue_refuses_at_once(light: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    await light.start()
     monkeypatch.setattr("server.linearized.MAX_WAITING", 2)
     with pytest.raises(ApiError, match="already wait") as refusal:
-        await linearizer.moments("mood", PROMPTS, CANDIDATES)
-    assert refusal.value.status == 503 and linearizer._waiting == []
-    assert len(await linearizer.moments("mood", PROMPTS[:2], CANDIDATES)) == 2
+        await light.moments("mood", PROMPTS, CANDIDATES)
+    assert refusal.value.status == 503 and light._waiting == []
+    assert len(await light.moments("mood", PROMPTS[:2], CANDIDATES)) == 2
 
 
 @pytest.mark.asyncio
 async def test_a_worker_that_cannot_load_says_why(
     tiny: tuple[Base, Posterior], metrics: Metrics, tmp_path: Path
 ) -> None:
-    from posterior.errors import PosteriorError
-
-    broken = Linearizer(tiny[0], {"mood": tmp_path}, "cpu", metrics)
+    broken = Linearizer(tiny[0], {"mood": (tmp_path, "")}, "cpu", metrics)
     with pytest.raises(PosteriorError, match="posterior.json"):
         await broken.start()
     broken.stop()

@@ -15,7 +15,9 @@ import pytest
 from tests.server.running import free_port
 
 PROGRAM = """
-import argparse, asyncio, sys
+import argparse, asyncio, signal, sys
+from posterior.errors import PosteriorError
+from server.errors import unavailable
 from server.app import create_app
 from server.lobby import Lobby
 from server.main import _listen
@@ -23,14 +25,28 @@ from server.metrics import Metrics
 from server.predictive import Service
 from tests.server import fakes
 
+class Engine(fakes.Engine):
+    # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits is told.
+    async def score(self, *args):
+        if len(self.scored) < 5:
+            return await super().score(*args)  # the warm-up
+        while self.living:
+            await asyncio.sleep(0.05)
+        raise unavailable("the engine has stopped")
+
 async def main(port, delay):
-    engine = fakes.Engine(delay=delay)
+    engine = Engine(delay=delay) if DIES else fakes.Engine(delay=delay)
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "living", False))
     service = Service(fakes.registry(), engine, None, fakes.Tokenizer(), Metrics())
     args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None)
     with Lobby("127.0.0.1", port) as lobby:
         await _listen(create_app(service, None), lobby, service, args, 0.0)
 
-asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
+DIES = sys.argv[3:] == ["dies"]
+try:
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
+except PosteriorError as error:
+    sys.exit(f"posterior: {error}")
 """
 ASK = {"model": "gang", "inputs": [{"text": "x"}]}
 
@@ -40,9 +56,9 @@ def url() -> str:
     return f"http://127.0.0.1:{free_port()}"
 
 
-def start(url: str, delay: float) -> subprocess.Popen[bytes]:
+def start(url: str, delay: float, *words: str) -> subprocess.Popen[bytes]:
     port = url.rpartition(":")[2]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, port, str(delay)], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, port, str(delay), *words], stderr=subprocess.PIPE)
 
 
 def status(url: str) -> int | None:
@@ -77,6 +93,26 @@ def test_ready_after_the_warm_up_and_drained_on_sigterm(url: str) -> None:
         assert process.wait(10) == 0
         assert process.stderr is not None
         assert f"curl {url}/v1/predictive" in process.stderr.read().decode()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_dead_engine_ends_the_server_after_what_waits_is_answered(url: str) -> None:
+    process = start(url, 0.0, "dies")
+    try:
+        wait_for(f"{url}/ready", 200)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
+        asking.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+        asking.join(10)
+        assert answers[0].status_code == 503 and "retry-after" in answers[0].headers
+        assert process.wait(10) == 1
+        assert process.stderr is not None
+        last = process.stderr.read().decode().strip().splitlines()[-1]
+        assert last.startswith("posterior: the engine has stopped, and the server with it")
     finally:
         process.kill()
         process.communicate()

@@ -1,17 +1,23 @@
-"""Which folders are served, and which are refused with one clear line."""
+"""Which folders are served, and which are left out with one clear line."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from posterior.base import Base
 from posterior.errors import PosteriorError
 from server import registry
+from server.metrics import Metrics
 from tests.server import folders
 
 
@@ -53,14 +59,35 @@ def test_new_weights_get_new_names(root: Path, base: Base) -> None:
     assert before.isdisjoint(a.name for a in load(root, base).adapters)
 
 
-def refused(root: Path, base: Base, words: str) -> None:
-    with pytest.raises(PosteriorError, match=words) as caught:
-        load(root, base)
-    assert "\n" not in str(caught.value)
+def refused(root: Path, base: Base, name: str, words: str) -> None:
+    """The folder `name` is left out with one line, and "gang" is served all the same."""
+    served = load(root, base)
+    assert list(served.served) == ["tiny", "gang", "gang/map"] and list(served.refused) == [name]
+    assert re.search(words, served.refused[name]) and "\n" not in served.refused[name]
+    numbers = [adapter.number for adapter in served.adapters]
+    assert len(set(numbers)) == len(numbers) and min(numbers) >= 1
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def resealed(folder: Path) -> None:
+    """Hashes that fit the files again."""
+    path = folder / "posterior.json"
+    edit(
+        path,
+        lambda record: record["files"].update(
+            {name: "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record["files"]}
+        ),
+    )
 
 
 def test_another_base_is_refused(root: Path, base: Base) -> None:
-    refused(root, Base(base.path, base.id, None, "sha256:11"), "was fitted on")
+    edit(root / "mood" / "posterior.json", lambda record: record["base"].update(hash="sha256:11"))
+    refused(root, base, "mood", "was fitted on")
 
 
 def test_damage_is_refused(root: Path, base: Base) -> None:
@@ -68,33 +95,98 @@ def test_damage_is_refused(root: Path, base: Base) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    refused(root, base, "sha256 differs")
+    refused(root, base, "mood", "sha256 differs")
     (root / "mood" / "posterior.json").write_text("{")
-    refused(root, base, "not JSON")
+    refused(root, base, "mood", "not JSON")
+
+
+def test_another_format_is_refused(root: Path, base: Base) -> None:
+    edit(root / "mood" / "posterior.json", lambda record: record.update(format=99))
+    refused(root, base, "mood", "format 99")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"use_dora": True}, "has use_dora set"), ({"r": 1024}, "has rank 1024; vLLM serves up to 512")],
+)
+def test_an_adapter_that_vllm_would_refuse(root: Path, base: Base, setting: dict[str, Any], words: str) -> None:
+    edit(root / "mood" / "map" / "adapter_config.json", lambda config: config.update(setting))
+    resealed(root / "mood")
+    refused(root, base, "mood", words)
+
+
+def test_adapters_of_the_vocabulary_are_refused(root: Path, base: Base) -> None:
+    path = root / "mood" / "map" / "adapter_model.safetensors"
+    tensors = {name.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for name, v in load_file(path).items()}
+    save_file(tensors, path)
+    path = root / "mood" / "laplace.safetensors"
+    save_file({k.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for k, v in load_file(path).items()}, path)
+    resealed(root / "mood")
+    refused(root, base, "mood", "adapts lm_head; only adapters inside the layers are served")
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", "all-linear", ".*proj"])
+def test_a_pattern_of_targets_is_served_by_what_the_tensors_say(root: Path, base: Base, pattern: str) -> None:
+    for part in ("map", "particles/000", "particles/001", "particles/002"):
+        edit(root / "gang" / part / "adapter_config.json", lambda config: config.update(target_modules=pattern))
+    edit(root / "gang" / "posterior.json", lambda record: record["lora"].update(target_modules=pattern))
+    resealed(root / "gang")
+    served = load(root, base)
+    assert not served.refused and "gang" in served.served
+    assert served.modules == {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}
+
+
+def test_the_largest_rank_counts_those_of_patterns(root: Path, base: Base) -> None:
+    assert load(root, base).rank == folders.RANK
+    edit(root / "gang" / "map" / "adapter_config.json", lambda config: config.update(rank_pattern={"x_proj": 48}))
+    resealed(root / "gang")
+    assert load(root, base).rank == 48
 
 
 def test_files_outside_the_folder_are_refused(root: Path, base: Base) -> None:
-    path = root / "mood" / "posterior.json"
-    record = json.loads(path.read_text())
-    record["files"]["../../secret"] = "sha256:00"
-    path.write_text(json.dumps(record))
-    refused(root, base, "outside the folder")
+    edit(root / "mood" / "posterior.json", lambda record: record["files"].update({"../../secret": "sha256:00"}))
+    refused(root, base, "mood", "outside the folder")
 
 
 def test_folders_outside_the_root_are_refused(root: Path, base: Base, tmp_path: Path) -> None:
     shutil.move(root / "mood", tmp_path / "elsewhere")
     (root / "mood").symlink_to(tmp_path / "elsewhere")
-    refused(root, base, "lies outside")
+    refused(root, base, "mood", "lies outside")
 
 
 def test_names_that_cannot_be_models_are_refused(root: Path, base: Base) -> None:
     (root / "mood").rename(root / "my mood")
-    refused(root, base, "cannot be a model name")
+    refused(root, base, "my mood", "cannot be a model name")
     (root / "my mood").rename(root / "tiny")
-    refused(root, base, "two models would be named")
+    refused(root, base, "tiny", "two models would be named")
 
 
-def test_nothing_to_serve(base: Base, tmp_path: Path) -> None:
-    refused(tmp_path / "absent", base, "does not exist")
+def test_a_refused_folder_is_counted(root: Path, base: Base) -> None:
+    (root / "mood" / "posterior.json").write_text("{")
+    metrics = Metrics()
+    metrics.describe(load(root, base))
+    assert metrics.registry.get_sample_value("posterior_refused") == 1
+
+
+def test_what_the_engine_refuses_is_dropped_with_its_reason(root: Path, base: Base) -> None:
+    served = load(root, base)
+    broken = served.served["gang"].particles[1]
+    rest = served.without({broken: "rank is greater than max_lora_rank"})
+    assert list(rest.served) == ["tiny", "mood", "mood/map"] and broken not in rest.adapters
+    assert rest.refused["gang"].startswith("rank is greater") and str(broken.path) in rest.refused["gang"]
+    rest.check(root)
+    mood = served.served["mood"].map
+    assert mood is not None
+    with pytest.raises(PosteriorError, match="no posterior in .* can be served: gang: rank.*; mood: shape"):
+        rest.without({mood: "shape"}).check(root)
+
+
+def test_nothing_to_serve(root: Path, base: Base, tmp_path: Path) -> None:
+    with pytest.raises(PosteriorError, match="does not exist"):
+        load(tmp_path / "absent", base)
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", base, "posterior fit")
+    with pytest.raises(PosteriorError, match="posterior fit"):
+        load(tmp_path / "empty", base)
+    with pytest.raises(PosteriorError, match="can be served: gang: .*was fitted on.*; mood: .*was fitted on") as caught:
+        load(root, Base(base.path, base.id, None, "sha256:11"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,37 @@
+"""What runs in the linearised predictive's worker, without torch: such a worker starts in a fraction of a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KILLER = 13
+
+
+class Weightless:
+    """A footprint of nothing."""
+
+    def bytes(self, _: object) -> float:
+        return 0.0
+
+
+def load(_base: object, folders: Mapping[str, tuple[Path, str]], _device: str) -> dict[str, Weightless]:
+    for folder, _ in folders.values():
+        (folder / "posterior.json").read_text()
+    return {name: Weightless() for name in folders}
+
+
+def moments(_name: str, prompts: list[tuple[int, ...]], candidates: list[tuple[Any, ...]], _room: float) -> list[Any]:
+    """Zeros, but a certain token ends the process, as the kernel does for lack of memory."""
+    if any(KILLER in prompt for prompt in prompts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [(np.zeros(len(each)), np.zeros((len(each), len(each)))) for each in candidates]
+
+
+def free(_device: str) -> float:
+    return 1.0
