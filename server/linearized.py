@@ -25,7 +25,7 @@ import torch
 from posterior import artefact
 from posterior.base import Base
 from posterior.candidates import Candidates
-from posterior.linearized import LinearizedModel
+from posterior.linearized import LinearizedModel, dtype_on
 from server.errors import unavailable
 from server.metrics import Metrics
 
@@ -48,9 +48,11 @@ def _load(base: Base, folders: Mapping[str, Path], device: str) -> None:
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     _model = LinearizedModel(
-        base, {name: artefact.load(path) for name, path in folders.items()}, dtype=dtype, device=device
+        base,
+        {name: artefact.load(path) for name, path in folders.items()},
+        dtype=getattr(torch, dtype_on(device)),
+        device=device,
     )
 
 
@@ -80,6 +82,7 @@ class Linearizer:
     """The server's end of the worker process."""
 
     def __init__(self, base: Base, folders: Mapping[str, Path], device: str, metrics: Metrics) -> None:
+        self.dtype = dtype_on(device)
         self._parts = (base, dict(folders), device)
         self._metrics = metrics
         self._waiting: list[_Item] = []

@@ -106,6 +106,8 @@ async def _serve(args: argparse.Namespace) -> None:
         engine = await _start_engine(args, base, device, served)
         stack.callback(engine.stop)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
+        for line in service.unapplied():
+            _say(line)
         app = create_app(service, args.api_key)
         await _listen(app, listener, service, args, start)
 

@@ -14,14 +14,22 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from posterior import calibration, files, metrics
+from posterior import calibration, metrics
 from posterior.calibrate import cross_fit, measure
 from posterior.calibration import CALIBRATORS, MIN_ROWS, Conformal, Isotonic, Key, Platt, Record, Temperature, Vector
 from posterior.errors import PosteriorError
+from posterior.storage import atomic
 from posterior.task import Task
 
 TASK = Task("choice", "{text}:", ("a", "b", "c"))
-KEY = Key(base="sha256:00", posterior="11", template=calibration.template_hash(TASK), predictive="mixture", particles=8)
+KEY = Key(
+    base="sha256:00",
+    posterior="11",
+    template=calibration.template_hash(TASK),
+    predictive="mixture",
+    particles=8,
+    dtype="float32",
+)
 
 
 def draw(n: int, seed: int = 0, c: int = 3, sharpness: float = 2.5) -> tuple[Tensor, Tensor]:
@@ -379,7 +387,7 @@ def test_a_full_disk_leaves_the_old_record_and_no_rubbish(tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(PosteriorError, match="No space left on device; make room"):
         save(tmp_path, make(method="platt"))
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]

@@ -60,6 +60,7 @@ class Engine:
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
+    dtype: str = "bfloat16"
     delay: float = 0.0
     failure: Exception | None = None
     living: bool = True
@@ -135,6 +136,7 @@ class Linearizer:
     """One Gaussian for every prompt."""
 
     failure: Exception | None = None
+    dtype: str = "float32"
 
     async def moments(self, name: str, prompts: Any, candidates: Candidates) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if self.failure is not None:
