@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from posterior.base import Base
 from posterior.errors import PosteriorError
 from server import registry
+from tests.sealed import edit
 from tests.server import folders
 
 
@@ -74,10 +75,8 @@ def test_damage_is_refused(root: Path, base: Base) -> None:
 
 
 def test_files_outside_the_folder_are_refused(root: Path, base: Base) -> None:
-    path = root / "mood" / "posterior.json"
-    record = json.loads(path.read_text())
-    record["files"]["../../secret"] = "sha256:00"
-    path.write_text(json.dumps(record))
+    files = json.loads((root / "mood" / "posterior.json").read_text())["files"]
+    edit(root / "mood", files=files | {"../../secret": "sha256:00"})
     refused(root, base, "outside the folder")
 
 
