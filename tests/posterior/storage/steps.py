@@ -50,8 +50,8 @@ def record(posterior: Posterior, temperature: float) -> Record:
 
 
 def steps(work: Path, before: Callable[[], Any], change: Callable[[], Any], state: Callable[[], Any]) -> int:
-    """How many steps `change` has. After each, what `state` sees is what it was or what it is to be, whatever else is in
-    `work` is as it was, and in the end nothing is left over."""
+    """How many steps `change` has. After each, what `state` sees is what it was or what it is to be, whatever else is
+    in `work` is as it was, and in the end nothing is left over."""
     bystanders = work / "others"
     shutil.rmtree(work, ignore_errors=True)
     for name in (".tiny.old", "tiny.posterior-work", ".posterior-work", ".tiny.posterior-works/old"):
