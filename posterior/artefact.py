@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from posterior import calibration, laplace, lora
+from posterior.calibration import Key, Record
 from posterior.data import Example, digests
 from posterior.diagonal import Diagonal
 from posterior.errors import PosteriorError
@@ -57,7 +58,7 @@ class Posterior:
     prior: dict[str, Any]
     fit: dict[str, Any]
     weights: tuple[float, ...]
-    calibration: Mapping[calibration.Key, calibration.Record] = field(default_factory=dict, repr=False)
+    calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -133,7 +134,7 @@ class Posterior:
         size = k * (self.map_dir / "adapter_model.safetensors").stat().st_size
         return draws.ensure(cache, key, k, size, make)
 
-    def add(self, made: calibration.Record) -> Path:
+    def add(self, made: Record) -> Path:
         """Write a calibration record into the folder; returns where. Raises PosteriorError, also where the folder holds
         another posterior by now."""
         try:
