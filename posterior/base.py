@@ -189,9 +189,9 @@ def _converted(gguf: Path, key: str, cache: Path) -> Path:
             if not folder.exists():  # else another process made it while this one waited
                 with atomic.folder(folder) as scratch:
                     _convert(gguf, scratch)
-    except OSError as error:
-        raise draws.unusable(cache, error) from error
     except Exception as error:  # the readers of GGUF raise whatever a damaged file leads them to
+        if isinstance(error, OSError) and error.errno and error.filename != str(gguf):
+            raise draws.unusable(cache, error) from error
         raise PosteriorError(f"{gguf} cannot be converted into {folder}: {_line(error)}") from error
     return folder
 

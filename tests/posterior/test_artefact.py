@@ -130,10 +130,24 @@ def test_particles_family(folder, tmp_path):
     )
     assert made.weights == (0.25, 0.75)
     assert [path.name for path in made.adapters(2, tmp_path)] == ["001", "000"], "the heaviest first"
+    assert made.mixture(2) == (0.75, 0.25) and made.mixture(1) == (1.0,)
     with pytest.raises(PosteriorError, match="has 2 particles, 3 were asked for"):
         made.adapters(3, tmp_path)
     with pytest.raises(PosteriorError, match="sum to 1"):
         artefact.save(tmp_path / "q", family="particles", mean=mean, particles=[mean], weights=[0.5], **common)
+
+
+def test_of_two_particles_one_without_weight(folder, tmp_path):
+    """One particle is the second, not 0 / 0."""
+    source = artefact.load(folder)
+    thetas = [{name: value + step for name, value in lora.read_adapter(source.map_dir).items()} for step in (0.0, 1.0)]
+    made = artefact.save(
+        tmp_path / "p", family="particles", base=source.base, task=source.task, prior={}, fit={}, mean=thetas[0],
+        lora_config=lora.read_config(source.map_dir), particles=thetas, weights=[0, 1],
+    )  # fmt: skip
+    (only,) = made.thetas(1)
+    assert all(torch.equal(only[name], value) for name, value in thetas[1].items())
+    assert made.mixture(1) == (1.0,) and made.mixture(2) == (1.0, 0.0) and made.order(2) == [1, 0]
 
 
 def test_another_base_is_refused(folder):

@@ -47,6 +47,27 @@ def test_names_adapters_and_weights(root: Path, base: Base) -> None:
     assert set(served.public) == {"gang", "gang/map", "mood", "mood/map"}
 
 
+def test_the_heaviest_particles_come_first(root: Path, base: Base) -> None:
+    """A request for fewer takes those; of equal ones the first. Weights sum to one; one of weight zero comes last."""
+    weights = (0.0, 0.25, 0.5, 0.25)
+    folders.particles(root, base, weights)
+    gang = load(root, base).served["gang"]
+    assert [adapter.path.name for adapter in gang.particles] == ["002", "001", "003", "000"]
+    assert [adapter.name.rpartition("/")[2] for adapter in gang.particles] == ["002", "001", "003", "000"]
+    assert gang.weights == (0.5, 0.25, 0.25, 0.0)
+
+
+def test_a_posterior_that_a_killed_writer_had_moved_away_is_served(root: Path, base: Base) -> None:
+    (root / ".mood.posterior-work").mkdir()
+    (root / "mood").rename(root / ".mood.posterior-work" / "old")
+    assert "mood" in load(root, base).served and not (root / ".mood.posterior-work").exists()
+
+
+def test_what_a_killed_writer_left_is_not_served(root: Path, base: Base) -> None:
+    shutil.copytree(root / "mood", root / ".mood.posterior-work" / "new")
+    assert list(load(root, base).served) == ["tiny", "gang", "gang/map", "mood", "mood/map"]
+
+
 def test_new_weights_get_new_names(root: Path, base: Base) -> None:
     """vLLM keys its prefix cache by the adapter's name: other weights under the same name would serve stale states."""
     before = {a.name for a in load(root, base).adapters if a.name.startswith("mood")}

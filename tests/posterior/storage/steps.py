@@ -10,13 +10,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from posterior import artefact, calibration, lora
+from posterior import artefact, calibration, laplace, lora
 from posterior.artefact import Posterior
 from posterior.calibration import Conformal, Key, Record, Temperature
 from posterior.errors import PosteriorError
@@ -24,6 +25,7 @@ from posterior.metrics import Estimate
 from posterior.storage import atomic, draws
 from tests.killing import killed_after, leftovers, snapshot
 
+TORCH = f"torch{'.'.join(torch.__version__.split('.')[:2])}"
 FORMAT_1 = Path(__file__).parents[1] / "format1"
 
 
@@ -82,6 +84,13 @@ def steps(work: Path, before: Callable[[], Any], change: Callable[[], Any], stat
     raise AssertionError("it never ends")
 
 
+def together(work: Callable[[], object]) -> None:
+    """Do the same in four children at once."""
+    with ThreadPoolExecutor(4) as pool:
+        if any(pool.map(lambda _: killed_after(10_000, work), range(4))):
+            raise AssertionError("a child did not end")
+
+
 def hash_of(folder: Path) -> str | None:
     try:
         return artefact.load(folder).hash
@@ -119,6 +128,10 @@ def main(work: Path) -> dict[str, int]:
         "calibrate": steps(work, fresh, lambda: artefact.load(target).add(record(artefact.load(target), 2.0)), records),
         "draws": steps(work, fresh_cache, lambda: source.adapters(2, work / "draws"), drawn),
     }
+    fresh_cache()
+    together(lambda: source.adapters(2, work / "draws"))
+    if drawn() != [f"{source.hash[:16]}-s0-v{laplace.SAMPLER}.{TORCH}-k2"]:
+        raise AssertionError(f"servers that start together made {drawn()}")
     atomic.exchange = no_exchange
     return found | {"two renames": steps(work, fresh, replace, lambda: hash_of(target))}
 
