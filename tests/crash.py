@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from posterior import artefact, calibrate, fit, imported
 from posterior.base import Base, resolve
@@ -33,6 +35,7 @@ from server import registry
 from tests.killing import killed_at, leftovers, snapshot
 from tests.posterior.conftest import save_tiny_base
 
+LONG = 120  # seconds, many times what a command needs here
 FORMAT_1 = Path(__file__).parent / "posterior" / "format1"
 
 
@@ -133,7 +136,7 @@ def crash(place: Place, rounds: int, seed: int) -> dict[str, tuple[int, int]]:
         states[victim.name] = [victim.state()]
         for turn in (0, 1):
             start = time.monotonic()
-            killed_at(600, lambda victim=victim, turn=turn: victim.run(turn))
+            finish(victim, turn)
             took[victim.name] = time.monotonic() - start
             states[victim.name].append(victim.state())
     kept = snapshot(*place.bystanders)
@@ -156,16 +159,22 @@ def crash(place: Place, rounds: int, seed: int) -> dict[str, tuple[int, int]]:
         found[victim.name] = (kills + killed, done + (killed and after == new))
     for victim in every:
         for turn in (0, 1):
-            if killed_at(600, lambda victim=victim, turn=turn: victim.run(turn)):
-                raise AssertionError(f"{victim.name} does not end")
+            finish(victim, turn)
     if left := leftovers(place.root):
         raise AssertionError(f"left over: {left}")
     return found
 
 
+def finish(victim: Victim, turn: int) -> None:
+    if killed_at(LONG, lambda: victim.run(turn)):
+        raise AssertionError(f"{victim.name} did not end in {LONG} s")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there in children
+    tqdm.set_lock(threading.RLock())  # its own is shared with children, and stays locked where one is killed
+    tqdm.monitor_interval = 0
     rounds = int(os.environ.get("CRASHES", 200))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = crash(Place(Path(folder)), rounds, seed=rounds)

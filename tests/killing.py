@@ -38,6 +38,12 @@ def killed_at(seconds: float, work: Callable[[], object]) -> bool:
     return _outcome(child)
 
 
+def together(count: int, work: Callable[[], object]) -> None:
+    """Do the same in some children at once. Raises if one failed."""
+    for child in [_forked(work) for _ in range(count)]:
+        _outcome(child)
+
+
 def snapshot(*roots: Path) -> dict[str, str]:
     """The content of every file below the roots."""
     return {str(path): file_hash(path) for root in roots for path in sorted(root.rglob("*")) if path.is_file()}

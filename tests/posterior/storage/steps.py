@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from posterior.calibration import Conformal, Key, Record, Temperature
 from posterior.errors import PosteriorError
 from posterior.metrics import Estimate
 from posterior.storage import atomic, draws
-from tests.killing import killed_after, leftovers, snapshot
+from tests.killing import killed_after, leftovers, snapshot, together
 
 TORCH = f"torch{'.'.join(torch.__version__.split('.')[:2])}"
 FORMAT_1 = Path(__file__).parents[1] / "format1"
@@ -84,13 +83,6 @@ def steps(work: Path, before: Callable[[], Any], change: Callable[[], Any], stat
     raise AssertionError("it never ends")
 
 
-def together(work: Callable[[], object]) -> None:
-    """Do the same in four children at once."""
-    with ThreadPoolExecutor(4) as pool:
-        if any(pool.map(lambda _: killed_after(10_000, work), range(4))):
-            raise AssertionError("a child did not end")
-
-
 def hash_of(folder: Path) -> str | None:
     try:
         return artefact.load(folder).hash
@@ -129,7 +121,7 @@ def main(work: Path) -> dict[str, int]:
         "draws": steps(work, fresh_cache, lambda: source.adapters(2, work / "draws"), drawn),
     }
     fresh_cache()
-    together(lambda: source.adapters(2, work / "draws"))
+    together(4, lambda: source.adapters(2, work / "draws"))
     if drawn() != [f"{source.hash[:16]}-s0-v{laplace.SAMPLER}.{TORCH}-k2"]:
         raise AssertionError(f"servers that start together made {drawn()}")
     atomic.exchange = no_exchange
