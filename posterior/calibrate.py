@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from posterior import artefact, calibration, lora
+from posterior import linearized as linear
 from posterior.arguments import add_evaluation
-from posterior.base import load_model, load_tokenizer, resolve
-from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
+from posterior.base import Base, load_model, load_tokenizer, resolve
+from posterior.calibration import (
+    CALIBRATORS,
+    FLOOR,
+    MIN_ROWS,
+    Conformal,
+    Dtype,
+    Key,
+    Method,
+    PredictiveName,
+    Record,
+    Score,
+)  # fmt: skip
 from posterior.data import ROWS, Example, Row, data_hash, encode, read_jsonl
 from posterior.errors import PosteriorError
 from posterior.evaluate import answer_count, base_spec, linearized, map_scores, markdown, sampled
@@ -59,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="of the sets reported here; requests may ask for any (default %(default)s)",
     )
-    add_evaluation(parser)
+    add_evaluation(
+        parser,
+        dtype=None,
+        default="what `posterior serve` computes this predictive in on this machine: linearized in float32 on a CPU "
+        "and bfloat16 on CUDA; mixture and map in the base's own, bfloat16 if that is float32; a record is applied to "
+        "no other",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,7 +113,8 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
         raise PosteriorError(
             f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
         )
-    model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
+    dtype = args.dtype or served_dtype(predictive, base, args.device)
+    model = lora.load_peft(load_model(base, getattr(torch, dtype), args.device), posterior.map_dir).eval()
     p = probabilities(model, posterior, predictive, k, examples, args.batch_size)
     record = measure(
         p,
@@ -109,12 +128,24 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
             template=calibration.template_hash(posterior.task),
             predictive=predictive,
             particles=k,
+            dtype=dtype,
             answers=None if answers else count,
         ),
         data=data_hash(rows),
-        dtype=args.dtype,
     )
-    return record, calibration.save(posterior.path, record)
+    return record, posterior.add(record)
+
+
+def served_dtype(predictive: PredictiveName, base: Base, device: str) -> Dtype:
+    """What `posterior serve`, without --dtype, computes a predictive in."""
+    if predictive == "linearized":
+        return linear.dtype_on(device)
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config") or {}):
+        own = part.get("dtype") or part.get("torch_dtype")
+        if own in ("bfloat16", "float16"):
+            return own  # type: ignore[no-any-return]
+    return "bfloat16"  # vLLM halves float32
 
 
 def probabilities(
@@ -133,9 +164,7 @@ def probabilities(
     return map_scores(model, examples, batch_size).softmax(1)
 
 
-def measure(
-    p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str, dtype: str
-) -> Record:
+def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str) -> Record:
     """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]."""
     check(p)
     if method == "temperature" and bool((p.argmax(1) == y).all()):
@@ -150,7 +179,6 @@ def measure(
         conformal=Conformal.fit(score, p, y),
         n=len(y),
         data=data,
-        dtype=dtype,
         before=_defined(estimate(p.clamp(min=FLOOR), y)),
         after=_defined(estimate(after.clamp(min=FLOOR), y)),
         coverage=coverage,

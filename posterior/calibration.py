@@ -1,8 +1,9 @@
 """A calibration of a choice's predictive: probabilities that come true, and sets of answers that hold the true one.
 
-A record belongs to one key: base, posterior, template, predictive and number of particles, and of answers where each
-row brings its own. Another key is another distribution. Records lie in calibration/<predictive>-<particles>.json (or
-...-<particles>-<answers>.json) beside posterior.json, whose hash does not cover them.
+A record belongs to one key: base, posterior, template, predictive, number of particles and dtype, and number of answers
+where each row brings its own. Another key is another distribution. Records lie in
+calibration/<predictive>-<particles>-<dtype>.json (or ...-<particles>-<answers>-<dtype>.json) beside posterior.json,
+whose hash does not cover them. Records of format 1 had their dtype beside the key, and not in the file's name.
 
 The calibrator maps the predictive's probabilities p [..., C] to calibrated ones. The sets are split-conformal (Vovk et
 al. 2005; Lei et al. 2018), with scores of p itself and not of the calibrated probabilities: p saw none of the
@@ -14,19 +15,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from posterior import files
 from posterior.errors import PosteriorError
 from posterior.metrics import Estimate, best_temperature
+from posterior.storage import atomic
 from posterior.task import Task
 
 # The fewest rows whose largest score bounds 95 % of all cases with 95 % confidence: the coverage of a conformal set at
@@ -37,7 +39,9 @@ FLOOR = 1e-12  # of a probability before its logarithm
 HOTTEST = 1e6  # the largest temperature that lowers a confidence
 STEPS = 50  # of Newton's method, at most: mostly under ten, a few more where p is nearly certain
 
+FOLDER = "calibration"
 PredictiveName = Literal["mixture", "linearized", "map"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Method = Literal["temperature", "vector", "isotonic", "platt"]
 Score = Literal["lac", "aps"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -48,20 +52,29 @@ class _Part(BaseModel):
 
 
 class Key(_Part):
-    """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say; `answers`: how
-    many each row brings itself, None where they are the task's."""
+    """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say; `dtype`: of the
+    base it is computed with; `answers`: how many each row brings itself, None where they are the task's."""
 
     base: str
     posterior: str
     template: str
     predictive: PredictiveName
     particles: int
+    dtype: Dtype
     answers: int | None = None
 
     @property
     def file_name(self) -> str:
-        own = "" if self.answers is None else f"-{self.answers}"
-        return f"{self.predictive}-{self.particles}{own}.json"
+        return f"{self._stem}-{self.dtype}.json"
+
+    @property
+    def file_name_1(self) -> str:
+        """That of format 1."""
+        return f"{self._stem}.json"
+
+    @property
+    def _stem(self) -> str:
+        return "-".join(str(part) for part in (self.predictive, self.particles, self.answers) if part is not None)
 
 
 def template_hash(task: Task) -> str:
@@ -234,15 +247,14 @@ class Conformal(_Part):
 
 class Record(_Part):
     """One calibration. n rows with the hash `data`; `before` and `after`: metrics of the calibration rows, `after` and
-    `sets` (covered, size, at `coverage`) by cross-fitting; `dtype` of the base it was made with."""
+    `sets` (covered, size, at `coverage`) by cross-fitting."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     key: Key
     calibrator: Calibrator
     conformal: Conformal
     n: Annotated[int, Field(ge=MIN_ROWS)]
     data: str
-    dtype: str
     before: dict[str, Estimate]
     after: dict[str, Estimate]
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -282,55 +294,70 @@ def prediction_set(calibrator: Calibrator, conformal: Conformal, p: Tensor, cove
 # Records on disk
 
 
-def save(folder: Path, record: Record) -> Path:
+def save(folder: Path, made: Record) -> Path:
     """Write a record into a posterior folder, atomically, in place of one with the same key. Raises PosteriorError."""
-    path = folder / "calibration" / record.key.file_name
-    content = record.model_dump(mode="json")
+    path = folder / FOLDER / made.key.file_name
+    content = made.model_dump(mode="json")
     text = json.dumps(content | {"hash": _digest(content)}, indent=1, allow_nan=False) + "\n"
-    files.write(path, text.encode())
+    atomic.write(path, text.encode())
     return path
 
 
 def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Record]:
     """The records of a posterior folder, verified. Raises PosteriorError with one clear line for the first bad one."""
     folder = folder.resolve()
-    records = {}
-    for path in sorted((folder / "calibration").glob("*.json")):
+    found: dict[Key, Record] = {}
+    for path in sorted((folder / FOLDER).glob("*.json")):
         if not path.resolve().is_relative_to(folder):
             raise PosteriorError(f"{path} leads outside the folder; refused")
-        record = _read(path)
-        own = Key(
-            base=base, posterior=posterior, template=template_hash(task),
-            predictive=record.key.predictive, particles=record.key.particles,
-            answers=None if task.answers else record.key.answers,
-        )  # fmt: skip
-        calibrator = record.calibrator
-        if record.key != own or path.name != own.file_name:
+        one, earlier = _read(path)
+        own = one.key.model_copy(
+            update={
+                "base": base,
+                "posterior": posterior,
+                "template": template_hash(task),
+                "answers": None if task.answers else one.key.answers,
+            }
+        )
+        calibrator = one.calibrator
+        if one.key != own or path.name != (own.file_name_1 if earlier else own.file_name):
             raise PosteriorError(f"{path} calibrates another posterior or predictive; {_AGAIN}")
         if isinstance(calibrator, Vector) and len(calibrator.scale) != len(task.answers or ()):
             raise PosteriorError(
                 f"{path} calibrates {len(calibrator.scale)} answers, the task has another number; {_AGAIN}"
             )
-        records[own] = record
-    return records
+        found[own] = found.get(own, one) if earlier else one
+    return found
 
 
+def is_record(path: Path) -> bool:
+    """Whether a path inside a posterior folder is a calibration record's, or was left by a writer of one."""
+    if path.parts[:1] != (FOLDER,) or len(path.parts) != 2:
+        return False
+    return bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
+
+
+_FILE_NAME = re.compile(rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(Dtype))}))?\.json")
 _AGAIN = "delete it, or run `posterior calibrate` again"
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path) -> tuple[Record, bool]:
+    """A record, and whether it is of format 1."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         if content.pop("hash", None) != _digest(content):
             raise PosteriorError(f"{path} is not what `posterior calibrate` wrote (its hash differs); {_AGAIN}")
-        return Record.model_validate_json(json.dumps(content))
+        earlier = content.get("format") == 1 and isinstance(content.get("key"), dict)
+        if earlier:
+            content |= {"format": 2, "key": content["key"] | {"dtype": content.pop("dtype", None)}}
+        return Record.model_validate_json(json.dumps(content)), earlier
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PosteriorError(f"{path} has an unreadable {where or 'record'}: {first['msg']}; {_AGAIN}") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise PosteriorError(f"{path} is no readable JSON record; {_AGAIN}") from None
 
 

@@ -90,7 +90,8 @@ def _mc_error(log_p: Tensor, w: Tensor, logprob: Tensor, mixing: Mixing) -> floa
         return 0.0
     ratio = log_p - logprob[:, None]
     influence = ratio.sum(0).exp() - 1 if mixing == "sequence" else (ratio.exp() - 1).sum(0)
-    return float(((w * influence).square().sum() / (1 - concentration)).sqrt())
+    moved = torch.where(w > 0, w * influence, 0.0)  # the influence of a particle without weight may be infinite
+    return float((moved.square().sum() / (1 - concentration)).sqrt())
 
 
 def mixing_weights(log_p: Tensor, log_weights: Tensor, mixing: Mixing) -> Tensor:

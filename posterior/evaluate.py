@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -214,20 +213,18 @@ def sampled(
     batch_size: int = ROWS,
     seed: int = 0,
 ) -> Predictions:
-    """The posterior predictive of k Laplace samples, or of the first k particles if there are so many; leaves theta
+    """The posterior predictive of k Laplace samples, or of the k heaviest particles if there are so many; leaves theta
     as it was."""
     k = _available(posterior, k)
     mean = lora.get(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        particles = [lora.read_adapter(folder) for folder in posterior.adapters(k, Path(scratch), seed)]
     try:
         log_p = []
-        for theta in particles:
+        for theta in posterior.thetas(k, seed):
             lora.put(model, theta)
             log_p.append(map_scores(model, examples, batch_size).log_softmax(1))
     finally:
         lora.put(model, mean)
-    weights = torch.tensor(posterior.weights[:k] or [1.0] * k, dtype=torch.float64)
+    weights = torch.tensor(posterior.mixture(k), dtype=torch.float64)
     return _stack([from_particles(row, weights) for row in torch.stack(log_p, 1)])
 
 

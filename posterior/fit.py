@@ -6,7 +6,6 @@ import argparse
 import errno
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -213,6 +212,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     """Everything from rows to the written folder. Raises PosteriorError for whatever the user can mend."""
     args = options.with_defaults(args)
     options.check(args)
+    out = artefact.destination(args.out)
     started = time.monotonic()
     task = Task(
         args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
@@ -223,25 +223,23 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     examples = encode(task, tokenizer, rows, max_length=args.max_length)
     heldout = encode(task, tokenizer, read_jsonl(args.heldout), max_length=args.max_length) if args.heldout else []
     _check_rows(args, task, examples, heldout)
-    out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
-    model = _model(base, args)
-    args = _by_evidence(args, examples)
-    task = replace(task, scale=_scale(args, model, examples))
-    examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
-    job = Job(model, examples, heldout, args, checkpoint)
-    result = METHODS[args.method](job)
-    record = {"data": {"rows": len(rows), "hash": data_hash(rows)}, "seconds": round(time.monotonic() - started, 1)}
-    posterior = artefact.save(
-        out,
-        base={"id": base.id, "revision": base.revision, "hash": base.hash},
-        task=task,
-        lora_config=lora.config_of(job.model) | {"base_model_name_or_path": base.id},
-        rows=examples,
-        **vars(replace(result, fit=result.fit | record)),
-    )
-    shutil.rmtree(checkpoint.folder, ignore_errors=True)
-    return posterior
+    with checkpoint.held():
+        model = _model(base, args)
+        args = _by_evidence(args, examples)
+        task = replace(task, scale=_scale(args, model, examples))
+        examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
+        job = Job(model, examples, heldout, args, checkpoint)
+        result = METHODS[args.method](job)
+        record = {"data": {"rows": len(rows), "hash": data_hash(rows)}, "seconds": round(time.monotonic() - started, 1)}
+        return artefact.save(
+            out,
+            base={"id": base.id, "revision": base.revision, "hash": base.hash},
+            task=task,
+            lora_config=lora.config_of(job.model) | {"base_model_name_or_path": base.id},
+            rows=examples,
+            **vars(replace(result, fit=result.fit | record)),
+        )
 
 
 def _model(base: Base, args: argparse.Namespace) -> PeftModel:

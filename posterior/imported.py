@@ -45,6 +45,7 @@ def collect(args: argparse.Namespace) -> artefact.Posterior:
     Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or that
     vLLM would not serve (posterior/servable.py).
     """
+    out = artefact.destination(args.out)
     weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
     task = Task(
         args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
@@ -63,7 +64,7 @@ def collect(args: argparse.Namespace) -> artefact.Posterior:
         if named != base.id:
             print(f"warning: {folder} names its base {named!r}; it is taken for {base.id!r}", file=sys.stderr)
     return artefact.save(
-        Path(args.out),
+        out,
         family="particles",
         base={"id": base.id, "revision": base.revision, "hash": base.hash},
         task=task,

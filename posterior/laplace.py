@@ -39,6 +39,7 @@ Grouping = Literal["scalar", "side", "layer"]
 Curvature = Mapping[str, Block]
 Precision = dict[str, float]
 SPAN = 32  # directions of a matrix's large side that samples move in
+SAMPLER = 1  # names cached draws: raise it whenever `sample` would draw others
 LOG_BOUNDS = (math.log(1e-4), math.log(1e8))
 
 

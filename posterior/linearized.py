@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from posterior import laplace, lora
 from posterior.artefact import Posterior
 from posterior.base import Base, load_model
+from posterior.calibration import Dtype
 from posterior.candidates import Candidates
 from posterior.data import ROWS, TOKENS, Batch, Example, batches, choice, collate
 from posterior.diagonal import by_example
@@ -24,6 +25,11 @@ from posterior.footprint import measure
 from posterior.likelihood import arranged, record, scores
 from posterior.predictive import Predictive, from_gaussian
 from posterior.task import Task
+
+
+def dtype_on(device: str) -> Dtype:
+    """What the server computes linearised predictives in: a GPU has no room for float32, a CPU no speed from less."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def moments(

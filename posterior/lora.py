@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posterior import servable
 from posterior.errors import PosteriorError
+from posterior.storage.tensors import save_file
 
 Theta = dict[str, Tensor]
 ADAPTER = "default"
@@ -187,24 +184,3 @@ def _short(folder: Path, key: str) -> str:
         if name.endswith(suffix):
             return name.removesuffix(suffix) + f".{side}"
     raise PosteriorError(f"{folder} holds {key!r}, which is not a LoRA matrix; only plain LoRA is supported")
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Any:
-    """A temporary folder beside `target` that becomes `target` when the block succeeds, and vanishes when it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield work
-        for path in (work, *work.rglob("*")):  # safetensors writes files that only their owner can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old / "old")
-        os.rename(work, target)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise

@@ -8,14 +8,16 @@ after each epoch and resumed exactly: data order and dropout depend on (seed, ep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +25,10 @@ from posterior import lora
 from posterior.data import Batch, Example, batches, shuffled
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
+from posterior.storage import atomic
+from posterior.storage.tensors import save_file
+
+STATE = "state.safetensors"  # a checkpoint; its numbers are in the metadata
 
 
 @dataclass(frozen=True)
@@ -123,20 +129,27 @@ class Trainer:
         ]
         return torch.stack(terms).sum()
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint; a crash leaves the previous one."""
-        tensors = self.state()
-        with lora.atomic_folder(folder) as work:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work / "state.safetensors")
-            numbers = {"step": self.step, "epoch": self.epoch, "precision": self.precision, "history": self.history}
-            (work / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
+    def save(self, path: Path, fingerprint: str = "") -> None:
+        """Write a checkpoint, with the mark of the fit it belongs to; a crash leaves the previous one."""
+        numbers = {"step": self.step, "epoch": self.epoch, "precision": self.precision, "history": self.history}
+        metadata = {"fingerprint": fingerprint, "numbers": json.dumps(numbers)}
+        tensors = {key: value.cpu().contiguous() for key, value in self.state().items()}
+        atomic.write(path, lambda part: save_file(tensors, part, metadata))
 
-    def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint written by `save`."""
-        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    def resume(self, path: Path, fingerprint: str = "") -> bool:
+        """Continue from a checkpoint written by `save`; False where there is none of this fit."""
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return False
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        numbers = json.loads(metadata["numbers"])
         self.step, self.epoch, self.precision = numbers["step"], numbers["epoch"], numbers["precision"]
         self.history = numbers["history"]
-        self.restore(load_file(folder / "state.safetensors"))
+        self.restore(tensors)
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
@@ -171,15 +184,30 @@ class Checkpoint:
         return Checkpoint(self.folder / name, self.fingerprint)
 
     def save(self, trainer: Trainer) -> None:
-        trainer.save(self.folder / "state")
-        (self.folder / "fingerprint").write_text(self.fingerprint, encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.save(self.folder / STATE, self.fingerprint)
 
     def resume(self, trainer: Trainer) -> None:
-        """Continue from the last state if it is of the same fit."""
-        mark = self.folder / "fingerprint"
-        if mark.is_file() and mark.read_text(encoding="utf-8") == self.fingerprint:
-            trainer.resume(self.folder / "state")
+        """Continue from the last state if it is of the same fit. Raises PosteriorError for one that is damaged."""
+        try:
+            resumed = trainer.resume(self.folder / STATE, self.fingerprint)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise PosteriorError(
+                f"the checkpoint {self.folder / STATE} is damaged ({type(error).__name__}); delete it and begin anew"
+            ) from None
+        if resumed:
             print(f"resuming from {self.folder} at step {trainer.step} of {trainer.total}")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other fits away from this folder; when the block succeeds, nothing is left of it.
+
+        Raises PosteriorError where another fit is at work on it.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.locked(self.folder, wait=False):
+            yield
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def complete(
         self,

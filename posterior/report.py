@@ -14,8 +14,9 @@ from xml.etree.ElementTree import Element, tostring
 import torch
 from torch import Tensor
 
-from posterior import files, metrics, plots
+from posterior import metrics, plots
 from posterior.metrics import COVERAGE, METRICS, Estimate
+from posterior.storage import atomic
 
 ENTROPIES = ("epistemic", "total")
 MEANING = {
@@ -155,7 +156,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the page, atomically. Raises PosteriorError."""
-        files.write(path, self.to_html())
+        atomic.write(path, self.to_html())
 
 
 def cells(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> list[list[str]]:

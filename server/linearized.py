@@ -30,7 +30,7 @@ from posterior.candidates import Candidates
 from posterior.data import Example
 from posterior.errors import PosteriorError
 from posterior.footprint import Footprint
-from posterior.linearized import LinearizedModel
+from posterior.linearized import LinearizedModel, dtype_on
 from server import memory
 from server.errors import ApiError, bad_request, unavailable
 from server.metrics import Metrics
@@ -60,9 +60,8 @@ def _load(base: Base, folders: Mapping[str, Folder], device: str) -> dict[str, F
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     posteriors = {name: _unchanged(*folder) for name, folder in folders.items()}
-    _model = LinearizedModel(base, posteriors, dtype=dtype, device=device)
+    _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
     return _model.footprints
 
 
@@ -138,6 +137,7 @@ class Linearizer:
     """The server's end of the worker process."""
 
     def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
+        self.dtype = dtype_on(device)
         self._parts = (base, dict(folders), device)
         self._metrics = metrics
         self._waiting: list[_Item] = []

@@ -123,6 +123,8 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         served.check(args.posteriors)
         metrics.describe(served)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
+        for line in service.unapplied():
+            say(line)
         app = create_app(service, args.api_key)
         await _listen(app, lobby, service, args, start)
 

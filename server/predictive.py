@@ -8,14 +8,14 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
 
 from posterior import candidates as candidate_answers
 from posterior.base import Base
-from posterior.calibration import Key, Record, template_hash
+from posterior.calibration import Dtype, Key, Record, template_hash
 from posterior.candidates import Candidates
 from posterior.errors import PosteriorError
 from posterior.predictive import Predictive, from_gaussian, from_particles
@@ -186,8 +186,8 @@ class Service:
         return record
 
     def _calibration(self, question: Question, p: Predictive) -> Record | None:
-        """The record made for exactly this base, posterior, template, predictive and number of particles, and for so
-        many answers where each question brings its own."""
+        """The record made for exactly this base, posterior, template, predictive, number of particles and dtype, and
+        for so many answers where each question brings its own."""
         posterior = question.served.posterior
         if posterior is None or question.template is None:
             return None
@@ -197,9 +197,32 @@ class Service:
             template=question.template,
             predictive=question.predictive,
             particles=p.particles,
+            dtype=self._dtype(question.predictive),
             answers=None if posterior.task.answers else len(question.answers),
         )
         return posterior.calibration.get(key)
+
+    def _dtype(self, predictive: PredictiveName) -> Dtype:
+        """What the base's weights are where this predictive is computed."""
+        if predictive == "linearized" and self.linearizer is not None:
+            return self.linearizer.dtype
+        return cast(Dtype, self.engine.dtype)
+
+    def unapplied(self) -> list[str]:
+        """A line for each calibration that is of another dtype than its predictive is computed in here."""
+        lines = []
+        for posterior in self.registry.posteriors:
+            for key in posterior.calibration:
+                dtype = self._dtype(key.predictive)
+                if key.dtype == dtype or key.model_copy(update={"dtype": dtype}) in posterior.calibration:
+                    continue
+                particles = f" --particles {key.particles}" if key.predictive == "mixture" else ""
+                lines.append(
+                    f"the calibration of {posterior.name}'s {key.predictive} was made in {key.dtype} and is not "
+                    f"applied to answers in {dtype}; run `posterior calibrate {posterior.path} ROWS "
+                    f"--predictive {key.predictive}{particles} --dtype {dtype}`"
+                )
+        return lines
 
     async def predict(self, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
         """POST /v1/predictive."""

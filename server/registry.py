@@ -12,6 +12,7 @@ from posterior import artefact, lora, servable
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
+from posterior.storage import atomic
 from posterior.task import Scores, Task
 from server.engine import Adapter
 from server.schemas import PredictiveName
@@ -24,7 +25,8 @@ HASH_DIGITS = 12
 class Served:
     """One model name of the API.
 
-    `posterior` and `map` are None for the bare base; `particles` is empty for it and for "<name>/map".
+    `posterior` and `map` are None for the bare base; `particles`, the heaviest first, is empty for it and for
+    "<name>/map".
     """
 
     name: str
@@ -154,6 +156,8 @@ def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise PosteriorError(f"the posteriors folder {root} does not exist; name one with --posteriors")
+    for target in atomic.moved_away(root):
+        atomic.recover(target)
     return sorted(path.parent for path in root.glob("*/posterior.json"))
 
 
@@ -180,15 +184,14 @@ def _entries(
 
 def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
     wanted = len(posterior.weights) if posterior.family == "particles" else particles
-    paths = posterior.adapters(wanted, cache / "adapters")
+    paths = posterior.adapters(wanted, cache / "draws")
     label = _label(posterior)
-    weights = tuple(posterior.weights) if posterior.family == "particles" else (1 / wanted,) * wanted
     return Served(
         name=posterior.name,
         posterior=posterior,
         map=Adapter(label, posterior.map_dir, next(numbers)),
-        particles=tuple(Adapter(f"{label}/{k:03d}", path, next(numbers)) for k, path in enumerate(paths)),
-        weights=weights,
+        particles=tuple(Adapter(f"{label}/{path.name}", path, next(numbers)) for path in paths),
+        weights=posterior.mixture(wanted),
     )
 
 

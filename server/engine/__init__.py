@@ -42,6 +42,7 @@ class Engine(Protocol):
 
     max_model_len: int
     vocab_size: int
+    dtype: str  # of the base's weights, like "bfloat16"
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]

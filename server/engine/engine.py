@@ -57,6 +57,7 @@ class VllmEngine:
         self._tools = tools
         self.max_model_len: int = llm.model_config.max_model_len
         self.vocab_size: int = llm.model_config.get_vocab_size()
+        self.dtype = str(llm.model_config.dtype).removeprefix("torch.")
 
     @classmethod
     async def start(

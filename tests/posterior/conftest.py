@@ -100,8 +100,11 @@ def dense_jacobian(model: PeftModel, batch: Batch) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+def save_tiny_base(folder: Path) -> Path:
     """The tiny Llama as an HF folder with a byte-level tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     tiny_llama().save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<pad>", "<end>", *alphabet]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,23 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from posterior import artefact, laplace, lora
 from posterior.errors import PosteriorError
+from tests.sealed import edit, rehash
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("original") / "tiny"
 
 
 @pytest.fixture
-def folder(run_fit, tmp_path) -> Path:
-    return run_fit(tmp_path / "tiny").path
-
-
-def edit(folder: Path, **changes) -> None:
-    record = json.loads((folder / "posterior.json").read_text())
-    (folder / "posterior.json").write_text(json.dumps(record | changes))
-
-
-def rehash(folder: Path) -> None:
-    """Make the listed hashes match the files again: for damage that hashes would otherwise catch first."""
-    record = json.loads((folder / "posterior.json").read_text())
-    digest = {name: "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record["files"]}
-    edit(folder, files=digest)
+def folder(run_fit, original, tmp_path) -> Path:
+    """A posterior that was fitted once."""
+    if not original.exists():
+        run_fit(original)
+    return shutil.copytree(original, tmp_path / "tiny")
 
 
 def test_round_trip(folder):
@@ -42,12 +38,54 @@ def test_round_trip(folder):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
 
 
-def test_hash_names_the_distribution_not_its_calibration(folder):
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"provenance": {"prior": {"choice": "another"}, "fit": {"seconds": 1e9}}}, True),
+        ({"base": {"id": "moved", "revision": "2", "hash": "BASE"}}, True),
+        ({"base": {"id": "tiny-llama", "revision": None, "hash": "sha256:00"}}, False),
+        ({"task": {"kind": "choice", "template": "{text}?", "answers": ["n", "p"], "scores": "mean"}}, False),
+        ({"task": {"kind": "choice", "template": "{text}:", "answers": ["p", "n"], "scores": "mean"}}, False),
+        ({"width": 0.5}, False),
+        ({"lora": {"lora_alpha": 8}}, False),
+        ({"lora": {"use_rslora": True}}, False),
+        ({"lora": {"alpha_pattern": {"q_proj": 8}}}, False),
+        ({"lora": {"lora_dropout": 0.5, "target_modules": ["v_proj", "q_proj"]}}, True),
+    ],
+)
+def test_hash_names_the_distribution_and_nothing_else(folder, changes, same):
+    before = artefact.load(folder)
+    content = json.loads((folder / "posterior.json").read_text())
+    if "lora" in changes:
+        changes = {"lora": content["lora"] | changes["lora"]}
+    if changes.get("base", {}).get("hash") == "BASE":
+        changes = {"base": changes["base"] | {"hash": content["base"]["hash"]}}
+    edit(folder, **changes)
+    assert (artefact.load(folder).hash == before.hash) == same
+
+
+@pytest.mark.parametrize("name", ["map/adapter_model.safetensors", "laplace.safetensors"])
+def test_hash_covers_the_tensors(folder, name):
     before = artefact.load(folder).hash
-    edit(folder, calibration=[{"method": "temperature"}])
-    assert artefact.load(folder).hash == before
-    edit(folder, prior={"choice": "another"})
+    tensors = load_file(folder / name)
+    key = next(key for key in tensors if key.endswith(("/precision", "weight")))
+    save_file(tensors | {key: tensors[key] * 1.5}, folder / name)
+    rehash(folder)
     assert artefact.load(folder).hash != before
+
+
+def test_two_equal_fits_have_one_hash(run_fit, tmp_path):
+    """Their seconds, places and names differ, and so do their records."""
+    first, second, other = run_fit(tmp_path / "a"), run_fit(tmp_path / "b"), run_fit(tmp_path / "c", seed=1)
+    assert first.hash == second.hash != other.hash
+    assert first.fit["seconds"] > 0 and first.prior["choice"] == "evidence"
+
+
+def test_a_record_that_was_changed_is_refused(folder):
+    path = folder / "posterior.json"
+    path.write_text(path.read_text().replace('"choice": "evidence"', '"choice": "fixed"'))
+    with pytest.raises(PosteriorError, match="was changed after the fit"):
+        artefact.load(folder)
 
 
 def test_laplace_particles_are_peft_folders_drawn_once(folder, tmp_path):
@@ -65,14 +103,12 @@ def test_laplace_particles_are_peft_folders_drawn_once(folder, tmp_path):
 
 
 def test_draws_have_the_width_of_the_folder(folder, tmp_path):
-    """theta* + w (draw of width 1 - theta*); a folder that names no width draws as wide as the Gaussian."""
+    """theta* + w (draw of width 1 - theta*); a folder of width 1 draws as wide as the Gaussian."""
     narrow = artefact.load(folder)
     assert 0 < narrow.width < 1
     mean = lora.read_adapter(narrow.map_dir)
     (drawn,) = map(lora.read_adapter, narrow.adapters(1, tmp_path))
-    record = json.loads((folder / "posterior.json").read_text())
-    del record["width"]
-    (folder / "posterior.json").write_text(json.dumps(record))
+    edit(folder, width=1.0)
     whole = artefact.load(folder)
     assert whole.width == 1 and whole.hash != narrow.hash
     for name, value in lora.read_adapter(*whole.adapters(1, tmp_path)).items():
@@ -93,11 +129,25 @@ def test_particles_family(folder, tmp_path):
         tmp_path / "p", family="particles", mean=mean, particles=[mean, mean], weights=[0.25, 0.75], **common
     )
     assert made.weights == (0.25, 0.75)
-    assert [path.name for path in made.adapters(2, tmp_path)] == ["000", "001"]
+    assert [path.name for path in made.adapters(2, tmp_path)] == ["001", "000"], "the heaviest first"
+    assert made.mixture(2) == (0.75, 0.25) and made.mixture(1) == (1.0,)
     with pytest.raises(PosteriorError, match="has 2 particles, 3 were asked for"):
         made.adapters(3, tmp_path)
     with pytest.raises(PosteriorError, match="sum to 1"):
         artefact.save(tmp_path / "q", family="particles", mean=mean, particles=[mean], weights=[0.5], **common)
+
+
+def test_of_two_particles_one_without_weight(folder, tmp_path):
+    """One particle is the second, not 0 / 0."""
+    source = artefact.load(folder)
+    thetas = [{name: value + step for name, value in lora.read_adapter(source.map_dir).items()} for step in (0.0, 1.0)]
+    made = artefact.save(
+        tmp_path / "p", family="particles", base=source.base, task=source.task, prior={}, fit={}, mean=thetas[0],
+        lora_config=lora.read_config(source.map_dir), particles=thetas, weights=[0, 1],
+    )  # fmt: skip
+    (only,) = made.thetas(1)
+    assert all(torch.equal(only[name], value) for name, value in thetas[1].items())
+    assert made.mixture(1) == (1.0,) and made.mixture(2) == (1.0, 0.0) and made.order(2) == [1, 0]
 
 
 def test_another_base_is_refused(folder):
@@ -113,7 +163,10 @@ def test_another_base_is_refused(folder):
         (lambda f: (f / "posterior.json").unlink(), "no posterior folder"),
         (lambda f: (f / "posterior.json").write_text("{"), "not JSON"),
         (lambda f: (f / "posterior.json").write_text("[]"), "not a JSON object"),
-        (lambda f: edit(f, format=2), "format 2; this version reads 1"),
+        (lambda f: edit(f, format=3), "format 3, which is newer than the 2 this version reads; upgrade"),
+        (lambda f: edit(f, format="2"), "format '2'; this version reads 1 and 2"),
+        (lambda f: edit(f, provenance=None), "damaged"),
+        (lambda f: edit(f, lora={}), "damaged"),
         (lambda f: edit(f, family="flow"), "family 'flow'"),
         (lambda f: edit(f, width=0.0), "width 0.0; it must be in"),
         (lambda f: edit(f, width=float("nan")), "width nan; it must be in"),

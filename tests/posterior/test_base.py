@@ -1,6 +1,8 @@
 """The base: found or refused in one line, converted once, one hash for the same weights in whatever files."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,6 +124,38 @@ def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path: Path, cache: Path
         base.resolve(str(tmp_path / "half.gguf"), cache=cache)
     assert "\n" not in str(caught.value)
     assert list((cache / "base").iterdir()) == []
+
+
+def test_a_conversion_that_was_killed_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what it had written, nor a folder that would be taken for a model."""
+    half = cache / "base" / f".half-v{base._CONVERSION}.posterior-work" / "new"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_text("half")
+    monkeypatch.setattr(base, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    folder = base._converted(tmp_path / "half.gguf", "half", cache)
+    assert [path.name for path in folder.iterdir()] == ["config.json"] and list(folder.parent.iterdir()) == [folder]
+    monkeypatch.setattr(base, "_convert", lambda gguf, folder: pytest.fail("it is there already"))
+    assert base._converted(tmp_path / "half.gguf", "half", cache) == folder
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It names the variable. A base that needs no conversion only has its hash computed again each time."""
+    plain = _save(tmp_path / "plain")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(base.atomic.os, "open", fail)
+    with pytest.raises(
+        PosteriorError, match=f"cannot write into the cache .*{os.strerror(number)}; set POSTERIOR_CACHE"
+    ):
+        base._converted(tmp_path / "half.gguf", "half", cache)
+    assert base.resolve(str(plain), cache=cache).hash and not list((cache / "hashes").iterdir())
 
 
 def test_absent_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from posterior import artefact, calibrate, calibration, fit, inspect, lora
-from posterior.base import load_model, load_tokenizer, resolve
+from posterior.base import Base, load_model, load_tokenizer, resolve
 from posterior.data import data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.evaluate import linearized, map_scores, sampled
 from posterior.metrics import METRICS
+from tests.sealed import edit
 
 ROWS = 60
 WORDS = ("good", "fine", "poor", "bad")
@@ -68,9 +69,9 @@ def call(tiny_base: Path) -> Any:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ((), "linearized-1024"),
-        (("--predictive", "mixture", "--particles", 3), "mixture-3"),
-        (("--predictive", "map"), "map-1"),
+        ((), "linearized-1024-float32"),
+        (("--predictive", "mixture", "--particles", 3, "--dtype", "float32"), "mixture-3-float32"),
+        (("--predictive", "map", "--dtype", "float32"), "map-1-float32"),
     ],
 )
 def test_it_calibrates_the_predictive_the_server_gives(
@@ -81,7 +82,7 @@ def test_it_calibrates_the_predictive_the_server_gives(
     posterior, base = artefact.load(folder), resolve(str(tiny_base))
     rows = [row(index) for index in range(ROWS)]
     assert posterior.calibration == {record.key: record}
-    assert (record.n, record.data, record.dtype) == (ROWS, data_hash(rows), "float32")
+    assert (record.n, record.data, record.key.dtype) == (ROWS, data_hash(rows), "float32")
     assert (record.key.base, record.key.posterior) == (base.hash, posterior.hash)
     tokenizer: Any = load_tokenizer(base)
     examples = encode(posterior.task, tokenizer, rows)
@@ -109,18 +110,43 @@ def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -
     assert inspect.describe(after)["calibration"] == "2 records"
 
 
-def test_a_folder_of_before_still_loads(folder: Path) -> None:
-    """Folders used to hold an empty list of records, which the hash left out."""
-    before = artefact.load(folder).hash
-    record = json.loads((folder / "posterior.json").read_text())
-    (folder / "posterior.json").write_text(json.dumps(record | {"calibration": []}))
-    assert artefact.load(folder).hash == before
+@pytest.mark.parametrize(
+    ("own", "predictive", "device", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "linearized", "cpu", "float32"),
+        ({"dtype": "float32"}, "linearized", "cuda", "bfloat16"),
+        ({"dtype": "bfloat16"}, "mixture", "cpu", "bfloat16"),
+        ({"torch_dtype": "float16"}, "map", "cpu", "float16"),
+        ({"dtype": "float32"}, "map", "cpu", "bfloat16"),
+        ({"text_config": {"dtype": "float16"}}, "mixture", "cuda", "float16"),
+        ({}, "mixture", "cuda", "bfloat16"),
+    ],
+)
+def test_the_dtype_is_what_the_server_computes_in(
+    tmp_path: Path, own: Any, predictive: Any, device: str, dtype: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert calibrate.served_dtype(predictive, Base(tmp_path, "tiny", None, ""), device) == dtype
+
+
+def test_a_posterior_that_was_replaced_meanwhile_is_not_calibrated(
+    fitted: Path, folder: Path, data: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = calibrate.probabilities
+
+    def replaced(*arguments: Any) -> torch.Tensor:
+        edit(folder, width=0.5)
+        return original(*arguments)
+
+    monkeypatch.setattr(calibrate, "probabilities", replaced)
+    with pytest.raises(PosteriorError, match="was replaced while its calibration was computed"):
+        call(folder, data)
+    assert artefact.load(folder).calibration == {}
 
 
 def test_another_fit_in_the_folder_has_no_calibration(folder: Path, data: Path, call: Any) -> None:
     _, path = call(folder, data)
-    record = json.loads((folder / "posterior.json").read_text())
-    (folder / "posterior.json").write_text(json.dumps(record | {"prior": {"choice": "another"}}))
+    edit(folder, width=0.5)
     with pytest.raises(PosteriorError, match=f"{path.name} calibrates another posterior"):
         artefact.load(folder)
 
@@ -129,7 +155,10 @@ def test_the_table_and_json(folder: Path, data: Path, tiny_base: Path, capsys: p
     calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--conformal", "aps", "--coverage", 0.8))
     text = capsys.readouterr().out
     assert "| linearized |" in text and "| linearized, temperature (cross-fitted) |" in text
-    assert "prediction sets (aps) at coverage 0.8, cross-fitted: covered 0." in text and "linearized-1024.json" in text
+    assert (
+        "prediction sets (aps) at coverage 0.8, cross-fitted: covered 0." in text
+        and "linearized-1024-float32.json" in text
+    )
     calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--json"))
     assert json.loads(capsys.readouterr().out)["calibrator"]["method"] == "temperature"
 
@@ -174,9 +203,7 @@ def test_bad_rows_are_named(folder: Path, tmp_path: Path, call: Any, change: Any
 
 def change_task(folder: Path, kind: str) -> None:
     """A posterior without answers of its own."""
-    record = json.loads((folder / "posterior.json").read_text())
-    task = {"kind": kind, "template": "{text}", "answers": None}
-    (folder / "posterior.json").write_text(json.dumps(record | {"task": task}))
+    edit(folder, task={"kind": kind, "template": "{text}", "answers": None})
 
 
 def test_texts_are_refused(folder: Path, data: Path) -> None:
@@ -192,8 +219,8 @@ def test_rows_with_answers_of_their_own(
     change_task(folder, "choice")
     rows = [row(index) | {"choices": [f" p{index}", " n", f" q {index}"]} for index in range(ROWS)]
     data = write(tmp_path / "own.jsonl", rows)
-    record, path = call(folder, data, "--method", "platt", "--predictive", predictive)
-    assert path.name == f"{predictive}-{particles}-3.json" and record.key.answers == 3
+    record, path = call(folder, data, "--method", "platt", "--predictive", predictive, "--dtype", "float32")
+    assert path.name == f"{predictive}-{particles}-3-float32.json" and record.key.answers == 3
     posterior = artefact.load(folder)
     assert posterior.calibration == {record.key: record}
     base = resolve(str(tiny_base))
@@ -205,7 +232,7 @@ def test_rows_with_answers_of_their_own(
     assert p.shape == (ROWS, 3) and record.calibrator == calibration.Platt.fit(p, y)
     assert record.conformal == calibration.Conformal.fit("lac", p, y)
     _, other = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
-    assert other.name == "linearized-1024-2.json" and len(artefact.load(folder).calibration) == 2
+    assert other.name == "linearized-1024-2-float32.json" and len(artefact.load(folder).calibration) == 2
 
 
 def test_answers_of_their_own_that_no_record_can_serve(folder: Path, tmp_path: Path, call: Any) -> None:
@@ -231,4 +258,4 @@ def test_particle_posteriors(fitted: Path, tmp_path: Path, data: Path, call: Any
     with pytest.raises(PosteriorError, match="--particles is 3; 'gang' has 2"):
         call(tmp_path / "gang", data, "--particles", 3)
     record, path = call(tmp_path / "gang", data)
-    assert path.name == "mixture-2.json" and record.key.particles == 2
+    assert path.name == "mixture-2-bfloat16.json" and record.key.particles == 2

@@ -14,14 +14,22 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from posterior import calibration, files, metrics
+from posterior import calibration, metrics
 from posterior.calibrate import cross_fit, measure
 from posterior.calibration import CALIBRATORS, MIN_ROWS, Conformal, Isotonic, Key, Platt, Record, Temperature, Vector
 from posterior.errors import PosteriorError
+from posterior.storage import atomic
 from posterior.task import Task
 
 TASK = Task("choice", "{text}:", ("a", "b", "c"))
-KEY = Key(base="sha256:00", posterior="11", template=calibration.template_hash(TASK), predictive="mixture", particles=8)
+KEY = Key(
+    base="sha256:00",
+    posterior="11",
+    template=calibration.template_hash(TASK),
+    predictive="mixture",
+    particles=8,
+    dtype="float32",
+)
 
 
 def draw(n: int, seed: int = 0, c: int = 3, sharpness: float = 2.5) -> tuple[Tensor, Tensor]:
@@ -36,7 +44,7 @@ def draw(n: int, seed: int = 0, c: int = 3, sharpness: float = 2.5) -> tuple[Ten
 def make(n: int = 80, **changes: Any) -> Record:
     p, y = draw(n)
     options: dict[str, Any] = {"method": "temperature", "score": "lac", "coverage": 0.9, "key": KEY} | changes
-    return measure(p, y, data="sha256:22", dtype="float32", **options)
+    return measure(p, y, data="sha256:22", **options)
 
 
 def test_temperature_is_the_best_of_a_grid() -> None:
@@ -242,7 +250,7 @@ def test_what_is_reported_is_cross_fitted() -> None:
 
 def test_refusals() -> None:
     p, _ = draw(80)
-    options: dict[str, Any] = {"score": "lac", "coverage": 0.9, "key": KEY, "data": "", "dtype": "float32"}
+    options: dict[str, Any] = {"score": "lac", "coverage": 0.9, "key": KEY, "data": ""}
     with pytest.raises(PosteriorError, match="all 80 answers are right.*--method platt"):
         measure(p, p.argmax(1), method="temperature", **options)
     assert measure(p, p.argmax(1), method="platt", **options).n == 80
@@ -266,15 +274,15 @@ def load(folder: Path, **changes: Any) -> dict[Key, Record]:
 def test_round_trip_is_exact(tmp_path: Path, method: calibration.Method) -> None:
     record = make(method=method, score="aps")
     path = save(tmp_path / "f", record)
-    assert path.name == "mixture-8.json" and load(tmp_path / "f") == {KEY: record}
-    assert [file.name for file in path.parent.iterdir()] == ["mixture-8.json"], "no temporary file stays"
+    assert path.name == "mixture-8-float32.json" and load(tmp_path / "f") == {KEY: record}
+    assert [file.name for file in path.parent.iterdir()] == ["mixture-8-float32.json"], "no temporary file stays"
 
 
 def test_answers_that_rows_bring_are_counted(tmp_path: Path) -> None:
     task = Task("choice", "{text}:")
     keys = [KEY.model_copy(update={"template": calibration.template_hash(task), "answers": n}) for n in (3, 4)]
     paths = [save(tmp_path, make(key=key)) for key in keys]
-    assert [path.name for path in paths] == ["mixture-8-3.json", "mixture-8-4.json"]
+    assert [path.name for path in paths] == ["mixture-8-3-float32.json", "mixture-8-4-float32.json"]
     assert set(load(tmp_path, task=task)) == set(keys)
 
 
@@ -308,9 +316,44 @@ def test_a_record_of_another_posterior_is_refused(tmp_path: Path, other: dict[st
 
 def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, make())
+    path.rename(path.with_name("mixture-9-float32.json"))
+    with pytest.raises(PosteriorError, match="calibrates another posterior or predictive"):
+        load(tmp_path)
+
+
+def test_records_of_two_dtypes_lie_apart(tmp_path: Path) -> None:
+    other = KEY.model_copy(update={"dtype": "bfloat16"})
+    paths = [save(tmp_path, make(key=key)) for key in (KEY, other)]
+    assert [path.name for path in paths] == ["mixture-8-float32.json", "mixture-8-bfloat16.json"]
+    assert set(load(tmp_path)) == {KEY, other}
+
+
+def test_a_record_of_format_1_has_its_dtype_in_the_key(tmp_path: Path) -> None:
+    """As it was written then: the dtype beside the key, and not in the file's name. A newer one takes its place."""
+    earlier = make()
+    content = earlier.model_dump(mode="json")
+    content |= {"format": 1, "dtype": content["key"].pop("dtype")}
+    (tmp_path / "calibration").mkdir()
+    path = tmp_path / "calibration" / "mixture-8.json"
+    path.write_text(json.dumps(content | {"hash": calibration._digest(content)}))
+    assert load(tmp_path) == {KEY: earlier}
+    newer = make(method="platt")
+    save(tmp_path, newer)
+    assert load(tmp_path) == {KEY: newer}
     path.rename(path.with_name("mixture-9.json"))
     with pytest.raises(PosteriorError, match="calibrates another posterior or predictive"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("mixture-8-float32.json", True), ("map-1.json", True), ("linearized-1024-3-bfloat16.json", True),
+     (".mixture-8.json.posterior-part", True), (".mixture-8.json.posterior-lock", True),
+     ("notes.json", False), ("mixture.json", False), ("mixture-8-float32.json.bak", False), ("map-1.txt", False)],
+)  # fmt: skip
+def test_which_files_are_records(name: str, own: bool) -> None:
+    assert calibration.is_record(Path("calibration") / name) == own
+    assert not calibration.is_record(Path(name)) and not calibration.is_record(Path("calibration") / "more" / name)
 
 
 def forge(path: Path, **changes: Any) -> None:
@@ -344,7 +387,7 @@ def test_a_changed_number_is_refused(tmp_path: Path) -> None:
         ({"conformal": {"score": "lac", "scores": [0.2] * 5000}}, "conformal.scores"),
         ({"n": 58}, "n: "),
         ({"n": "80"}, "n: "),
-        ({"format": 2}, "format"),
+        ({"format": 3}, "format"),
         ({"more": 1}, "more"),
         ({"before": {"nll": {"value": math.inf, "low": 0.0, "high": 1.0}}}, "before.nll.value"),
     ],
@@ -379,7 +422,7 @@ def test_a_full_disk_leaves_the_old_record_and_no_rubbish(tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(PosteriorError, match="No space left on device; make room"):
         save(tmp_path, make(method="platt"))
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]

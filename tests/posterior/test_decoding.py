@@ -69,6 +69,19 @@ def test_one_particle_has_no_epistemic_part_and_no_text_is_certain() -> None:
     assert none.confidence == 1.0 and none.log_weights.shape == (1, K)
 
 
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_a_particle_of_weight_zero_that_alone_expects_the_text_changes_nothing(mixing: Mixing) -> None:
+    """Its ratio to the mixture, e^1200, is beyond any number."""
+    log_p = torch.full((400, 3), -3.5, dtype=torch.float64)
+    log_p[:, 1], log_p[:, 2] = -3.0, -0.5
+    zero = torch.zeros(400)
+    whole = text_predictive(log_p, torch.tensor([0.5, 0.5, 0.0]), mixing, zero, zero)
+    without = text_predictive(log_p[:, :2], torch.tensor([0.5, 0.5]), mixing, zero, zero)
+    assert math.isfinite(whole.mc_error) and whole.mc_error == pytest.approx(without.mc_error)
+    assert whole.expected == pytest.approx(without.expected) and torch.allclose(whole.logprob, without.logprob)
+    assert bool(whole.variance.isfinite().all())
+
+
 def test_a_particle_of_weight_zero_changes_nothing() -> None:
     log_p, _ = random_text(2)
     some = text_predictive(log_p[:, :2], torch.tensor([0.6, 0.4]).log(), "sequence", torch.ones(T), torch.ones(T))

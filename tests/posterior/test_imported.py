@@ -116,7 +116,7 @@ def test_particles_are_the_adapters(peft_folder, collect, tiny_base, capsys):
     assert "warning" not in capsys.readouterr().err
     tokens = torch.arange(5, 15)[None]
     seen = []
-    for given, written in zip(folders, posterior.adapters(2, posterior.path), strict=True):
+    for given, written in zip(reversed(folders), posterior.adapters(2, posterior.path), strict=True):
         with torch.no_grad():
             expected, found = (
                 PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(path))(tokens).logits

@@ -9,7 +9,7 @@ from posterior import lora
 from posterior.data import collate
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
-from posterior.map import Trainer, Training
+from posterior.map import Checkpoint, Trainer, Training
 from tests.posterior.conftest import make_examples, tiny_llama
 
 EXAMPLES = make_examples(10)
@@ -63,6 +63,34 @@ def test_resuming_is_exact(tmp_path):
         second.run_epoch()
     expected, resumed = lora.get(whole.model), lora.get(second.model)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_checkpoint_is_of_one_fit(tmp_path):
+    """A state without its mark, or of another fit, begins anew: both are one file, so no crash can part them."""
+    run, mine, other = trainer(), Checkpoint(tmp_path / "c", "mine"), Checkpoint(tmp_path / "c", "other")
+    run.run_epoch()
+    mine.save(run)
+    for checkpoint, step in ((mine, run.step), (other, 0)):
+        again = trainer()
+        checkpoint.resume(again)
+        assert again.step == step
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["state.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(PosteriorError, match="state.safetensors is damaged .*; delete it and begin anew"):
+        Checkpoint(tmp_path, "mine").resume(trainer())
+
+
+def test_two_fits_do_not_share_a_checkpoint(tmp_path):
+    checkpoint = Checkpoint(tmp_path / ".it.checkpoint", "mine")
+    with checkpoint.held():
+        (tmp_path / ".it.checkpoint").mkdir()
+        with pytest.raises(PosteriorError, match="another process is at work on"):
+            checkpoint.held().__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_steps_stop_in_the_middle_of_an_epoch():

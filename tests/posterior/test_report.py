@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from posterior import evaluate, files, metrics, plots
+from posterior import evaluate, metrics, plots
 from posterior.errors import PosteriorError
 from posterior.report import MEANING, Report, Source
+from posterior.storage import atomic
 
 ROWS = [{"text": f"a {'fine' if index % 3 else 'poor'} thing {index}", "label": index % 2} for index in range(40)]
 
@@ -187,7 +188,7 @@ def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(PosteriorError, match="cannot write .*r.html: No space left on device; make room"):
         make().save(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -349,4 +349,4 @@ def test_bad_input_is_one_sentence(run_fit, options, match):
 def test_the_record_is_json(run_fit):
     posterior = run_fit(method="svgd", particles=2)
     assert artefact.load(posterior.path).hash == posterior.hash
-    assert json.loads((posterior.path / "posterior.json").read_text())["fit"]["method"] == "svgd"
+    assert json.loads((posterior.path / "posterior.json").read_text())["provenance"]["fit"]["method"] == "svgd"

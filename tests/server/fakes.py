@@ -66,6 +66,7 @@ class Engine:
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
+    dtype: str = "bfloat16"
     delay: float = 0.0
     failure: Exception | None = None
     living: bool = True
@@ -156,6 +157,7 @@ class Linearizer:
     """One Gaussian for every prompt."""
 
     failure: Exception | None = None
+    dtype: str = "float32"
     problem: Exception | None = None
 
     def check(self) -> None:

@@ -25,6 +25,7 @@ KEY = Key(
     template=template_hash(fakes.Posterior("mood", "laplace").task),
     predictive="mixture",
     particles=3,
+    dtype="bfloat16",
 )
 
 
@@ -32,7 +33,7 @@ def record(key: Key = KEY, calibrator: Calibrator | None = None) -> Record:
     scores = tuple(i / 100 for i in range(1, 101))  # lac: the threshold at coverage c is about c
     return Record(
         key=key, calibrator=calibrator or Temperature(temperature=2.0), conformal=Conformal(score="lac", scores=scores),
-        n=100, data="sha256:22", dtype="float32", before=ONE, after=ONE, coverage=0.9, sets=ONE,
+        n=100, data="sha256:22", before=ONE, after=ONE, coverage=0.9, sets=ONE,
     )  # fmt: skip
 
 
@@ -77,7 +78,14 @@ def test_what_belongs_to_the_posterior_stays(client: TestClient, service: Servic
 
 @pytest.mark.parametrize(
     "other",
-    [{"base": "sha256:99"}, {"posterior": "99"}, {"template": "sha256:99"}, {"predictive": "map"}, {"particles": 4}],
+    [
+        {"base": "sha256:99"},
+        {"posterior": "99"},
+        {"template": "sha256:99"},
+        {"predictive": "map"},
+        {"particles": 4},
+        {"dtype": "float32"},
+    ],
 )
 def test_any_other_key_is_not_calibrated(client: TestClient, service: Service, other: dict[str, Any]) -> None:
     plain = ask(client)
@@ -137,15 +145,34 @@ def test_answers_that_questions_bring_are_calibrated_by_their_number(client: Tes
     assert raw["calibrated"] is False
 
 
-@pytest.mark.parametrize(("predictive", "particles"), [("linearized", 1024), ("map", 1)])
+@pytest.mark.parametrize(
+    ("predictive", "particles", "dtype"), [("linearized", 1024, "float32"), ("map", 1, "bfloat16")]
+)
 def test_other_predictives_have_records_of_their_own(
-    client: TestClient, service: Service, predictive: Any, particles: int
+    client: TestClient, service: Service, predictive: Any, particles: int, dtype: str
 ) -> None:
-    give(service, record(KEY.model_copy(update={"predictive": predictive, "particles": particles})))
+    """In the dtype of what computes them: the worker's for linearized, the engine's for the others."""
+    key = KEY.model_copy(update={"predictive": predictive, "particles": particles, "dtype": dtype})
+    give(service, record(key.model_copy(update={"dtype": "float16"})))
+    assert ask(client, predictive=predictive, particles=None)["calibrated"] is False
+    give(service, record(key))
     item = ask(client, predictive=predictive, particles=None)
     assert item["calibrated"] is True and item["calibration"]["key"]["particles"] == item["particles"] == particles
     if predictive == "map":
         assert ask(client, model="mood/map", predictive=None, particles=None)["calibrated"] is True
+
+
+def test_records_of_another_dtype_are_said(service: Service) -> None:
+    """One line with the command, unless there is one of the dtype that is served, too."""
+    posterior: Any = service.registry.served["mood"].posterior
+    posterior.path = "posteriors/mood"
+    linear = KEY.model_copy(update={"predictive": "linearized", "particles": 1024, "dtype": "float32"})
+    give(service, record(KEY.model_copy(update={"dtype": "float32"})), record(linear))
+    (line,) = service.unapplied()
+    assert "mood's mixture was made in float32 and is not applied to answers in bfloat16" in line and "\n" not in line
+    assert "`posterior calibrate posteriors/mood ROWS --predictive mixture --particles 3 --dtype bfloat16`" in line
+    give(service, record(KEY.model_copy(update={"dtype": "float32"})), record(KEY), record(linear))
+    assert service.unapplied() == []
 
 
 def test_chat_is_not_calibrated(client: TestClient, service: Service) -> None:

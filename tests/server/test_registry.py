@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from posterior.base import Base
 from posterior.errors import PosteriorError
 from server import registry
 from server.metrics import Metrics
+from tests.sealed import edit, rehash
 from tests.server import folders
 
 
@@ -52,6 +52,27 @@ def test_names_adapters_and_weights(root: Path, base: Base) -> None:
     assert set(served.public) == {"gang", "gang/map", "mood", "mood/map"}
 
 
+def test_the_heaviest_particles_come_first(root: Path, base: Base) -> None:
+    """A request for fewer takes those; of equal ones the first. Weights sum to one; one of weight zero comes last."""
+    weights = (0.0, 0.25, 0.5, 0.25)
+    folders.particles(root, base, weights)
+    gang = load(root, base).served["gang"]
+    assert [adapter.path.name for adapter in gang.particles] == ["002", "001", "003", "000"]
+    assert [adapter.name.rpartition("/")[2] for adapter in gang.particles] == ["002", "001", "003", "000"]
+    assert gang.weights == (0.5, 0.25, 0.25, 0.0)
+
+
+def test_a_posterior_that_a_killed_writer_had_moved_away_is_served(root: Path, base: Base) -> None:
+    (root / ".mood.posterior-work").mkdir()
+    (root / "mood").rename(root / ".mood.posterior-work" / "old")
+    assert "mood" in load(root, base).served and not (root / ".mood.posterior-work").exists()
+
+
+def test_what_a_killed_writer_left_is_not_served(root: Path, base: Base) -> None:
+    shutil.copytree(root / "mood", root / ".mood.posterior-work" / "new")
+    assert list(load(root, base).served) == ["tiny", "gang", "gang/map", "mood", "mood/map"]
+
+
 def test_new_weights_get_new_names(root: Path, base: Base) -> None:
     """vLLM keys its prefix cache by the adapter's name: other weights under the same name would serve stale states."""
     before = {a.name for a in load(root, base).adapters if a.name.startswith("mood")}
@@ -68,25 +89,20 @@ def refused(root: Path, base: Base, name: str, words: str) -> None:
     assert len(set(numbers)) == len(numbers) and min(numbers) >= 1
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
 
 
-def resealed(folder: Path) -> None:
-    """Hashes that fit the files again."""
-    path = folder / "posterior.json"
-    edit(
-        path,
-        lambda record: record["files"].update(
-            {name: "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record["files"]}
-        ),
-    )
+def rewrite_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / "posterior.json").read_text())
+    change(record)
+    edit(folder, **record)
 
 
 def test_another_base_is_refused(root: Path, base: Base) -> None:
-    edit(root / "mood" / "posterior.json", lambda record: record["base"].update(hash="sha256:11"))
+    rewrite_record(root / "mood", lambda record: record["base"].update(hash="sha256:11"))
     refused(root, base, "mood", "was fitted on")
 
 
@@ -101,7 +117,7 @@ def test_damage_is_refused(root: Path, base: Base) -> None:
 
 
 def test_another_format_is_refused(root: Path, base: Base) -> None:
-    edit(root / "mood" / "posterior.json", lambda record: record.update(format=99))
+    rewrite_record(root / "mood", lambda record: record.update(format=99))
     refused(root, base, "mood", "format 99")
 
 
@@ -110,8 +126,8 @@ def test_another_format_is_refused(root: Path, base: Base) -> None:
     [({"use_dora": True}, "has use_dora set"), ({"r": 1024}, "has rank 1024; vLLM serves up to 512")],
 )
 def test_an_adapter_that_vllm_would_refuse(root: Path, base: Base, setting: dict[str, Any], words: str) -> None:
-    edit(root / "mood" / "map" / "adapter_config.json", lambda config: config.update(setting))
-    resealed(root / "mood")
+    rewrite(root / "mood" / "map" / "adapter_config.json", lambda config: config.update(setting))
+    rehash(root / "mood")
     refused(root, base, "mood", words)
 
 
@@ -121,16 +137,16 @@ def test_adapters_of_the_vocabulary_are_refused(root: Path, base: Base) -> None:
     save_file(tensors, path)
     path = root / "mood" / "laplace.safetensors"
     save_file({k.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for k, v in load_file(path).items()}, path)
-    resealed(root / "mood")
+    rehash(root / "mood")
     refused(root, base, "mood", "adapts lm_head; only adapters inside the layers are served")
 
 
 @pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", "all-linear", ".*proj"])
 def test_a_pattern_of_targets_is_served_by_what_the_tensors_say(root: Path, base: Base, pattern: str) -> None:
     for part in ("map", "particles/000", "particles/001", "particles/002"):
-        edit(root / "gang" / part / "adapter_config.json", lambda config: config.update(target_modules=pattern))
-    edit(root / "gang" / "posterior.json", lambda record: record["lora"].update(target_modules=pattern))
-    resealed(root / "gang")
+        rewrite(root / "gang" / part / "adapter_config.json", lambda config: config.update(target_modules=pattern))
+    rewrite_record(root / "gang", lambda record: record["lora"].update(target_modules=pattern))
+    rehash(root / "gang")
     served = load(root, base)
     assert not served.refused and "gang" in served.served
     assert served.modules == {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}
@@ -138,13 +154,14 @@ def test_a_pattern_of_targets_is_served_by_what_the_tensors_say(root: Path, base
 
 def test_the_largest_rank_counts_those_of_patterns(root: Path, base: Base) -> None:
     assert load(root, base).rank == folders.RANK
-    edit(root / "gang" / "map" / "adapter_config.json", lambda config: config.update(rank_pattern={"x_proj": 48}))
-    resealed(root / "gang")
+    rewrite(root / "gang" / "map" / "adapter_config.json", lambda config: config.update(rank_pattern={"x_proj": 48}))
+    rehash(root / "gang")
     assert load(root, base).rank == 48
 
 
 def test_files_outside_the_folder_are_refused(root: Path, base: Base) -> None:
-    edit(root / "mood" / "posterior.json", lambda record: record["files"].update({"../../secret": "sha256:00"}))
+    files = json.loads((root / "mood" / "posterior.json").read_text())["files"]
+    edit(root / "mood", files=files | {"../../secret": "sha256:00"})
     refused(root, base, "mood", "outside the folder")
 
 

@@ -84,7 +84,7 @@ def test_each_particle_equals_transformers_and_peft(
     posterior = server.gang if name == "gang" else server.mood
     data = server.predict(model=name, inputs=INPUTS, predictive="mixture", per_particle=True)["data"]
     answers = list(folders.TASK.answers or ())
-    for k, folder in enumerate(posterior.adapters(PARTICLES, server.cache / "adapters")):
+    for k, folder in enumerate(posterior.adapters(PARTICLES, server.cache / "draws")):
         expected = reference(folder, prompts, answers).exp()
         served = torch.tensor([item["per_particle"][k] for item in data])
         assert torch.allclose(served.double(), expected, atol=1e-3), (served, expected)
