@@ -17,11 +17,12 @@ from posterior import artefact, calibration, lora
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import CALIBRATORS, FLOOR, MIN_ROWS, Conformal, Key, Method, PredictiveName, Record, Score
-from posterior.data import ROWS, Example, Row, data_hash, encode, read_jsonl
+from posterior.data import ROWS, Example, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.evaluate import answer_count, base_spec, linearized, map_scores, markdown, sampled
 from posterior.metrics import Estimate, check, estimate
 from posterior.predictive import from_gaussian
+from posterior.reading import Row, read_rows
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
 PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     """The record and where it was written. Raises PosteriorError for whatever the user can mend."""
     posterior = artefact.load(args.posterior)
-    rows = read_jsonl(args.data)
+    rows = read_rows(args.data)
     predictive, k = _check(posterior, rows, args)
     base = resolve(args.base or base_spec(posterior.base))
     posterior.check_base(base.hash)

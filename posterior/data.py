@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from posterior import candidates
 from posterior.errors import PosteriorError
+from posterior.reading import Row
 from posterior.task import Task, Tokenizer, chat_ids
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,28 +109,6 @@ class Batch:
             target=self.target.flatten(0, 1)[:, None],
             source=source.flatten(0, 1)[:, None],
         )
-
-
-def read_jsonl(path: Path | str) -> list[Row]:
-    """All rows of a JSONL file; the error names the line. Raises PosteriorError."""
-    path = Path(path)
-    if not path.is_file():
-        raise PosteriorError(f"no data file at {path}; give a JSONL file with one JSON object a line")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PosteriorError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise PosteriorError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    if not rows:
-        raise PosteriorError(f"{path} has no rows; at least one is needed")
-    return rows
 
 
 def data_hash(rows: Sequence[Row]) -> str:

@@ -22,11 +22,12 @@ from posterior import linearized as linear
 from posterior.arguments import add_evaluation
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.calibration import Temperature
-from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode, read_jsonl
+from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
 from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
 from posterior.predictive import Predictive, entropy, from_particles
+from posterior.reading import read_rows
 from posterior.report import ENTROPIES, Report, Source, cells
 from posterior.task import Task
 
@@ -120,7 +121,7 @@ class Rows:
 
     @classmethod
     def read(cls, task: Task, tokenizer: Any, path: Path, labels: bool = True) -> Rows:
-        rows = read_jsonl(path)
+        rows = read_rows(path)
         examples = encode(task, tokenizer, rows if labels else [row | {"label": 0} for row in rows])
         y = torch.tensor([example.label for example in examples])
         return cls(Source(path.name, data_hash(rows), len(rows)), examples, y)

@@ -20,10 +20,11 @@ from peft import PeftModel
 from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, scale, svgd, swag, tfb
 from posterior.arguments import add_task
 from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, data_hash, encode, read_jsonl
+from posterior.data import Example, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.job import EPOCHS, EVIDENCE, PRECISION, Job, Result, number
 from posterior.map import Checkpoint
+from posterior.reading import read_rows
 from posterior.task import Task
 
 METHODS: dict[str, Callable[[Job], Result]] = {
@@ -202,11 +203,11 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     task = Task(
         args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
     )
-    rows = read_jsonl(args.data)
+    rows = read_rows(args.data)
     base = resolve(args.base)
     tokenizer: Any = load_tokenizer(base)
     examples = encode(task, tokenizer, rows, max_length=args.max_length)
-    heldout = encode(task, tokenizer, read_jsonl(args.heldout), max_length=args.max_length) if args.heldout else []
+    heldout = encode(task, tokenizer, read_rows(args.heldout), max_length=args.max_length) if args.heldout else []
     _check_rows(args, task, examples, heldout)
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))

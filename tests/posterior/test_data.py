@@ -12,8 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from posterior import candidates
-from posterior.data import WINDOW, batches, collate, encode, read_jsonl, shuffled
+from posterior.data import WINDOW, batches, collate, encode, shuffled
 from posterior.errors import PosteriorError
+from posterior.reading import read_rows
 from posterior.task import Task
 from tests.posterior.conftest import make_examples
 
@@ -124,7 +125,7 @@ def test_messages_and_prompt_response_rows(tokenizer):
 def test_jsonl_errors_name_the_line(tmp_path):
     path = tmp_path / "x.jsonl"
     with pytest.raises(PosteriorError, match="no data file"):
-        read_jsonl(path)
+        read_rows(path)
     for text, match in (
         ("", "no rows"),
         ('{"a": 1}\n{', "line 2: not JSON"),
@@ -132,7 +133,7 @@ def test_jsonl_errors_name_the_line(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(PosteriorError, match=match):
-            read_jsonl(path)
+            read_rows(path)
 
 
 def test_batches_cover_every_row_once_and_keep_kinds_apart():
