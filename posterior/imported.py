@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from posterior import adalora, artefact, candidates, lora
-from posterior.arguments import add_task
+from posterior import adalora, arguments, artefact, candidates, lora
+from posterior.arguments import add_task, check_out
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
-from posterior.task import Task
 
 # What makes an update of A and B, and so must be the same for all: the artefact keeps one configuration.
 SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -46,9 +45,8 @@ def collect(args: argparse.Namespace) -> artefact.Posterior:
     finite.
     """
     weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
-    task = Task(
-        args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
-    )
+    check_out(args.out)
+    task = arguments.task(args)
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(adalora.ordinary(folder)) for folder in args.adapters]
         configs = [lora.read_config(folder) for folder in folders]

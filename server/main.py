@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
+from posterior.arguments import Range, check_numbers
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from server import auth, registry
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 DRAIN_SECONDS = 30
+NUMBERS = {
+    "port": Range(0, 65535),
+    "particles": Range(2, 1000),  # one sample has no spread
+    "max_model_len": Range(2, 2**31),
+    "max_num_seqs": Range(1, 2**16),
+    "kv_cache_gib": Range(0, 2**20, above=True),
+    "gpu_memory_utilization": Range(0, 1, above=True),
+}
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
 
@@ -67,12 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can mend."""
-    if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
-        raise PosteriorError(f"--kv-cache-gib is {args.kv_cache_gib}; it must be positive")
+    check_numbers(args, NUMBERS)
     if args.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
-    if args.particles < 2:
-        raise PosteriorError("--particles must be at least 2: one sample has no spread")
     auth.check_exposure(args.host, args.api_key)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
     with contextlib.suppress(KeyboardInterrupt):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from posterior import artefact
+from posterior.arguments import NAME
 from posterior.artefact import Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
@@ -16,7 +16,6 @@ from posterior.task import Scores, Task
 from server.engine import Adapter
 from server.schemas import PredictiveName
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HASH_DIGITS = 12
 
 

@@ -106,8 +106,8 @@ def test_rows_may_bring_their_own_choices(tokenizer):
 
 
 def test_too_long_rows_are_never_cut(tokenizer):
-    with pytest.raises(PosteriorError, match="row 1 has .* tokens, more than --max-length 8"):
-        encode(TASK, tokenizer, [{"text": "long " * 20, "label": 0}], max_length=8)
+    with pytest.raises(PosteriorError, match="row 1 has .* tokens, more than --max-length 8; shorten"):
+        encode(TASK, tokenizer, [{"text": "long " * 20, "label": 0}], longest=8, limit="--max-length 8")
 
 
 def test_messages_and_prompt_response_rows(tokenizer):
