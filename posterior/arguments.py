@@ -96,6 +96,12 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def warn(*lines: str) -> None:
+    """Print what the user should look at."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:
     """Raises PosteriorError for an option that is given and out of its range."""
     for name, allowed in ranges.items():

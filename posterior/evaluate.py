@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from posterior import artefact, laplace, lora
 from posterior import linearized as linear
-from posterior.arguments import SIZES, add_evaluation, check_device, check_numbers
+from posterior.arguments import SIZES, add_evaluation, check_device, check_numbers, warn
 from posterior.base import context, load_model, load_tokenizer, resolve
 from posterior.calibration import Temperature
 from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode
@@ -83,10 +82,10 @@ def evaluate(args: argparse.Namespace) -> Report:
     ood = read(args.ood, labels=False) if args.ood else None
     again = test.repeated(held) if held else 0
     if again:
-        _warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
+        warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
     seen = posterior.trained_on(test.examples)
     if seen:
-        _warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")
+        warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")
     model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
     predict = partial(predictives, model, posterior, args.particles, args.batch_size)
     at_held = predict(held.examples) if held else {}
@@ -258,10 +257,6 @@ def markdown(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> str:
 def _markdown(table: Sequence[Sequence[str]]) -> str:
     head, *rows = (f"| {' | '.join(row)} |" for row in table)
     return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
-
-
-def _warn(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr)
 
 
 def base_spec(base: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ from posterior import (
     adalora,
     arguments,
     artefact,
+    base_check,
     blob,
     dropout,
     ensemble,
@@ -34,7 +35,7 @@ from posterior import (
     swag,
     tfb,
 )
-from posterior.arguments import add_task, check_out
+from posterior.arguments import add_task, check_out, warn
 from posterior.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.data import Example, data_hash, encode
 from posterior.errors import PosteriorError
@@ -231,7 +232,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     _check_rows(args, task, examples, heldout)
     out = Path(args.out)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
-    model = _model(base, args)
+    model = _model(base, args, tokenizer, task)
     args = _by_evidence(args, examples)
     task = replace(task, scale=_scale(args, model, examples))
     examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
@@ -250,18 +251,18 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     return posterior
 
 
-def _model(base: Base, args: argparse.Namespace) -> PeftModel:
-    """The base with a fresh adapter, or with somebody's."""
+def _model(base: Base, args: argparse.Namespace, tokenizer: Any, task: Task) -> PeftModel:
+    """The base, checked, with a fresh adapter or somebody's."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     if (dtype, args.device, torch.backends.cpu.get_cpu_capability()) == (torch.bfloat16, "cpu", "AVX2"):
-        print(
-            "warning: this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times "
-            "faster here",
-            file=sys.stderr,
+        warn(
+            "this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times faster here"
         )
     model = load_model(base, dtype, args.device)
+    warn(*base_check.check(tokenizer, base_check.scorer(model), task))
     if args.adapter:
         with adalora.ordinary(args.adapter) as folder:
+            warn(*lora.other_base(args.adapter, lora.read_config(folder), base.id))
             return lora.load_peft(model, folder)
     attach = pissa.attach if args.init == "pissa" else lora.attach
     return attach(
@@ -317,14 +318,13 @@ def _check_rows(args: argparse.Namespace, task: Task, examples: Sequence[Example
             raise PosteriorError(
                 f"{same}, which is no evidence of a prior; add rows of other answers or give --prior-precision a number"
             )
-        print(f"warning: {same}; the posterior learns to give it, and nothing else", file=sys.stderr)
+        warn(f"{same}; the posterior learns to give it, and nothing else")
     known = {(example.prompt, example.continuations) for example in examples}
     again = sum((example.prompt, example.continuations) in known for example in heldout)
     if again:
-        print(
-            f"warning: {again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too "
-            "sure of theta*",
-            file=sys.stderr,
+        warn(
+            f"{again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too sure of "
+            "theta*"
         )
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from posterior import adalora, arguments, artefact, candidates, lora
-from posterior.arguments import add_task, check_out
+from posterior import adalora, arguments, artefact, base_check, candidates, lora
+from posterior.arguments import add_task, check_out, warn
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 
@@ -53,13 +52,14 @@ def collect(args: argparse.Namespace) -> artefact.Posterior:
         thetas = [read(folder) for folder in folders]
         check_alike(args.adapters, configs, thetas)
         base = resolve(args.base)
+        tokenizer = load_tokenizer(base)
         if task.answers is not None:
-            candidates.encode(load_tokenizer(base), task.answers)
-        lora.load_peft(load_model(base, torch.float32, "cpu"), folders[0])
+            candidates.encode(tokenizer, task.answers)
+        model = load_model(base, torch.float32, "cpu")
+        warn(*base_check.check(tokenizer, base_check.scorer(model), task))
+        lora.load_peft(model, folders[0])
     for folder, config in zip(args.adapters, configs, strict=True):
-        named = config.get("base_model_name_or_path")
-        if named != base.id:
-            print(f"warning: {folder} names its base {named!r}; it is taken for {base.id!r}", file=sys.stderr)
+        warn(*lora.other_base(folder, config, base.id))
     return artefact.save(
         Path(args.out),
         family="particles",

@@ -157,7 +157,7 @@ def test_rows_of_one_answer_need_a_fixed_prior(run_fit, capsys):
     with pytest.raises(PosteriorError, match="every row has the answer 'p', which is no evidence of a prior"):
         run_fit(rows=rows)
     assert run_fit(rows=rows, prior_precision="7").prior["choice"] == "7"
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: every row")]
     assert "every row has the answer 'p'" in line
 
 
