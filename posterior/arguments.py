@@ -33,8 +33,8 @@ class Range:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return low if self.high == sys.float_info.max else f"{low} and at most {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {self.low:.10g}"
+        return low if self.high == sys.float_info.max else f"{low} and at most {self.high:.10g}"
 
 
 POSITIVE = Range(0, above=True)

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shlex
 import stat
 import zlib
@@ -85,6 +86,9 @@ def _text(path: Path, data: bytes) -> str:
     for start, encoding in _OTHER_TEXTS.items():
         if data.startswith(start):
             raise PosteriorError(f"{path} is {encoding} text; save it as UTF-8: {_convert(encoding, path)}")
+    if re.match(rb"[ -~]\x00|\x00[ -~]", data):
+        encoding = "UTF-16BE" if data.startswith(b"\x00") else "UTF-16LE"
+        raise PosteriorError(f"{path} looks like {encoding} text; save it as UTF-8: {_convert(encoding, path)}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,9 +99,6 @@ def _text(path: Path, data: bytes) -> str:
             f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; if the text is Latin-1 or "
             f"Windows-1252, save it as UTF-8: {_convert('WINDOWS-1252', path)}"
         ) from None
-    if text[1:2] == "\x00" or text[:1] == "\x00" < text[1:2]:
-        encoding = "UTF-16BE" if text.startswith("\x00") else "UTF-16LE"
-        raise PosteriorError(f"{path} looks like {encoding} text; save it as UTF-8: {_convert(encoding, path)}")
     if "\x00" in text:
         raise PosteriorError(f"{path} is a binary file: it holds zero bytes; expected {FORMATS}")
     return text

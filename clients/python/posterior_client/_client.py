@@ -1,5 +1,6 @@
 """`PosteriorClient` and its async twin: thin wrappers whose transport (retries, timeouts, auth) is the SDK's own."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -8,7 +9,7 @@ from typing import Any, Self
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from posterior_client._exceptions import translated
+from posterior_client._exceptions import InputError, translated
 from posterior_client._types import PredictiveName, PredictiveResponse
 from posterior_client._uncertainty import predictive_response
 
@@ -62,6 +63,7 @@ class PosteriorClient:
             coverage: of the credible intervals, in (0, 1).
 
         Raises:
+            InputError: a text that is none (half of a character), or a number that is not finite; nothing was sent.
             StatusError: the server refused, with its own message.
             UnreachableError: no server there, or too slow.
             ResponseError: the answer is not a Posterior Server's.
@@ -135,4 +137,29 @@ def _settings(base_url: str | None, api_key: str | None) -> tuple[str, str]:
 
 
 def _body(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name != "self" and value is not None}
+    body = {name: value for name, value in arguments.items() if name != "self" and value is not None}
+    for name, value in body.items():
+        _check(name, value)
+    return body
+
+
+def _check(name: str, value: object) -> None:
+    """Raises InputError for what JSON in UTF-8 cannot say, inside `value` too."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise InputError(
+                f"{name} holds {half!r}, half of a character or a byte that is not UTF-8; write it in UTF-8"
+            ) from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}; give a finite number")
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _check(name, key)
+            _check(name, each)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        for each in value:
+            _check(name, each)
