@@ -206,9 +206,11 @@ def _loops_over_parts(template: str) -> bool:
     contents = {"content", *_macro_contents(root)}
 
     def of_content(node: Any) -> bool:
+        if isinstance(node, nodes.Name):
+            return node.name in contents
         while isinstance(node, nodes.Filter | nodes.Test) or _sliced(node):
             node = node.node
-        return isinstance(node, nodes.Name) and node.name in contents or _is_content(node)
+        return _is_content(node)
 
     return any(of_content(loop.iter) for loop in root.find_all(nodes.For))
 

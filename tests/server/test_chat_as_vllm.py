@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm.config import ModelConfig
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.renderers.chat_utils import parse_chat_messages
-from vllm.renderers.hf import _detect_content_format, safe_apply_chat_template
 
 from posterior.base import load_tokenizer, resolve
 from posterior.chat import _loops_over_parts, chat_ids
+from server.engine.config import set_environment
 from tests.posterior.test_chat import LLAMA2, PARTS, PLAIN, STRICT
+
+set_environment("cpu")  # before vLLM, as the server does
+
+from vllm.config import ModelConfig  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: E402
+from vllm.renderers.chat_utils import parse_chat_messages  # noqa: E402
+from vllm.renderers.hf import _detect_content_format, safe_apply_chat_template  # noqa: E402
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rome"}'}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}, "strict": True}}]
