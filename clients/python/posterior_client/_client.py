@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -24,6 +25,9 @@ class PosteriorClient:
         api_key: default $POSTERIOR_API_KEY, else none.
         timeout: seconds a request may take.
         max_retries: how often a lost connection, 408, 409, 429 or 5xx is tried again (the SDK honours Retry-After).
+
+    Raises:
+        InputError: the base URL is none, or the API key cannot stand in a header.
     """
 
     def __init__(
@@ -133,7 +137,21 @@ class AsyncPosteriorClient:
 def _settings(base_url: str | None, api_key: str | None) -> tuple[str, str]:
     base_url = base_url or os.environ.get("POSTERIOR_BASE_URL") or BASE_URL
     # Without a key the SDK would send $OPENAI_API_KEY, a secret of someone else, to this server.
-    return base_url, api_key or os.environ.get("POSTERIOR_API_KEY") or "none"
+    key = api_key or os.environ.get("POSTERIOR_API_KEY") or "none"
+    if not _is_url(base_url):
+        raise InputError(f"the base URL {base_url!r} is none; write it like {BASE_URL}")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("the API key holds characters that no HTTP header may have; use ASCII letters and digits")
+    return base_url, key
+
+
+def _is_url(text: str) -> bool:
+    try:
+        text.encode()
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # also what has no UTF-8, or no number as its port
+        return False
 
 
 def _body(arguments: dict[str, Any]) -> dict[str, Any]:
