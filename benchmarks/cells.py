@@ -24,9 +24,10 @@ from torch import Tensor
 from benchmarks import smoothing
 from posterior import artefact, fit, lora
 from posterior.base import Base, load_model, load_tokenizer
-from posterior.data import Example, Row, data_hash, encode, read_jsonl
+from posterior.data import Example, data_hash, encode
 from posterior.evaluate import Predictions, linearized, map_scores, point, sampled
 from posterior.map import Trainer, Training
+from posterior.reading import Row, read_rows
 from posterior.task import Task
 
 DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results"
@@ -96,18 +97,18 @@ def read(name: str, folder: Path | None, rows: int, test_rows: int | None = None
     def part(path: str) -> list[Row]:
         if folder is None:
             raise SystemExit(f"{path} does not ship with the project; give the folder of the sets by --data")
-        return read_jsonl(folder / path)
+        return read_rows(folder / path)
 
     if name in ("yelp", "sst2"):
         template, answers, field = "{text}\nSentiment:", (" negative", " positive"), "text"
         if name == "yelp":
-            train, calibration, test = (read_jsonl(DATA / f"yelp.{p}.jsonl") for p in ("train", "calibration", "test"))
+            train, calibration, test = (read_rows(DATA / f"yelp.{p}.jsonl") for p in ("train", "calibration", "test"))
         else:
             train, calibration, test = (_with_text(part(f"sst2/{p}.jsonl")) for p in ("train", "dev", "test"))
         others = {} if folder is None else {f"ood {o}": _with_text(part(f"{o}/test.jsonl")) for o in OOD}
         if folder is not None:
             amazon = _with_text(part("sentiment/amazon.test.jsonl"))
-            others["shift"] = amazon if name == "yelp" else read_jsonl(DATA / "yelp.test.jsonl")
+            others["shift"] = amazon if name == "yelp" else read_rows(DATA / "yelp.test.jsonl")
     else:
         template, answers, field = "Question: {prompt}\nAnswer:", None, "prompt"
         train, test = (_four(part(f"{name}/{p}.jsonl")) for p in ("train", "test"))

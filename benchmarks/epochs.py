@@ -20,9 +20,10 @@ import torch
 from benchmarks.cells import CALIBRATION, Data, read
 from posterior import artefact, fit, lora
 from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Row, encode
+from posterior.data import encode
 from posterior.evaluate import linearized, map_scores
 from posterior.metrics import Estimate, estimate
+from posterior.reading import Row
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ import torch
 from benchmarks.rivals import WAYS, dense, gradients
 from posterior import artefact, candidates, kfac, likelihood, lora, svgd
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Batch, Example, batches, encode, read_jsonl
+from posterior.data import Batch, Example, batches, encode
 from posterior.job import PRECISION, prior_precision
 from posterior.likelihood import scores
 from posterior.linearized import moments
 from posterior.map import Trainer, Training
+from posterior.reading import read_rows
 from posterior.sketch import Sketch
 from posterior.stacked import stack, stacked
 from server.main import SHIPPED
@@ -54,7 +55,7 @@ class Bench:
         posterior = artefact.load(args.posterior)
         base = resolve(args.base)
         self.tokenizer: Any = load_tokenizer(base)
-        rows = encode(posterior.task, self.tokenizer, read_jsonl(args.data)[: args.rows + args.asked])
+        rows = encode(posterior.task, self.tokenizer, read_rows(args.data)[: args.rows + args.asked])
         self.examples: list[Example] = rows[: args.rows]
         self.asked: list[Example] = rows[args.rows :]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

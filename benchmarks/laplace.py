@@ -23,9 +23,10 @@ import torch
 
 from posterior import artefact, fit, gaussian, laplace, lora
 from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, Row, encode, read_jsonl
+from posterior.data import Example, encode
 from posterior.evaluate import linearized, map_scores, markdown, sampled
 from posterior.metrics import Estimate, best_temperature, estimate, nll
+from posterior.reading import Row, read_rows
 
 DATA = Path(__file__).parent / "data"
 TEMPLATE, ANSWERS = "{text}\\nSentiment:", [" negative", " positive"]
@@ -61,10 +62,10 @@ def main() -> None:
 
 def sets(args: argparse.Namespace) -> Iterator[Set]:
     """yelp, and SST-2 when its folder is given; exact duplicates of training rows are dropped from the test rows."""
-    yelp = [read_jsonl(DATA / f"yelp.{part}.jsonl") for part in ("train", "calibration", "test")]
+    yelp = [read_rows(DATA / f"yelp.{part}.jsonl") for part in ("train", "calibration", "test")]
     folders = [] if args.no_yelp else [("yelp", yelp)]
     if args.sst2:
-        parts = [read_jsonl(args.sst2 / f"{part}.jsonl") for part in ("train", "dev", "test")]
+        parts = [read_rows(args.sst2 / f"{part}.jsonl") for part in ("train", "dev", "test")]
         folders.append(("sst2", [[row | {"text": row["prompt"]} for row in part] for part in parts]))
     for name, (train, calibration, test) in folders:
         train = train[: args.rows]

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from posterior import artefact, imported, lora
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Batch, encode, read_jsonl
+from posterior.data import Batch, encode
 from posterior.job import MEMBERS, prior_precision
 from posterior.likelihood import scores
 from posterior.map import Trainer, Training
+from posterior.reading import read_rows
 from posterior.task import Task
 
 SMOOTHING = 0.1  # of the probability is shared equally by all candidates
@@ -35,7 +36,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     model = lora.attach(load_model(base, getattr(torch, args.dtype), args.device), base_id=base.id)
     lora.initialise(model, args.seed * MEMBERS)
     tokenizer: Any = load_tokenizer(base)
-    examples = encode(task, tokenizer, read_jsonl(args.data))
+    examples = encode(task, tokenizer, read_rows(args.data))
     precision = prior_precision(lora.get(model), float(args.prior_precision))
     trainer = Smoothed(model, examples, precision, Training(args.learning_rate, args.epochs, seed=args.seed * MEMBERS))
     while not trainer.done:

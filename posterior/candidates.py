@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posterior.errors import PosteriorError
-from posterior.task import Tokenizer
+from posterior.tokens import Tokenizer, continuation
 
 MAX_CANDIDATES = 128  # what vLLM's `logprob_token_ids` accepts per request
 
@@ -16,13 +16,14 @@ def encode(tokenizer: Tokenizer, answers: Sequence[str]) -> Candidates:
     """Token ids of each answer, to be appended to a prompt's token ids exactly as they are.
 
     A leading space belongs to the answer: after "Sentiment:" the candidate is " positive". Raises PosteriorError for
-    fewer than 2 or more than 128 answers, an answer without tokens, or two that tokenise alike.
+    fewer than 2 or more than 128 answers, an answer without tokens or that the tokenizer cannot give back, or two that
+    tokenise alike.
     """
     if not 2 <= len(answers) <= MAX_CANDIDATES:
         raise PosteriorError(f"{len(answers)} candidate answers given; a choice needs 2 to {MAX_CANDIDATES}")
     seen: dict[tuple[int, ...], str] = {}
     for answer in answers:
-        tokens = tuple(tokenizer.encode(answer, add_special_tokens=False))
+        tokens = tuple(continuation(tokenizer, answer)) if answer else ()
         if not tokens:
             raise PosteriorError(f"candidate answer {answer!r} has no tokens; remove it")
         if tokens in seen:

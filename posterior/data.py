@@ -1,23 +1,24 @@
-"""Rows of JSONL as token sequences: a prompt, its possible continuations, and which one is true."""
+"""Rows as token sequences: a prompt, its possible continuations, and which one is true."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posterior import candidates
+from posterior.chat import answered_ids
 from posterior.errors import PosteriorError
-from posterior.task import Task, Tokenizer, chat_ids
-
-Row = dict[str, Any]
+from posterior.reading import Row
+from posterior.task import Task, Tokenizer
+from posterior.tokens import continuation
 
 
 @dataclass(frozen=True)
@@ -113,28 +114,6 @@ class Batch:
         )
 
 
-def read_jsonl(path: Path | str) -> list[Row]:
-    """All rows of a JSONL file; the error names the line. Raises PosteriorError."""
-    path = Path(path)
-    if not path.is_file():
-        raise PosteriorError(f"no data file at {path}; give a JSONL file with one JSON object a line")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PosteriorError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise PosteriorError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    if not rows:
-        raise PosteriorError(f"{path} has no rows; at least one is needed")
-    return rows
-
-
 def data_hash(rows: Sequence[Row]) -> str:
     """sha256 of the rows' canonical JSON: how an artefact refers to data it does not copy."""
     digest = hashlib.sha256()
@@ -149,18 +128,21 @@ def digests(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([int.from_bytes(each, "big", signed=True) for each in found], dtype=torch.int64)
 
 
-def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, max_length: int = 1024) -> list[Example]:
-    """Examples of all rows. A bad row is an error that names its number; nothing is cut silently."""
+def encode(
+    task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, longest: float = math.inf, limit: str = ""
+) -> list[Example]:
+    """Examples of all rows, of at most `longest` tokens each; `limit` says where that number is from.
+
+    A bad row is an error that names its number; nothing is cut silently. Raises PosteriorError.
+    """
     examples = []
     for number, row in enumerate(rows, 1):
         try:
             example = _choice(task, tokenizer, row) if task.kind == "choice" else _text(task, tokenizer, row)
         except PosteriorError as error:
             raise PosteriorError(f"row {number}: {error}") from None
-        if example.length > max_length:
-            raise PosteriorError(
-                f"row {number} has {example.length} tokens, more than --max-length {max_length}; shorten or drop it"
-            )
+        if example.length > longest:
+            raise PosteriorError(f"row {number} has {example.length} tokens, more than {limit}; shorten or drop it")
         examples.append(example)
     return examples
 
@@ -170,9 +152,7 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
         raise PosteriorError("the task has no answers and the row no list 'choices'; give --answers or add 'choices'")
     label = row.get("label")
-    if isinstance(label, str):
-        stripped = [answer.strip() for answer in answers]
-        label = stripped.index(label.strip()) if label.strip() in stripped else label
+    label = _index(label, answers) if isinstance(label, str) else label
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):
         raise PosteriorError(
             f"label {row.get('label')!r} is neither one of {list(answers)} nor an index below {len(answers)}"
@@ -183,24 +163,35 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     return choice(task, prompt, candidates.encode(tokenizer, answers), label)
 
 
+def _index(label: str, answers: Sequence[str]) -> int | str:
+    """Which answer a label in words is; CSV has indices in words too, which count where no answer is alike."""
+    stripped = [answer.strip() for answer in answers]
+    for known, wanted in ((list(answers), label), (stripped, label.strip())):
+        if known.count(wanted) == 1:
+            return known.index(wanted)
+    return int(label) if re.fullmatch("[0-9]{1,4}", label.strip()) and label.strip() not in stripped else label
+
+
 def choice(task: Task, prompt: Sequence[int], answers: candidates.Candidates, label: int = 0) -> Example:
     """A prompt's tokens with its encoded answers, scored as the task says; `label` is the true one's index."""
     return Example(tuple(prompt), answers, label, task.scores == "mean", task.scale)
 
 
 def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
-    """Rows of OpenAI fine-tuning `messages`, or the template's fields with a `response`."""
-    end = [tokenizer.eos_token_id]  # type: ignore[attr-defined]
+    """Rows of OpenAI fine-tuning `messages` and `tools`, or the template's fields with a `response`."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        raise PosteriorError("the base's tokenizer has no token that ends a text; a text task needs one")
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
-            raise PosteriorError("'messages' must be a list that ends with the assistant's message")
-        prompt, response = chat_ids(tokenizer, messages[:-1]), messages[-1].get("content")
+        prompt, response = answered_ids(tokenizer, row["messages"], row.get("tools"))
     else:
-        prompt, response = task.prompt_ids(tokenizer, row), row.get("response")
-    if not isinstance(response, str) or not response:
-        raise PosteriorError("no response text; add an assistant message or a field 'response'")
-    return Example(tuple(prompt), (tuple(tokenizer.encode(response, add_special_tokens=False) + end),), 0)
+        text = row.get("response")
+        if not isinstance(text, str) or not text:
+            raise PosteriorError("no response text; add an assistant message or a field 'response'")
+        prompt, response = task.prompt_ids(tokenizer, row), continuation(tokenizer, text)
+    if not prompt:
+        raise PosteriorError("the prompt is empty")
+    return Example(tuple(prompt), ((*response, end),), 0)
 
 
 ROWS, TOKENS = 32, 4096  # of a batch of predictions, at most: gradients of long rows would fill any memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +17,15 @@ from tqdm import tqdm
 
 from posterior import artefact, laplace, lora
 from posterior import linearized as linear
-from posterior.arguments import add_evaluation
-from posterior.base import load_model, load_tokenizer, resolve
+from posterior.arguments import SIZES, add_evaluation, check_device, check_numbers, warn
+from posterior.base import context, load_model, load_tokenizer, resolve
 from posterior.calibration import Temperature
-from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode, read_jsonl
+from posterior.data import ROWS, TOKENS, Example, batches, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.likelihood import scores
 from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
 from posterior.predictive import Predictive, entropy, from_particles
+from posterior.reading import FORMATS, read_rows
 from posterior.report import ENTROPIES, Report, Source, cells
 from posterior.task import Task
 
@@ -33,7 +33,7 @@ from posterior.task import Task
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compare the MAP adapter with the posterior predictive on labelled rows of a choice task."
     parser.add_argument("posterior", help="a posterior folder")
-    parser.add_argument("data", type=Path, help="test rows, JSONL, like the training data")
+    parser.add_argument("data", type=Path, help=f"test rows like the training data: {FORMATS}")
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.report and args.report.is_dir():
+        raise PosteriorError(f"--report {args.report} is a folder; name a file in it")
     if args.report and not args.report.parent.is_dir():
         raise PosteriorError(f"--report {args.report}: there is no folder {args.report.parent}; make it first")
     report = evaluate(args)
@@ -66,21 +68,23 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> Report:
     """What is known of the posterior on these rows. Raises PosteriorError for whatever the user can mend."""
+    check_numbers(args, SIZES)
+    check_device(args.device)
     posterior = artefact.load(args.posterior)
     if posterior.task.kind != "choice":
         raise PosteriorError(f"{posterior.name!r} is a text posterior; evaluate compares candidate answers")
     base = resolve(args.base or base_spec(posterior.base))
     posterior.check_base(base.hash)
-    read = partial(Rows.read, posterior.task, load_tokenizer(base))
+    read = partial(Rows.read, posterior.task, load_tokenizer(base), context(base))
     test = read(args.data)
     held = read(args.calibration) if args.calibration else None
     ood = read(args.ood, labels=False) if args.ood else None
     again = test.repeated(held) if held else 0
     if again:
-        _warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
+        warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
     seen = posterior.trained_on(test.examples)
     if seen:
-        _warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")
+        warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")
     model = lora.load_peft(load_model(base, getattr(torch, args.dtype), args.device), posterior.map_dir).eval()
     predict = partial(predictives, model, posterior, args.particles, args.batch_size)
     at_held = predict(held.examples) if held else {}
@@ -118,9 +122,14 @@ class Rows:
     y: Tensor
 
     @classmethod
-    def read(cls, task: Task, tokenizer: Any, path: Path, labels: bool = True) -> Rows:
-        rows = read_jsonl(path)
-        examples = encode(task, tokenizer, rows if labels else [row | {"label": 0} for row in rows])
+    def read(cls, task: Task, tokenizer: Any, longest: int, path: Path, labels: bool = True) -> Rows:
+        """Of the file at `path`, whose rows may have `longest` tokens, the base's context. Raises PosteriorError."""
+        rows = read_rows(path)
+        asked = rows if labels else [row | {"label": 0} for row in rows]
+        try:
+            examples = encode(task, tokenizer, asked, longest=longest, limit=f"the base's context of {longest}")
+        except PosteriorError as error:
+            raise PosteriorError(f"{path}, {error}") from None
         y = torch.tensor([example.label for example in examples])
         return cls(Source(path.name, data_hash(rows), len(rows)), examples, y)
 
@@ -245,10 +254,6 @@ def markdown(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> str:
 def _markdown(table: Sequence[Sequence[str]]) -> str:
     head, *rows = (f"| {' | '.join(row)} |" for row in table)
     return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
-
-
-def _warn(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr)
 
 
 def base_spec(base: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from peft import PeftModel
 
 from posterior import (
     adalora,
+    arguments,
     artefact,
+    base_check,
     blob,
     dropout,
     ensemble,
@@ -32,14 +35,17 @@ from posterior import (
     swag,
     tfb,
 )
-from posterior.arguments import add_task
-from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, data_hash, encode, read_jsonl
+from posterior.arguments import add_task, warn
+from posterior.base import Base, context, load_model, load_tokenizer, resolve
+from posterior.data import Example, data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.job import EPOCHS, EVIDENCE, PRECISION, Job, Result, number
 from posterior.map import Checkpoint
+from posterior.reading import FORMATS, read_rows
 from posterior.task import Task
 
+SHOWN = 200  # characters of a prompt
+LONGEST = 1024  # tokens of a row, where nothing says how many
 METHODS: dict[str, Callable[[Job], Result]] = {
     "laplace": gaussian.fit,
     "ensemble": ensemble.fit,
@@ -56,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.register("action", None, options.Given)
     parser.register("action", "store_true", options.Flag)
     parser.add_argument(
-        "data", help='training rows, JSONL: {"text": ..., "label": 1} for a choice; {"messages": [...]} for text'
+        "data",
+        help=f'training rows, {FORMATS}: {{"text": ..., "label": 1}} for a choice; {{"messages": [...]}} for text',
     )
     parser.add_argument(
         "--method",
@@ -103,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length",
         type=int,
-        default=1024,
-        help="longest row in tokens; longer ones are an error (default %(default)s)",
+        help=f"longest row in tokens; longer ones are an error (default {LONGEST}, or the base's context if shorter)",
     )
     group.add_argument(
         "--seed", type=int, default=0, help="fixes initialisation, data order, dropout and sampled labels"
@@ -164,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plain MAP and Laplace: theta* is a mode instead of the mean of a variational Gaussian",
     )
-    group.add_argument("--heldout", type=Path, help="rows for --prior-precision heldout, JSONL like the data")
+    group.add_argument("--heldout", type=Path, help="rows for --prior-precision heldout, like the data")
     group.add_argument(
         "--sharing",
         choices=("expand", "reduce"),
@@ -214,18 +220,19 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     options.check(args)
     out = artefact.destination(args.out)
     started = time.monotonic()
-    task = Task(
-        args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
-    )
-    rows = read_jsonl(args.data)
+    task = arguments.task(args)
+    rows = read_rows(args.data)
+    held = read_rows(args.heldout) if args.heldout else []
     base = resolve(args.base)
     tokenizer: Any = load_tokenizer(base)
-    examples = encode(task, tokenizer, rows, max_length=args.max_length)
-    heldout = encode(task, tokenizer, read_jsonl(args.heldout), max_length=args.max_length) if args.heldout else []
+    longest = _longest(args, base)
+    encoded = partial(encode, task, tokenizer, longest=longest, limit=f"--max-length {longest}")
+    examples, heldout = encoded(rows), encoded(held) if held else []
+    print(*shown(tokenizer, task, examples[0]), sep="\n", file=sys.stderr)
     _check_rows(args, task, examples, heldout)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))
     with checkpoint.held():
-        model = _model(base, args)
+        model = _model(base, args, tokenizer, task)
         args = _by_evidence(args, examples)
         task = replace(task, scale=_scale(args, model, examples))
         examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
@@ -242,18 +249,18 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
         )
 
 
-def _model(base: Base, args: argparse.Namespace) -> PeftModel:
-    """The base with a fresh adapter, or with somebody's."""
+def _model(base: Base, args: argparse.Namespace, tokenizer: Any, task: Task) -> PeftModel:
+    """The base, checked, with a fresh adapter or somebody's."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     if (dtype, args.device, torch.backends.cpu.get_cpu_capability()) == (torch.bfloat16, "cpu", "AVX2"):
-        print(
-            "warning: this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times "
-            "faster here",
-            file=sys.stderr,
+        warn(
+            "this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times faster here"
         )
     model = load_model(base, dtype, args.device)
+    warn(*base_check.check(tokenizer, base_check.scorer(model), task))
     if args.adapter:
         with adalora.ordinary(args.adapter) as folder:
+            warn(*lora.other_base(args.adapter, lora.read_config(folder), base.id))
             trained = lora.load_peft(model, folder)
             servable.check_theta(args.adapter, lora.read_adapter(folder))
             return trained
@@ -271,6 +278,25 @@ def _model(base: Base, args: argparse.Namespace) -> PeftModel:
     )
     servable.check_config("the adapter of --rank", lora.config_of(peft_model))
     return peft_model
+
+
+def _longest(args: argparse.Namespace, base: Base) -> int:
+    """Tokens of a row at most."""
+    own = context(base)
+    if args.max_length is not None and args.max_length > own:
+        raise PosteriorError(f"--max-length is {args.max_length}, but the context of base {base.id} is {own} tokens")
+    return int(args.max_length or min(LONGEST, own))
+
+
+def shown(tokenizer: Any, task: Task, example: Example) -> list[str]:
+    """The first prompt and what may follow it, as they are read: lines for the user to look at."""
+    prompt = repr(tokenizer.decode(example.prompt))
+    prompt = prompt if len(prompt) <= SHOWN else f"{prompt[: SHOWN // 2]} ... {prompt[-SHOWN // 2 :]}"
+    answers = [repr([tokenizer.decode([token]) for token in tokens])[1:-1] for tokens in example.continuations[:8]]
+    more = f" and {len(example.continuations) - 8} more" if len(example.continuations) > 8 else ""
+    name = "answers" if task.kind == "choice" else "response"
+    listed = "; ".join(answer if len(answer) <= SHOWN else f"{answer[:SHOWN]} ..." for answer in answers)
+    return [f"first prompt: {prompt}", f"its {name}, token by token: {listed}{more}"]
 
 
 def _by_evidence(args: argparse.Namespace, examples: Sequence[Example]) -> argparse.Namespace:
@@ -295,14 +321,13 @@ def _check_rows(args: argparse.Namespace, task: Task, examples: Sequence[Example
             raise PosteriorError(
                 f"{same}, which is no evidence of a prior; add rows of other answers or give --prior-precision a number"
             )
-        print(f"warning: {same}; the posterior learns to give it, and nothing else", file=sys.stderr)
+        warn(f"{same}; the posterior learns to give it, and nothing else")
     known = {(example.prompt, example.continuations) for example in examples}
     again = sum((example.prompt, example.continuations) in known for example in heldout)
     if again:
-        print(
-            f"warning: {again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too "
-            "sure of theta*",
-            file=sys.stderr,
+        warn(
+            f"{again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too sure of "
+            "theta*"
         )
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from posterior import adalora, artefact, candidates, lora, servable
-from posterior.arguments import add_task
+from posterior import adalora, arguments, artefact, base_check, candidates, lora, servable
+from posterior.arguments import add_task, warn
 from posterior.base import load_model, load_tokenizer, resolve
 from posterior.errors import PosteriorError
-from posterior.task import Task
 
 # What makes an update of A and B, and so must be the same for all: the artefact keeps one configuration.
 SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -47,22 +45,21 @@ def collect(args: argparse.Namespace) -> artefact.Posterior:
     """
     out = artefact.destination(args.out)
     weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
-    task = Task(
-        args.task, args.template.replace("\\n", "\n"), None if args.answers is None else tuple(args.answers), args.chat
-    )
+    task = arguments.task(args)
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(adalora.ordinary(folder)) for folder in args.adapters]
         configs = [lora.read_config(folder) for folder in folders]
         thetas = [read(folder) for folder in folders]
         check_alike(args.adapters, configs, thetas)
         base = resolve(args.base)
+        tokenizer = load_tokenizer(base)
         if task.answers is not None:
-            candidates.encode(load_tokenizer(base), task.answers)
-        lora.load_peft(load_model(base, torch.float32, "cpu"), folders[0])
+            candidates.encode(tokenizer, task.answers)
+        model = load_model(base, torch.float32, "cpu")
+        warn(*base_check.check(tokenizer, base_check.scorer(model), task))
+        lora.load_peft(model, folders[0])
     for folder, config in zip(args.adapters, configs, strict=True):
-        named = config.get("base_model_name_or_path")
-        if named != base.id:
-            print(f"warning: {folder} names its base {named!r}; it is taken for {base.id!r}", file=sys.stderr)
+        warn(*lora.other_base(folder, config, base.id))
     return artefact.save(
         out,
         family="particles",

@@ -131,6 +131,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
+def other_base(folder: Path, config: Mapping[str, Any], base_id: str) -> list[str]:
+    """A warning where an adapter names another base than the one it is taken for."""
+    named = config.get("base_model_name_or_path")
+    return [] if named == base_id else [f"{folder} names its base {named!r}; it is taken for {base_id!r}"]
+
+
 def read_adapter(folder: Path) -> Theta:
     """theta of a PEFT folder, from safetensors only."""
     try:

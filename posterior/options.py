@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from posterior import arguments
+from posterior.arguments import POSITIVE, Range
 from posterior.errors import PosteriorError
 from posterior.job import EVIDENCE, MEMBERS, PRECISION, number
 
@@ -21,6 +23,23 @@ METHODS: dict[str, tuple[str, ...]] = {  # of the options that not every method 
     "particles": (*TRAINERS[1:], "tfb"),
     "init": ("ensemble", "dropout", "swag"),
     "tolerance": ("tfb",),
+}
+
+
+NUMBERS = {
+    "rank": Range(1, 512),  # of the adapters that vLLM serves
+    "alpha": Range(1, 2**20),
+    "dropout": Range(0, 0.999),
+    "learning_rate": POSITIVE,
+    "steps": Range(1, 10**9),
+    "batch_size": Range(1, 2**16),
+    "max_length": Range(2, 2**31),
+    "seed": Range(0, 2**32 - 1),
+    "particles": Range(1, MEMBERS),
+    "temperature": POSITIVE,
+    "tolerance": POSITIVE,
+    "curvature_rank": Range(1, 2**20),
+    "label_samples": Range(1, 2**16),
 }
 
 
@@ -62,13 +81,10 @@ def _check_values(args: argparse.Namespace) -> None:
         raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
     if args.prior_precision == "heldout" and args.task == "text":
         raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
-    if not 0 <= args.dropout < 1:
-        raise PosteriorError(f"--dropout is {args.dropout}; it must be at least 0 and below 1")
-    if args.epochs not in (None, EVIDENCE) and args.epochs < 1:
-        raise PosteriorError(f"--epochs is {args.epochs}; it must be at least 1")
-    for name in ("rank", "particles", "batch_size", "label_samples", "max_length"):
-        if getattr(args, name) < 1:
-            raise PosteriorError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    arguments.check_numbers(args, NUMBERS)
+    if args.epochs != EVIDENCE:
+        arguments.check_numbers(args, {"epochs": Range(1, 10_000)})
+    arguments.check_device(args.device)
 
 
 def _check_number(option: str, value: str, words: Sequence[str], hint: str) -> None:
@@ -98,13 +114,8 @@ def _check_method(args: argparse.Namespace) -> None:
         raise PosteriorError("--method tfb needs the trained adapter that it spreads; give --adapter FOLDER")
     if args.method == "dropout" and args.dropout == 0:
         raise PosteriorError("--method dropout needs a --dropout above 0, for example 0.1")
-    if args.particles > MEMBERS:
-        raise PosteriorError(f"--particles is {args.particles}; at most {MEMBERS} are possible")
     if args.method == "laplace" and args.grouping == "layer" and args.structure == "full":
         raise PosteriorError("--grouping layer goes by blocks; give --structure kfac or diagonal with it")
-    for name in ("temperature", "tolerance"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
-            raise PosteriorError(f"--{name} {getattr(args, name)} must be positive")
 
 
 def _check_given(args: argparse.Namespace) -> None:

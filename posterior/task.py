@@ -9,18 +9,14 @@ import math
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
+from posterior import tokens
+from posterior.chat import chat_ids as chat_ids
 from posterior.errors import PosteriorError
+from posterior.tokens import Tokenizer as Tokenizer
 
 Scores = Literal["mean", "sum"]
-
-
-class Tokenizer(Protocol):
-    """What we use of a Hugging Face tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,8 @@ class Task:
             raise PosteriorError(f"scores {self.scores!r} are unknown; use 'mean' or 'sum'")
         if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
             raise PosteriorError(f"the scale of scores is {self.scale!r}; it must be a positive number")
+        for text in (self.template, *(self.answers or ())):
+            tokens.check(text, f"the text {text!r}")
         if not self.fields:
             raise PosteriorError(
                 f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
@@ -88,7 +86,7 @@ class Task:
         text = self.render(row, exact=exact)
         if self.chat:
             return chat_ids(tokenizer, [{"role": "user", "content": text}])
-        return tokenizer.encode(text)
+        return tokens.prompt(tokenizer, text)
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -110,8 +108,3 @@ class Task:
             record.get("scores", "sum"),
             record.get("scale", 1.0),
         )
-
-
-def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins."""
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
+from posterior.arguments import Range, check_numbers
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from server import auth, registry
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 DRAIN_SECONDS = 30
 WATCH_SECONDS = 0.5  # between looks at the engine
+NUMBERS = {
+    "port": Range(0, 65535),
+    "particles": Range(2, 1000),  # one sample has no spread
+    "max_model_len": Range(2, 2**31),
+    "max_num_seqs": Range(1, 2**16),
+    "kv_cache_gib": Range(0, 2**20, above=True),
+    "gpu_memory_utilization": Range(0, 1, above=True),
+}
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
 
@@ -46,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--particles", type=int, default=8, help=text)
     add("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key (default: 127.0.0.1)")
-    add("--port", type=_port, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
+    add("--port", type=int, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
     text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
     add("--api-key", default=os.environ.get("POSTERIOR_API_KEY"), help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
@@ -70,12 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can mend."""
-    if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
-        raise PosteriorError(f"--kv-cache-gib is {args.kv_cache_gib}; it must be positive")
+    check_numbers(args, NUMBERS)
     if args.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
-    if args.particles < 2:
-        raise PosteriorError("--particles must be at least 2: one sample has no spread")
     args.api_key = auth.secret(args.api_key)
     auth.check_exposure(args.host, args.api_key)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
@@ -85,12 +91,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
     return quiet(cache_folder() / "logs" / f"serve-{lobby.port}.log", args.verbose)
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
-    return int(text)
 
 
 def _interrupt(*_: object) -> None:

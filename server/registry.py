@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 from posterior import artefact, lora, servable
-from posterior.artefact import Posterior
+from posterior.artefact import NAME, Posterior
 from posterior.base import Base
 from posterior.errors import PosteriorError
 from posterior.storage import atomic
@@ -17,7 +16,6 @@ from posterior.task import Scores, Task
 from server.engine import Adapter
 from server.schemas import PredictiveName
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HASH_DIGITS = 12
 
 

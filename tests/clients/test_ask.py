@@ -65,6 +65,14 @@ def test_no_server_is_one_line() -> None:
     )
 
 
+@pytest.mark.parametrize("arguments", [["caf\udce9"], ["good", "--model", "\udcff"], ["good", "--field", "\udcff"]])
+def test_bytes_that_are_not_utf8_are_one_line(stub: Any, arguments: list[str]) -> None:
+    """A shell hands Latin-1 on as it is; Python keeps such bytes as halves of characters."""
+    done = ask(*arguments, url=stub.url)
+    assert (done.stdout, done.returncode, stub.bodies) == ("", 2, [])
+    assert "half of a character or a byte that is not UTF-8" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.3), (0.0, 0.01), (0.5, 0.6)])
 def test_a_bar_is_always_as_wide(interval: tuple[float, float]) -> None:
     answer = Answer(answer="a", probability=0.3, variance=0.0, std=0.0, interval=interval)

@@ -15,6 +15,7 @@ from openai import OpenAI
 from posterior_client import (
     AsyncPosteriorClient,
     AuthenticationError,
+    InputError,
     InvalidRequestError,
     ModelNotFoundError,
     PosteriorClient,
@@ -51,6 +52,38 @@ Call = Callable[..., PredictiveResponse]
 @pytest.fixture(params=[sync_predictive, async_predictive], ids=["sync", "async"])
 def call(request: pytest.FixtureRequest) -> Call:
     return request.param
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        ({"inputs": [{"text": "a\ud83d"}]}, "inputs holds '.ud83d', half of a character"),
+        ({"inputs": [{"\udce9": "a"}]}, "inputs holds"),
+        ({"prompts": ["good", "\udce9"]}, "prompts holds"),
+        ({"messages": [[{"role": "user", "content": [{"type": "text", "text": "\udce9"}]}]]}, "messages holds"),
+        ({"prompts": ["good"], "answers": [" yes", "\udce9"]}, "answers holds"),
+        ({"prompts": ["good"], "coverage": float("nan")}, "coverage is nan; give a finite number"),
+    ],
+)
+def test_what_cannot_be_sent_is_not_sent(call: Call, stub: Any, request_: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        call({"base_url": stub.url}, model="sentiment", **request_)
+    assert isinstance(caught.value, PosteriorClientError | ValueError) and stub.bodies == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_url": "http://[::1"},
+        {"base_url": "http://127.0.0.1:x/v1"},
+        {"base_url": "http://\udce9/v1"},
+        {"base_url": "http://127.0.0.1:9/v1", "api_key": "ключ"},
+        {"base_url": "http://127.0.0.1:9/v1", "api_key": "a\nb"},
+    ],
+)
+def test_addresses_and_keys_that_are_none(call: Call, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="base URL|API key"):
+        call(options | {"max_retries": 0}, model="m", prompts=["x"])
 
 
 def public(module: Any) -> set[str]:

@@ -6,10 +6,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posterior import base
@@ -116,6 +120,114 @@ def test_gguf_file_gives_the_same_weights(default: base.Base, cache: Path) -> No
     packaged, _ = base._packaged_gguf()
     own = base.resolve(str(packaged), cache=cache)
     assert own.hash == default.hash and own.id == packaged.stem and own.path.is_relative_to(cache)
+
+
+def _gguf(path: Path, model: str, flags: Mapping[str, bool], pre: str | None = None) -> Path:
+    """A GGUF file of a Llama of one layer, with sentencepiece's tokenizer ("llama") or a byte-level one ("gpt2")."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if model == "llama":
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+        kinds = [2, 3, 3, *[6] * 256, 1, 1, 1]
+        writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    else:
+        tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
+        kinds = [2, 3, 3, *[1] * 257]
+        writer.add_token_merges(["Ġ a"])
+    width, vocabulary = 16, len(tokens)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    for flag, value in flags.items():
+        getattr(writer, f"add_{flag}")(value)
+    for key, value in {
+        "context_length": 64, "embedding_length": width, "block_count": 1, "feed_forward_length": width,
+        "head_count": 2, "head_count_kv": 2, "rope_dimension_count": 8, "vocab_size": vocabulary,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    shapes = {"token_embd": (vocabulary, width), "output": (vocabulary, width), "output_norm": (width,)}
+    shapes |= {f"blk.0.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes |= {f"blk.0.{name}": (width, width) for name in names}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "flags", "expected"),
+    [
+        ("llama", None, {"add_bos_token": True}, ["<s>", "\u2581a", "\u2581a"]),
+        ("llama", None, {"add_bos_token": False}, ["\u2581a", "\u2581a"]),
+        ("llama", None, {}, ["<s>", "\u2581a", "\u2581a"]),
+        ("llama", None, {"add_eos_token": True}, ["<s>", "\u2581a", "\u2581a", "</s>"]),
+        ("llama", None, {"add_space_prefix": False}, ["<s>", "a", "\u2581a"]),
+        ("gpt2", None, {"add_bos_token": True}, ["<s>", "a", "Ġa"]),
+        ("gpt2", None, {"add_bos_token": False, "add_eos_token": True}, ["a", "Ġa", "</s>"]),
+        ("gpt2", None, {}, ["a", "Ġa"]),
+        ("gpt2", "llama-bpe", {}, ["<s>", "a", "Ġa"]),
+        ("gpt2", "llama-bpe", {"add_bos_token": False}, ["a", "Ġa"]),
+    ],
+)
+def test_a_gguf_file_says_how_texts_begin_and_end(
+    tmp_path: Path, cache: Path, model: str, pre: str | None, flags: Mapping[str, bool], expected: list[str]
+) -> None:
+    """Where it does not say, llama.cpp's defaults. The weights' hash is the same in any case."""
+    found = base.resolve(str(_gguf(tmp_path / "tiny.gguf", model, flags, pre)), cache=cache)
+    tokenizer = base.load_tokenizer(found)
+    ids = tokenizer.encode("a a")
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a a"
+    other = base.resolve(str(_gguf(tmp_path / "other.gguf", model, {"add_bos_token": False}, pre)), cache=cache)
+    assert found.hash == other.hash
+    assert base.context(found) == 64
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder needs none; what must be converted names the variable."""
+    file = tmp_path / "file"
+    file.write_text("")
+    folder = _save(tmp_path / "m")
+    gguf_file = _gguf(tmp_path / "tiny.gguf", "gpt2", {})
+    for cache in (file, file / "below"):
+        assert base.resolve(str(folder), cache=cache).path == folder
+        with pytest.raises(PosteriorError, match=r"the cache .*file.* cannot be written .*\$POSTERIOR_CACHE"):
+            base.resolve(str(gguf_file), cache=cache)
+
+    def no_home(_path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.delenv("POSTERIOR_CACHE", raising=False)
+    with pytest.raises(PosteriorError, match=r"no home folder for the cache; name a folder in \$POSTERIOR_CACHE"):
+        base.cache_folder()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "load"),
+    [
+        ("config.json", '{"model_type": "no such"}', base.context),
+        ("config.json", "{", base.context),
+        ("tokenizer.json", "{}", base.load_tokenizer),
+        ("config.json", "[]", lambda found: base.load_model(found, torch.float32, "cpu")),
+    ],
+)
+def test_a_damaged_folder_is_one_line(tmp_path: Path, cache: Path, name: str, content: str, load: Any) -> None:
+    folder = _save(tmp_path / "m")
+    found = base.resolve(str(folder), cache=cache)
+    (folder / name).write_text(content)
+    with pytest.raises(PosteriorError, match="of base .* cannot be loaded: ") as caught:
+        load(found)
+    assert "\n" not in str(caught.value)
 
 
 def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:

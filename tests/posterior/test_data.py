@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from posterior import candidates
-from posterior.data import WINDOW, batches, collate, encode, read_jsonl, shuffled
+from posterior.data import WINDOW, batches, collate, encode, shuffled
 from posterior.errors import PosteriorError
 from posterior.task import Task
 from tests.posterior.conftest import make_examples
@@ -90,6 +90,26 @@ def test_labels_by_index_or_by_answer(tokenizer, label):
     assert encode(TASK, tokenizer, [{"text": "good", "label": label}])[0].label == 1
 
 
+@pytest.mark.parametrize(
+    ("answers", "label", "index"),
+    [
+        (("no", "yes"), "1", 1),  # CSV has every index in words
+        (("no", "yes"), " 0 ", 0),
+        (("1", "2", "3"), "2", 1),  # an answer first, then an index
+        ((" 1", " 2", " 3"), "1", 0),
+        (("a", " a"), " a", 1),  # exactly, then without spaces
+    ],
+)
+def test_labels_in_words(tokenizer, answers, label, index):
+    assert encode(Task("choice", "{text}:", answers), tokenizer, [{"text": "x", "label": label}])[0].label == index
+
+
+@pytest.mark.parametrize(("answers", "label"), [(("a ", " a"), "a"), (("no", "yes"), "2"), (("no", "yes"), "1.0")])
+def test_labels_that_say_nothing_or_two_things(tokenizer, answers, label):
+    with pytest.raises(PosteriorError, match="row 1: label"):
+        encode(Task("choice", "{text}:", answers), tokenizer, [{"text": "x", "label": label}])
+
+
 @pytest.mark.parametrize("label", [None, 2, -1, True, "neutral", 1.0])
 def test_bad_labels_name_the_row(tokenizer, label):
     with pytest.raises(PosteriorError, match="row 2: label"):
@@ -105,8 +125,8 @@ def test_rows_may_bring_their_own_choices(tokenizer):
 
 
 def test_too_long_rows_are_never_cut(tokenizer):
-    with pytest.raises(PosteriorError, match="row 1 has .* tokens, more than --max-length 8"):
-        encode(TASK, tokenizer, [{"text": "long " * 20, "label": 0}], max_length=8)
+    with pytest.raises(PosteriorError, match="row 1 has .* tokens, more than --max-length 8; shorten"):
+        encode(TASK, tokenizer, [{"text": "long " * 20, "label": 0}], longest=8, limit="--max-length 8")
 
 
 def test_messages_and_prompt_response_rows(tokenizer):
@@ -119,20 +139,6 @@ def test_messages_and_prompt_response_rows(tokenizer):
     for row in ({"messages": chat["messages"][:1]}, {"q": "hi"}, {"messages": []}):
         with pytest.raises(PosteriorError, match="row 1"):
             encode(task, tokenizer, [row])
-
-
-def test_jsonl_errors_name_the_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    with pytest.raises(PosteriorError, match="no data file"):
-        read_jsonl(path)
-    for text, match in (
-        ("", "no rows"),
-        ('{"a": 1}\n{', "line 2: not JSON"),
-        ("[1]", "line 1: expected a JSON object"),
-    ):
-        path.write_text(text)
-        with pytest.raises(PosteriorError, match=match):
-            read_jsonl(path)
 
 
 def test_batches_cover_every_row_once_and_keep_kinds_apart():

@@ -121,8 +121,6 @@ def test_a_name_is_taken_from_where_one_stands(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     for out in (".", "./", "deep/../here/"):
         assert artefact.destination(out) == Path(os.path.abspath(out))
-    with pytest.raises(PosteriorError, match="choose another --out"):
-        artefact.destination("/")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +163,14 @@ def test_an_equal_fit_keeps_the_calibrations(tmp_path: Path) -> None:
     again = shifted(tmp_path / "out", source)
     assert again.hash == first.hash and again.calibration == {made.key: made}
     assert shifted(tmp_path / "out", source, 0.5).calibration == {}
+
+
+@pytest.mark.parametrize("out", ["", "/", "a b", "-x", ".hidden", "x" * 65, "naïve", "x/../.y"])
+def test_names_that_cannot_be_served(out: str) -> None:
+    with pytest.raises(PosteriorError, match="the folder's name is the model's name"):
+        artefact.destination(out)
+
+
+def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
+    with pytest.raises(PosteriorError, match="File name too long; choose another --out"):
+        artefact.destination(tmp_path / ("y" * 300) / "x")

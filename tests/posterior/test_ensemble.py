@@ -11,10 +11,11 @@ import torch
 
 from posterior import artefact, evaluate, inspect, lora
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import collate, encode, read_jsonl
+from posterior.data import collate, encode
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
 from posterior.map import Trainer, Training
+from posterior.reading import read_rows
 
 
 def test_members_are_map_runs_of_their_own(run_fit, tiny_base, tmp_path):
@@ -22,7 +23,7 @@ def test_members_are_map_runs_of_their_own(run_fit, tiny_base, tmp_path):
     posterior = run_fit(method="ensemble", particles=3, seed=1, prior_precision="2000")
     assert posterior.family == "particles" and posterior.weights == (1 / 3,) * 3
     base = resolve(str(tiny_base))
-    examples = encode(posterior.task, load_tokenizer(base), read_jsonl(tmp_path / "data.jsonl"))
+    examples = encode(posterior.task, load_tokenizer(base), read_rows(tmp_path / "data.jsonl"))
     joint = []
     for index, folder in enumerate(posterior.adapters(3, tmp_path)):
         model = lora.attach(load_model(base, torch.float32, "cpu"), rank=2, alpha=16)

@@ -157,7 +157,7 @@ def test_rows_of_one_answer_need_a_fixed_prior(run_fit, capsys):
     with pytest.raises(PosteriorError, match="every row has the answer 'p', which is no evidence of a prior"):
         run_fit(rows=rows)
     assert run_fit(rows=rows, prior_precision="7").prior["choice"] == "7"
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: every row")]
     assert "every row has the answer 'p'" in line
 
 
@@ -189,6 +189,30 @@ def test_a_diverged_fit_begins_anew_with_a_lower_rate(run_fit, tmp_path, capsys)
         ({"adapter": "/nowhere"}, "no PEFT adapter"),
         ({"answers": ["p", "p"]}, "tokenise alike"),
         ({"learning_rate": 1e30}, "lower --learning-rate"),
+        ({"learning_rate": "nan"}, "--learning-rate is nan"),
+        ({"learning_rate": -1}, "--learning-rate is -1"),
+        ({"learning_rate": "inf"}, "--learning-rate is inf"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": -1}, "--steps is -1"),
+        ({"alpha": 0}, "--alpha is 0"),
+        ({"dropout": "nan"}, "--dropout is nan"),
+        ({"dropout": 1}, "--dropout is 1"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**70}, "--seed is 1180591620717411303424"),
+        ({"rank": 10**9}, "--rank is 1000000000; it must be at least 1 and at most 512"),
+        ({"epochs": 10**9}, "--epochs is 1000000000"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"batch_size": 10**12}, "--batch-size is 1000000000000"),
+        ({"curvature_rank": 10**12}, "--curvature-rank is 1000000000000"),
+        ({"label_samples": 0}, "--label-samples is 0"),
+        ({"max_length": 0}, "--max-length is 0"),
+        ({"max_length": 129}, "--max-length is 129, but the context of base tiny-llama is 128 tokens"),
+        ({"max_length": 5}, "row 1 has 13 tokens, more than --max-length 5; shorten"),
+        ({"device": "gpu"}, "--device is 'gpu'"),
+        ({"device": "cuda:77"}, "--device cuda:77: torch sees"),
+        ({"template": r"{text}\sum"}, r"--template holds"),
+        ({"answers": [r"\yes", "no"]}, r"--answers holds"),
+        ({"method": "svgd", "temperature": "inf"}, "--temperature is inf"),
     ],
 )
 def test_bad_input_is_one_sentence(run_fit, options, match):
@@ -204,6 +228,46 @@ def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(fit, "fit", full)
     with pytest.raises(PosteriorError, match="disk of here is full"):
         fit.run(argparse.Namespace(out="here"))
+
+
+def test_the_first_prompt_is_shown_as_it_is_read(run_fit, capsys):
+    run_fit(template=r"\\nabla {text}\n", steps=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert r"first prompt: '\\nabla row 0 is bad\n'" in lines
+    assert "its answers, token by token: 'n'; 'p'" in lines
+
+
+def test_an_adapter_of_another_base_is_named(run_fit, tmp_path, capsys):
+    trained = run_fit(tmp_path / "trained", no_variational=True)
+    named = "names its base"
+    run_fit(tmp_path / "same", adapter=trained.map_dir)
+    assert named not in capsys.readouterr().err
+    path = trained.map_dir / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "somebody/else"}))
+    run_fit(tmp_path / "other", adapter=trained.map_dir)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if named in line]
+    assert line == f"warning: {trained.map_dir} names its base 'somebody/else'; it is taken for 'tiny-llama'"
+
+
+def test_evaluate_reads_as_long_as_the_base_can(run_fit, tiny_base, tmp_path, capsys):
+    """Whatever --max-length the fit had; what is too long for the base names the file and the row."""
+    posterior = run_fit(max_length=20)
+    data = tmp_path / "long.jsonl"
+    for count, fits in ((100, True), (130, False)):
+        rows = [{"text": "x" * count, "label": 1}, {"text": "y", "label": 0}]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if fits:
+            call(evaluate, posterior.path, data, "--base", tiny_base, "--particles", 1)
+            assert "| 2 rows |" in capsys.readouterr().out
+        else:
+            with pytest.raises(PosteriorError, match="long.jsonl, row 1 has 131 tokens, more than the base's context"):
+                call(evaluate, posterior.path, data, "--base", tiny_base)
+
+
+@pytest.mark.parametrize("options", [["--particles", 0], ["--batch-size", -1], ["--device", "tpu"], ["--report", "."]])
+def test_evaluate_refuses_before_it_reads(options):
+    with pytest.raises(PosteriorError, match=options[0]):
+        call(evaluate, "/nowhere", "/nowhere.jsonl", *options)
 
 
 def call(module, *words: object) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from posterior import artefact, lora
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import encode, read_jsonl
+from posterior.data import encode
 from posterior.evaluate import linearized, sampled
 from posterior.metrics import accuracy, nll
+from posterior.reading import read_rows
 from server.main import SHIPPED
 
 TEST = Path(__file__).parents[2] / "benchmarks" / "data" / "yelp.test.jsonl"
@@ -21,7 +22,7 @@ def test_the_shipped_posterior_answers_well():
     posterior = artefact.load(SHIPPED / "sentiment")
     base = resolve()
     posterior.check_base(base.hash)
-    examples = encode(posterior.task, load_tokenizer(base), read_jsonl(TEST)[:32])
+    examples = encode(posterior.task, load_tokenizer(base), read_rows(TEST)[:32])
     labels = torch.tensor([example.label for example in examples])
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval().requires_grad_(False)
     exact = linearized(model, posterior.law, examples).probability

@@ -7,9 +7,10 @@ import torch
 
 from posterior import lora, tfb
 from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import collate, encode, read_jsonl
+from posterior.data import collate, encode
 from posterior.errors import PosteriorError
 from posterior.likelihood import log_likelihood
+from posterior.reading import read_rows
 
 
 def theta_of(rank: int, seed: int = 0) -> lora.Theta:
@@ -66,7 +67,7 @@ def test_fit_spends_the_tolerance(run_fit, tiny_base, tmp_path):
     trained = run_fit(tmp_path / "trained", method="ensemble", particles=1, learning_rate=0.02)
     posterior = run_fit(method="tfb", adapter=trained.map_dir, particles=4, tolerance=0.01)
     base = resolve(str(tiny_base))
-    batch = collate(encode(posterior.task, load_tokenizer(base), read_jsonl(tmp_path / "data.jsonl")))
+    batch = collate(encode(posterior.task, load_tokenizer(base), read_rows(tmp_path / "data.jsonl")))
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir)
     theta, given = lora.get(model), lora.read_adapter(trained.map_dir)
     assert all(torch.equal(theta[name], given[name]) for name in theta)

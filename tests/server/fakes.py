@@ -34,10 +34,16 @@ class Tokenizer:
         parts = [list(part.encode()) for part in text.split(SPECIAL)]
         return [token for i, part in enumerate(parts) for token in ([256] if i else []) + part]
 
-    def apply_chat_template(self, conversation: Any, **_: Any) -> list[int]:
+    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
+        return b"".join(SPECIAL.encode() if token == 256 else bytes([token]) for token in token_ids).decode()
+
+    def get_chat_template(self, **_: Any) -> str:
+        return "{# in Python, below #}"
+
+    def apply_chat_template(self, conversation: Any, **_: Any) -> str:
         if conversation[0]["role"] not in ("system", "user"):
             raise ValueError("roles must alternate")
-        return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in conversation) + "assistant:")
+        return "".join(f"{m['role']}: {m['content']}\n" for m in conversation) + "assistant:"
 
 
 @dataclass

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import os
+import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from posterior.errors import PosteriorError
 from server import cli
 from server.main import SHIPPED
 
@@ -54,3 +63,134 @@ def test_serve_refuses_in_one_line(capsys: pytest.CaptureFixture[str], monkeypat
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "choose another --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--port", "99999"), ("--port", "-1"), ("--particles", "0"), ("--particles", "1000000"),
+        ("--max-num-seqs", "0"), ("--kv-cache-gib", "nan"), ("--kv-cache-gib", "-1"), ("--kv-cache-gib", "inf"),
+        ("--gpu-memory-utilization", "nan"), ("--gpu-memory-utilization", "1.5"), ("--max-model-len", "0"),
+    ],
+)  # fmt: skip
+def test_numbers_of_serve_are_checked_first(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert f"{option} is {value.removesuffix('.0')}" in refused(capsys, option, value).replace(".0;", ";")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_and_names_what_is_wrong_in_one_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    assert caught.value.code == 0 and f"posterior {verb}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "x", "--out", "x", "--nothing\nat all"])
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and text.count("\n") == 1 and f"see `posterior {verb} --help`" in text
+
+
+class Verb:
+    """A module of a verb whose `run` raises."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        pass
+
+    def run(self, _args: argparse.Namespace) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def torch_out_of_memory() -> Exception:
+    import torch
+
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+
+KNOWN = [
+    (lambda: PosteriorError("a\nb"), 2, "a b"),
+    (lambda: OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "/x/y: No space left on device; free some"),
+    (
+        lambda: PermissionError(errno.EACCES, "Permission denied", "/x"),
+        2,
+        "/x: Permission denied; change its permissions",
+    ),
+    (lambda: OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system; name a place"),
+    (
+        lambda: FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"),
+        2,
+        "/x: No such file .*; check the path",
+    ),
+    (lambda: OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files; allow more open files: `ulimit"),
+    (lambda: OSError("Can't load it\nat all"), 2, "Can't load it; check the machine"),
+    (lambda: MemoryError(), 2, r"memory ran out \(MemoryError\); use a smaller --batch-size"),
+    (torch_out_of_memory, 2, "memory ran out .CUDA out of memory. Tried to allocate 2 GiB.;"),
+    (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory ran out"),
+    (lambda: BrokenProcessPool("a child died"), 2, "a worker process was killed"),
+    (lambda: KeyboardInterrupt(), 130, None),
+    (lambda: BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, None),
+]
+
+
+@pytest.mark.parametrize(("make", "status", "match"), KNOWN)
+def test_every_kind_of_error_is_one_line(
+    make: Any, status: int, match: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "posterior.inspect", Verb(make()))
+    assert cli.main(["inspect"]) == status
+    text = capsys.readouterr().err
+    assert text == "" if match is None else re.fullmatch(f"posterior: {match}.*\n", text)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no"), ValueError("a\nb")])
+def test_a_fault_of_ours_is_one_line_and_a_file(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "posterior.inspect", Verb(error))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    assert cli.main(["inspect"]) == 1
+    text = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert text.startswith(f"posterior: a fault of ours, {type(error).__name__}: ") and text.count("\n") == 1
+    assert str(file) in text and "Traceback" in file.read_text() and file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert cli.main(["inspect"]) == 1 and "Traceback" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
+def test_sigterm_ends_a_verb_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Verb):
+        def run(self, _args: argparse.Namespace) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("still here")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(sys.modules, "posterior.inspect", Killed(None))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["inspect"])
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_arguments_that_are_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", "caf\udce9"]) == 2
+    assert re.fullmatch(
+        r"posterior: argument 2, 'caf.udce9', holds .*not UTF-8; write it in UTF-8\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", ">&-"])
+def test_closed_streams(closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m server.cli --help {closed}"
+    done = run_shell(command)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_stdout_is_one_line() -> None:
+    done = run_shell(f"exec {shlex.quote(sys.executable)} -m server.cli inspect {SHIPPED / 'sentiment'} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "posterior: No space left on device; free some space and run the same command again\n"
+
+
+def run_shell(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["sh", "-c", command], capture_output=True, encoding="utf-8", timeout=120, check=False)

@@ -3,6 +3,7 @@
 from posterior_client._client import AsyncPosteriorClient, PosteriorClient
 from posterior_client._exceptions import (
     AuthenticationError,
+    InputError,
     InvalidRequestError,
     ModelNotFoundError,
     PosteriorClientError,
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncPosteriorClient",
     "AuthenticationError",
     "Entropy",
+    "InputError",
     "InvalidRequestError",
     "ModelNotFoundError",
     "Particles",

@@ -1,14 +1,16 @@
 """`PosteriorClient` and its async twin: thin wrappers whose transport (retries, timeouts, auth) is the SDK's own."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from posterior_client._exceptions import translated
+from posterior_client._exceptions import InputError, translated
 from posterior_client._types import PredictiveName, PredictiveResponse
 from posterior_client._uncertainty import predictive_response
 
@@ -23,6 +25,9 @@ class PosteriorClient:
         api_key: default $POSTERIOR_API_KEY, else none.
         timeout: seconds a request may take.
         max_retries: how often a lost connection, 408, 409, 429 or 5xx is tried again (the SDK honours Retry-After).
+
+    Raises:
+        InputError: the base URL is none, or the API key cannot stand in a header.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class PosteriorClient:
             coverage: of the credible intervals, in (0, 1).
 
         Raises:
+            InputError: a text that is none (half of a character), or a number that is not finite; nothing was sent.
             StatusError: the server refused, with its own message.
             UnreachableError: no server there, or too slow.
             ResponseError: the answer is not a Posterior Server's.
@@ -131,8 +137,47 @@ class AsyncPosteriorClient:
 def _settings(base_url: str | None, api_key: str | None) -> tuple[str, str]:
     base_url = base_url or os.environ.get("POSTERIOR_BASE_URL") or BASE_URL
     # Without a key the SDK would send $OPENAI_API_KEY, a secret of someone else, to this server.
-    return base_url, api_key or os.environ.get("POSTERIOR_API_KEY") or "none"
+    key = api_key or os.environ.get("POSTERIOR_API_KEY") or "none"
+    if not _is_url(base_url):
+        raise InputError(f"the base URL {base_url!r} is none; write it like {BASE_URL}")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("the API key holds characters that no HTTP header may have; use ASCII letters and digits")
+    return base_url, key
+
+
+def _is_url(text: str) -> bool:
+    try:
+        text.encode()
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # also what has no UTF-8, or no number as its port
+        return False
 
 
 def _body(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name != "self" and value is not None}
+    body = {name: value for name, value in arguments.items() if name != "self" and value is not None}
+    for name, value in body.items():
+        _check(name, value)
+    return body
+
+
+def _check(name: str, value: object) -> None:
+    """Raises InputError for what JSON in UTF-8 cannot say, inside `value` too."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise InputError(
+                f"{name} holds {half!r}, half of a character or a byte that is not UTF-8; write it in UTF-8"
+            ) from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}; give a finite number")
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _check(name, key)
+            _check(name, each)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        for each in value:
+            _check(name, each)

@@ -1,6 +1,7 @@
 """Every error this package raises.
 
 PosteriorClientError
+├── InputError                  the request cannot be sent: a text that is none, or a number that is not finite
 ├── UnreachableError            nothing answers at the base URL, or not in time
 ├── ResponseError               an answer came, but not one with the fields this client reads
 └── StatusError                 the server refused; the message is the server's own, unchanged
@@ -18,6 +19,10 @@ import openai
 
 class PosteriorClientError(Exception):
     """Any error of this client."""
+
+
+class InputError(PosteriorClientError, ValueError):
+    """The request cannot be sent: a text that is none, or a number that is not finite."""
 
 
 class UnreachableError(PosteriorClientError):
