@@ -94,38 +94,38 @@ class Posterior:
             )
 
     def order(self, k: int) -> list[int]:
-        """The numbers of the k heaviest particles, heaviest first; of equal ones the first. Raises PosteriorError when
-        more particles are asked for than the folder has."""
+        """The numbers of k particles: the heaviest of the folder, heaviest first and of equal ones the first, or any of
+        a Laplace posterior. Raises PosteriorError for none, and for more than the folder has."""
+        if k < 1:
+            raise PosteriorError(f"{k} particles asked for; at least 1 is needed")
+        if self.family == "laplace":
+            return list(range(k))
         if k > len(self.weights):
             raise PosteriorError(f"posterior {self.name!r} has {len(self.weights)} particles, {k} were asked for")
         return sorted(range(len(self.weights)), key=lambda index: -self.weights[index])[:k]
 
     def mixture(self, k: int) -> tuple[float, ...]:
         """The weights, which sum to 1, of the k particles that `thetas` and `adapters` give."""
-        if self.family == "laplace":
-            return (1 / k,) * k
-        kept = [self.weights[index] for index in self.order(k)]
+        kept = [self.weights[index] if self.weights else 1.0 for index in self.order(k)]
         return tuple(weight / sum(kept) for weight in kept)
 
     def thetas(self, k: int, seed: int = 0) -> Iterator[Theta]:
         """k particles: the heaviest of the folder, or k Laplace draws."""
-        if self.family == "particles":
-            yield from (lora.read_adapter(self._particle(index)) for index in self.order(k))
-            return
         mean, generator = lora.read_adapter(self.map_dir), torch.Generator().manual_seed(seed)
-        for _ in range(k):
-            yield laplace.sample(self.curvature, self.precision, mean, generator, self.width)
+        for index in self.order(k):
+            if self.family == "particles":
+                yield lora.read_adapter(self._particle(index))
+            else:
+                yield laplace.sample(self.curvature, self.precision, mean, generator, self.width)
 
     def adapters(self, k: int, cache: Path, seed: int = 0) -> list[Path]:
         """k particles as PEFT folders: the heaviest of the folder, or k Laplace draws from the cache.
 
-        Raises PosteriorError when more particles are asked for than the folder has, and for a cache that cannot be
-        used.
+        Raises PosteriorError as `order` does, and for a cache that cannot be used.
         """
-        if k < 1:
-            raise PosteriorError(f"{k} particles asked for; at least 1 is needed")
+        order = self.order(k)
         if self.family == "particles":
-            return [self._particle(index) for index in self.order(k)]
+            return [self._particle(index) for index in order]
 
         def make(folder: Path) -> None:
             config = lora.read_config(self.map_dir)

@@ -171,6 +171,14 @@ def test_a_file_where_the_cache_should_be(mood: artefact.Posterior, tmp_path: Pa
             mood.adapters(2, cache)
 
 
+@pytest.mark.parametrize("name", ["mood", "gang"])
+def test_no_particles_is_one_line(name: str, tmp_path: Path) -> None:
+    posterior = artefact.load(FORMAT_1 / name)
+    for ask in (posterior.mixture, lambda k: list(posterior.thetas(k)), lambda k: posterior.adapters(k, tmp_path)):
+        with pytest.raises(PosteriorError, match="0 particles asked for; at least 1 is needed"):
+            ask(0)
+
+
 def test_draws_of_the_format_before_are_left_alone(mood: artefact.Posterior, tmp_path: Path) -> None:
     before = tmp_path / f"{mood.hash[:12]}-k2-s0"
     (before / "000").mkdir(parents=True)
