@@ -11,11 +11,12 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
+from posterior import base_check
 from posterior.arguments import Range, check_numbers
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
@@ -202,6 +203,20 @@ async def _warm_up(service: Service) -> None:
         if service.linearizer is not None and served.predictives[0] == "linearized":
             await service.linearizer.moments(name, [prompt], candidates)
     await service.engine.warm_up(prompt)
+    for line in [line async for line in _odd(service)]:
+        say(f"warning: {line}")
+
+
+async def _odd(service: Service) -> AsyncIterator[str]:
+    """What is odd about the base as vLLM serves it, and about each posterior's prompts on it."""
+    probes = base_check.probes(service.tokenizer)
+    totals = {name: await service.engine.score([ids[:1]], (ids[1:],), [None]) for name, ids in probes.items()}
+    means = {name: float(total) / (len(probes[name]) - 1) for name, total in totals.items()}
+    for line in base_check.judge(probes, means, service.engine.vocab_size):
+        yield line
+    for item in service.registry.posteriors:
+        for line in base_check.joints(service.tokenizer, item.task):
+            yield f"{item.name}: {line}"
 
 
 def _device(wanted: str) -> str:
