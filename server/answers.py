@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from server import texts
 from server.choices import Reply, choose, event
-from server.errors import as_api_error, bad_request, from_validation
+from server.errors import ApiError, as_api_error, bad_request, from_validation, unavailable
 from server.metrics import Observation
 from server.predictive import Service, check_messages
 from server.registry import Served
@@ -70,12 +70,19 @@ def _attach(choice: dict[str, Any], record: dict[str, Any] | None) -> None:
         choice["uncertainty"] = record
 
 
+def _broken_off(service: Service, line: str) -> ApiError:
+    """vLLM's error in a stream as what its client is told."""
+    if not service.engine.alive():
+        return unavailable("the engine has stopped; the server needs a restart")
+    return as_api_error(RuntimeError(line))
+
+
 async def _annotated(events: AsyncIterator[str], writer: texts.Writer, count: Callable[[], None]) -> AsyncIterator[str]:
     """vLLM's server-sent events with our part on each chunk, our summary on each choice's last, our form of errors."""
     try:
         async for line in events:
             if line.startswith('data: {"error"'):
-                yield event(as_api_error(RuntimeError(line)).body())
+                yield event(_broken_off(writer.service, line).body())
             elif writer.annotates and line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 for choice in chunk["choices"]:

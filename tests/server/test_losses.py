@@ -4,7 +4,6 @@ worker, and at last the engine."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from posterior import base as base_models
+from tests.sealed import rehash
 from tests.server import folders
 from tests.server.running import free_port
 
@@ -33,11 +33,7 @@ def unknown_to_vllm(folder: Path) -> None:
     for path in sorted(folder.rglob("adapter_model.safetensors")):
         save_file({key.replace("layers.0.self_attn.q_proj", "layers.0.self_attn.query"): value
                    for key, value in load_file(path).items()}, path)  # fmt: skip
-    path = folder / "posterior.json"
-    record = json.loads(path.read_text())
-    for name in record["files"]:
-        record["files"][name] = "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    path.write_text(json.dumps(record))
+    rehash(folder)
 
 
 @pytest.fixture
@@ -112,7 +108,7 @@ def test_losses(process: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) ->
         thread.join(30)
     assert answers[False].status_code == 503 and answers[False].headers["retry-after"]
     *_, last, done = answers[True].text.strip().split("\n\n")
-    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error" and done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable" and done == "data: [DONE]"
     assert server.wait(30) == 2 and time.monotonic() - killed < 30
     assert (tmp_path / "log").read_text().strip().splitlines()[-1].startswith("posterior: the engine has stopped")
     assert not psutil.wait_procs(children, timeout=10)[1], "no process is left behind"
