@@ -90,7 +90,8 @@ def compare(posteriors: list[artefact.Posterior], answers: list[dict[str, Tensor
         apart = (answers[1][name] - answers[0][name]).abs()
         yield Comparison(f"{name}: NLL", nll(answers[0][name], y), nll(answers[1][name], y), 0.02)
         yield Comparison(f"{name}: mean distance of probabilities", 0.0, float(apart.mean()), 0.02)
-        yield Comparison(f"{name}: largest distance", 0.0, float(apart.max()), 0.15)
+        changed = (answers[1][name].argmax(1) != answers[0][name].argmax(1)).double().mean()
+        yield Comparison(f"{name}: share of answers that change", 0.0, float(changed), 0.03)
     for name, precision in first.prior["precision"].items():
         yield Comparison(f"prior precision, {name}", precision, second.prior["precision"][name], 0.05, relative=True)
     yield Comparison("log evidence, nats", first.fit["evidence"], second.fit["evidence"], 5.0)

@@ -275,8 +275,7 @@ def _check_replaceable(folder: Path) -> None:
     if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
         kind = "a symbolic link" if folder.is_symlink() else "not a folder"
         raise PosteriorError(f"{folder} is {kind}; choose another --out")
-    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    if not inside:
+    if not folder.exists() or not any(folder.iterdir()):
         return
     try:
         listed = [Path(name) for name in (record.NAME, *record.read(folder).files)]
@@ -286,6 +285,7 @@ def _check_replaceable(folder: Path) -> None:
             "--out, or move what is there"
         ) from None
     own = {*listed, *(parent for path in listed for parent in path.parents), Path(calibration.FOLDER)}
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # of a posterior, never of a whole disk
     foreign = [path for path in inside if path not in own and not calibration.is_record(path)]
     if foreign:
         raise PosteriorError(

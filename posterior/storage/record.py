@@ -64,6 +64,7 @@ def write(
         "files": files,
         "provenance": dict(provenance),
     }
+    content = json.loads(json.dumps(content))  # as it will be read: with names for keys, not numbers
     content["integrity"] = _integrity(content)
     (folder / NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return _identity(content)

@@ -69,6 +69,19 @@ def test_the_hash_is_not_of_how_numbers_are_written() -> None:
     assert record._identity(content) != record._identity(other | {"files": {"map/adapter_model.safetensors": "2"}})
 
 
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    """Numbers as keys become text, in another order; tuples become lists."""
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    provenance = {"prior": {}, "fit": {"evidence_by_epochs": {8: -1.5, 16: -1.25}, "pair": (1, 2), "ratio": 0.1}}
+    written = record.write(
+        tmp_path, family="laplace", base={"hash": "sha256:00"}, task={"answers": ["é"]}, lora={"r": 8, "lora_alpha": 8},
+        weights=[0.1, 0.9], width=0.3, provenance=provenance,
+    )  # fmt: skip
+    found = record.read(tmp_path)
+    assert found.hash == written and found.content["fit"]["evidence_by_epochs"] == {"8": -1.5, "16": -1.25}
+    assert set(found.files) == {"x.safetensors"}
+
+
 def test_a_newer_format_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "posterior.json").write_text('{"format": 3, "everything": "else"}')
     with pytest.raises(PosteriorError, match="is newer than the 2 this version reads; upgrade posterior-server"):
