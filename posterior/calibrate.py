@@ -105,7 +105,8 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     posterior.check_base(base.hash)
     tokenizer: Any = load_tokenizer(base)
     longest = context(base)
-    examples = encode(posterior.task, tokenizer, rows, longest=longest, limit=f"the base's context of {longest}")
+    limit = f"the base's context of {longest}"
+    examples = encode(posterior.task, tokenizer, rows, longest=longest, limit=limit, source=args.data)
     seen = posterior.trained_on(examples)
     if seen:
         raise PosteriorError(

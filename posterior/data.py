@@ -129,20 +129,28 @@ def digests(examples: Sequence[Example]) -> Tensor:
 
 
 def encode(
-    task: Task, tokenizer: Tokenizer, rows: Sequence[Row], *, longest: float = math.inf, limit: str = ""
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    *,
+    longest: float = math.inf,
+    limit: str = "",
+    source: object = "",
 ) -> list[Example]:
-    """Examples of all rows, of at most `longest` tokens each; `limit` says where that number is from.
+    """Examples of all rows, of at most `longest` tokens each; `limit` says where that number is from, `source` where
+    the rows are.
 
     A bad row is an error that names its number; nothing is cut silently. Raises PosteriorError.
     """
     examples = []
+    where = f"{source}, row" if source else "row"
     for number, row in enumerate(rows, 1):
         try:
             example = _choice(task, tokenizer, row) if task.kind == "choice" else _text(task, tokenizer, row)
         except PosteriorError as error:
-            raise PosteriorError(f"row {number}: {error}") from None
+            raise PosteriorError(f"{where} {number}: {error}") from None
         if example.length > longest:
-            raise PosteriorError(f"row {number} has {example.length} tokens, more than {limit}; shorten or drop it")
+            raise PosteriorError(f"{where} {number} has {example.length} tokens, more than {limit}; shorten or drop it")
         examples.append(example)
     return examples
 

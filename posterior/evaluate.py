@@ -126,10 +126,8 @@ class Rows:
         """Of the file at `path`, whose rows may have `longest` tokens, the base's context. Raises PosteriorError."""
         rows = read_rows(path)
         asked = rows if labels else [row | {"label": 0} for row in rows]
-        try:
-            examples = encode(task, tokenizer, asked, longest=longest, limit=f"the base's context of {longest}")
-        except PosteriorError as error:
-            raise PosteriorError(f"{path}, {error}") from None
+        limit = f"the base's context of {longest}"
+        examples = encode(task, tokenizer, asked, longest=longest, limit=limit, source=path)
         y = torch.tensor([example.label for example in examples])
         return cls(Source(path.name, data_hash(rows), len(rows)), examples, y)
 

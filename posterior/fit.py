@@ -227,7 +227,7 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
     tokenizer: Any = load_tokenizer(base)
     longest = _longest(args, base)
     encoded = partial(encode, task, tokenizer, longest=longest, limit=f"--max-length {longest}")
-    examples, heldout = encoded(rows), encoded(held) if held else []
+    examples, heldout = encoded(rows, source=args.data), encoded(held, source=args.heldout)
     print(*shown(tokenizer, task, examples[0]), sep="\n", file=sys.stderr)
     _check_rows(args, task, examples, heldout)
     checkpoint = Checkpoint(out.parent / f".{out.name}.checkpoint", _fingerprint(args, rows, base))

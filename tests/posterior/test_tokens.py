@@ -6,6 +6,7 @@ import pytest
 from tokenizers import normalizers
 
 from posterior import candidates, tokens
+from posterior.base import load_tokenizer, resolve
 from posterior.errors import PosteriorError
 from posterior.task import Task
 from tests.posterior.tokenizers_of_kinds import EDGES, KINDS, make
@@ -64,6 +65,24 @@ def test_byte_level_ids_are_those_of_the_text_alone(edges: str) -> None:
     tokenizer = make("byte-level", edges)
     for answer in ANSWERS:
         assert tokens.continuation(tokenizer, answer) == tokenizer.encode(answer, add_special_tokens=False)
+
+
+def test_the_default_base_s_ids_are_as_ever() -> None:
+    tokenizer = load_tokenizer(resolve())
+    for answer in (
+        *ANSWERS,
+        " negative",
+        " positive",
+        " A.",
+        "1 2024",
+        "I'm",
+        " <|im_end|>",
+        "\r\n",
+        "e\u0301",
+        "\u00a0x",
+    ):
+        assert tokens.continuation(tokenizer, answer) == tokenizer.encode(answer, add_special_tokens=False)
+        assert tokens.prompt(tokenizer, answer) == tokenizer.encode(answer)
 
 
 def test_a_text_that_spells_bos_or_eos_keeps_it() -> None:
