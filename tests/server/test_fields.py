@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noq
 PASS = [
     {"priority": 0}, {"length_penalty": 1.0}, {"length_penalty": 1}, {"include_reasoning": True},
     {"use_beam_search": False}, {"prompt_logprobs": None}, {"documents": None}, {"documents": []},
-    {"chat_template_kwargs": {"enable_thinking": False}}, {"kv_transfer_params": {}}, {"nobody_knows": object()},
+    {"chat_template_kwargs": {"enable_thinking": False}}, {"kv_transfer_params": {}}, {"nobody_knows": "x"},
 ]  # fmt: skip
 REFUSED = [
     {"priority": 1}, {"length_penalty": 2.0}, {"include_reasoning": False},
