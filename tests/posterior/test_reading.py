@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import pyarrow
 import pytest
+from pyarrow.parquet import write_table
 
 from posterior.errors import PosteriorError
 from posterior.reading import read_rows
@@ -28,7 +30,7 @@ CSV = 'text,label\n"good, very",1\n"two\nlines",0\n'
         LINES.replace("\n", "\r").encode(),
         LINES.replace("\n", "\n\n \n").encode(),
         LINES.rstrip().encode(),
-        gzip.compress(LINES.encode("utf-8-sig")),
+        gzip.compress(LINES.encode("utf-8-sig"), mtime=0),
         json.dumps(ROWS[0]).encode() + b"\n" + json.dumps(ROWS[1]).encode(),
     ],
 )
@@ -131,41 +133,38 @@ def test_places_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read_rows(tmp_path / "rows.jsonl")
 
 
-class Table:
-    """What pyarrow's read_table gives."""
-
-    def __init__(self, rows: list[dict[str, object]]) -> None:
-        self.rows = rows
-
-    def to_pylist(self) -> list[dict[str, object]]:
-        return self.rows
+def parquet(rows: list[dict[str, object]]) -> bytes:
+    file = io.BytesIO()
+    write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
 
 
-def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through pyarrow, which is optional: here a module of that name."""
+def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"  # known by its content
-    path.write_bytes(b"PAR1....PAR1")
+    for rows in (ROWS, [{"messages": [{"role": "user", "content": "hi"}], "choices": ["a", "b"], "label": 0}]):
+        path.write_bytes(parquet(rows))
+        assert read_rows(path) == rows
+
+
+BAD_PARQUET = {
+    "cut": (parquet(ROWS)[:-20], "is damaged Parquet"),
+    "no footer": (b"PAR1....PAR1", "is damaged Parquet"),
+    "not finite": (parquet([{"text": "a", "label": float("nan")}]), "row 1: .*not JSON compliant"),
+    "bytes": (parquet([{"text": b"a"}]), "row 1: .*bytes is not JSON serializable"),
+    "empty": (parquet([]), "has no rows"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), BAD_PARQUET.values(), ids=BAD_PARQUET)
+def test_bad_parquet_is_one_line(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "rows.parquet").write_bytes(data)
+    with pytest.raises(PosteriorError, match=words) as caught:
+        read_rows(tmp_path / "rows.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.parquet").write_bytes(parquet(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        PosteriorError, match=r"Parquet, which needs pyarrow: pip install 'posterior-server\[parquet\]'"
-    ):
-        read_rows(path)
-    arrow, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
-    arrow.ArrowException = type("ArrowException", (Exception,), {})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    parquet.read_table = lambda data: Table(ROWS) if data.read() == b"PAR1....PAR1" else None  # type: ignore[attr-defined]
-    assert read_rows(path) == ROWS
-
-    def damaged(_data: object) -> None:
-        raise arrow.ArrowException("no footer\nmore")
-
-    for read, match in (
-        (damaged, r"is damaged Parquet \(no footer\)"),
-        (lambda _: Table([{"text": "a", "label": float("nan")}]), "row 1: .*not JSON compliant"),
-        (lambda _: Table([{"text": "a"}, {"text": b"a"}]), "row 2: .*bytes is not JSON serializable"),
-        (lambda _: Table([]), "has no rows"),
-    ):
-        monkeypatch.setattr(parquet, "read_table", read)
-        with pytest.raises(PosteriorError, match=match):
-            read_rows(path)
+    with pytest.raises(PosteriorError, match=r"needs pyarrow: pip install 'posterior-server\[parquet\]'"):
+        read_rows(tmp_path / "rows.parquet")
