@@ -21,9 +21,10 @@ from torch import Tensor
 
 from posterior import artefact, lora
 from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, encode, read_jsonl
+from posterior.data import Example, encode
 from posterior.evaluate import linearized, map_scores
 from posterior.metrics import nll
+from posterior.reading import read_rows
 
 TEST = Path(__file__).parent / "data" / "yelp.test.jsonl"
 
@@ -63,7 +64,7 @@ def main() -> None:
     posteriors = [artefact.load(folder) for folder in (args.shipped, args.again)]
     base = resolve()
     tokenizer: Any = load_tokenizer(base)
-    examples = encode(posteriors[0].task, tokenizer, read_jsonl(TEST)[: args.rows])
+    examples = encode(posteriors[0].task, tokenizer, read_rows(TEST)[: args.rows])
     answers = [probabilities(base, posterior, examples) for posterior in posteriors]
     found = list(compare(posteriors, answers, torch.tensor([example.label for example in examples])))
     same = "the same" if posteriors[0].hash == posteriors[1].hash else "another"

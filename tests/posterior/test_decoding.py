@@ -75,8 +75,8 @@ def test_a_particle_of_weight_zero_that_alone_expects_the_text_changes_nothing(m
     log_p = torch.full((400, 3), -3.5, dtype=torch.float64)
     log_p[:, 1], log_p[:, 2] = -3.0, -0.5
     zero = torch.zeros(400)
-    whole = text_predictive(log_p, torch.tensor([0.5, 0.5, 0.0]), mixing, zero, zero)
-    without = text_predictive(log_p[:, :2], torch.tensor([0.5, 0.5]), mixing, zero, zero)
+    whole = text_predictive(log_p, torch.tensor([0.5, 0.5, 0.0]).log(), mixing, zero, zero)
+    without = text_predictive(log_p[:, :2], torch.tensor([0.5, 0.5]).log(), mixing, zero, zero)
     assert math.isfinite(whole.mc_error) and whole.mc_error == pytest.approx(without.mc_error)
     assert whole.expected == pytest.approx(without.expected) and torch.allclose(whole.logprob, without.logprob)
     assert bool(whole.variance.isfinite().all())

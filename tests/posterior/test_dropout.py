@@ -38,7 +38,11 @@ def test_the_mean_of_the_particles_is_the_adapter():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({}, "needs a --dropout above 0"), ({"dropout": 1.0}, "at least 0 and below 1"), ({"dropout": -0.1}, "below 1")],
+    [
+        ({}, "needs a --dropout above 0"),
+        ({"dropout": 1.0}, "at least 0 and at most 0.999"),
+        ({"dropout": -0.1}, "at most 0.999"),
+    ],
 )
 def test_bad_input_is_one_sentence(run_fit, options, match):
     with pytest.raises(PosteriorError, match=match):

@@ -99,7 +99,7 @@ def test_fit_refuses_what_import_refuses(peft_folder, collect, run_fit, change, 
     ("options", "match"),
     [
         ({"targets": ["lm_head"]}, "adapts lm_head; only adapters inside"),
-        ({"rank": 600}, "rank 600; vLLM serves up to"),
+        ({"rank": 600}, "--rank is 600; it must be at least 1 and at most 512"),
     ],
 )
 def test_fit_does_not_begin_what_cannot_be_served(run_fit, options, match):

@@ -335,8 +335,8 @@ def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys, wher
         ({"adapter": "/nowhere"}, "svgd trains its own adapter"),
         ({"particles": 0}, "--particles is 0"),
         ({"particles": 1001}, "at most 1000"),
-        ({"temperature": 0}, "--temperature 0.0 must be positive"),
-        ({"temperature": "nan"}, "--temperature nan must be positive"),
+        ({"temperature": 0}, "--temperature is 0.0; it must be above 0"),
+        ({"temperature": "nan"}, "--temperature is nan; it must be above 0"),
         ({"learning_rate": 1e30}, "at step 1; lower --learning-rate"),
     ],
 )

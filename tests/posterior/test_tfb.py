@@ -85,5 +85,5 @@ def test_fit_spends_the_tolerance(run_fit, tiny_base, tmp_path):
 def test_it_needs_an_adapter(run_fit):
     with pytest.raises(PosteriorError, match="give --adapter"):
         run_fit(method="tfb")
-    with pytest.raises(PosteriorError, match="--tolerance 0.0 must be positive"):
+    with pytest.raises(PosteriorError, match="--tolerance is 0.0; it must be above 0"):
         run_fit(method="tfb", adapter="/nowhere", tolerance=0)

@@ -100,7 +100,7 @@ class Engine:
         if kind == "chat":
             messages = [{"role": m["role"], "content": joined(m["content"])} for m in body["messages"]]
             try:
-                return [Tokenizer().apply_chat_template(messages)]
+                return [Tokenizer().encode(Tokenizer().apply_chat_template(messages))]
             except ValueError as error:
                 raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
         prompt = body["prompt"]

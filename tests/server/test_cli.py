@@ -62,7 +62,7 @@ def test_serve_refuses_in_one_line(capsys: pytest.CaptureFixture[str], monkeypat
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "choose another --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
+        assert "choose another --host or --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
 
 
 @pytest.mark.parametrize(

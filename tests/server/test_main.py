@@ -28,8 +28,8 @@ from tests.server import fakes
 class Engine(fakes.Engine):
     # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits is told.
     async def score(self, *args):
-        if len(self.scored) < 5:
-            return await super().score(*args)  # the warm-up
+        if len(self.scored) < 6:
+            return await super().score(*args)  # the warm-up: five models, and a sentence of the base
         while self.living:
             await asyncio.sleep(0.05)
         raise unavailable("the engine has stopped")
