@@ -17,7 +17,7 @@ from server.predictive import Service
 from tests.server import fuzzing
 from tests.server.running import KEY, Running, free_port
 
-CASES = int(os.environ.get("CASES", "150"))
+CASES = int(os.environ.get("CASES", "100"))
 
 
 @contextmanager
