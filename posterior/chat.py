@@ -88,7 +88,7 @@ def _prepared(number: int, message: Any, parts: bool) -> Message:
         raise PosteriorError(f'{where} must be an object like {{"role": "user", "content": "..."}}')
     if message.get("function_call") is not None:
         raise PosteriorError(f"{where} has a 'function_call', an older form; write 'tool_calls'")
-    calls = _calls(where, message.get("tool_calls")) if role == "assistant" else []
+    calls = tool_calls(where, message.get("tool_calls")) if role == "assistant" else []
     content = message.get("content")
     if content is None and not calls:
         raise PosteriorError(f"{where} ({role}) has no 'content'")
@@ -130,7 +130,7 @@ def _texts(where: str, content: Any) -> list[str]:
     return texts
 
 
-def _calls(where: str, calls: Any) -> list[Message]:
+def tool_calls(where: str, calls: Any) -> list[Message]:
     """Tool calls whose arguments are objects, as templates expect them; OpenAI's are JSON in a string."""
     if not isinstance(calls or [], list):
         raise PosteriorError(f"{where}: 'tool_calls' must be a list")

@@ -26,7 +26,7 @@ from posterior.likelihood import scores
 from posterior.metrics import Estimate, check, estimate, ood_auroc, sets
 from posterior.predictive import Predictive, entropy, from_particles
 from posterior.reading import FORMATS, read_rows
-from posterior.report import ENTROPIES, Report, Source, cells
+from posterior.report import ENTROPIES, START, Report, Source, cells
 from posterior.task import Task
 
 
@@ -53,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.report and args.report.is_dir():
-        raise PosteriorError(f"--report {args.report} is a folder; name a file in it")
-    if args.report and not args.report.parent.is_dir():
-        raise PosteriorError(f"--report {args.report}: there is no folder {args.report.parent}; make it first")
+    if args.report:
+        _check_report(args.report)
     report = evaluate(args)
     if args.report:
         report.save(args.report)
@@ -64,6 +62,23 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
     else:
         print("\n\n".join(map(_markdown, report.tables())))
+
+
+def _check_report(path: Path) -> None:
+    """Raises PosteriorError unless a page may be written there: nothing is there, or an empty file, or such a page."""
+    if path.is_dir():
+        raise PosteriorError(f"--report {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise PosteriorError(f"--report {path}: there is no folder {path.parent}; make it first")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise PosteriorError(f"--report {path} is no regular file; nothing was touched: name another")
+    if path.exists():
+        with path.open("rb") as file:
+            start = file.read(len(START))
+        if start not in (b"", START):
+            raise PosteriorError(
+                f"--report {path} holds something else than a report; nothing was touched: name another"
+            )
 
 
 def evaluate(args: argparse.Namespace) -> Report:

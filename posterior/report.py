@@ -18,6 +18,7 @@ from posterior import metrics, plots
 from posterior.metrics import COVERAGE, METRICS, Estimate
 from posterior.storage import atomic
 
+START = b"<!DOCTYPE html>\n"  # of a page
 ENTROPIES = ("epistemic", "total")
 MEANING = {
     "accuracy": "The share of rows whose most probable answer is the true one. Higher is better.",
@@ -152,7 +153,7 @@ class Report:
             lang="en",
         )
         text: bytes = tostring(page, encoding="utf-8", method="html")
-        return b"<!DOCTYPE html>\n" + text
+        return START + text
 
     def save(self, path: Path) -> None:
         """Write the page, atomically. Raises PosteriorError."""

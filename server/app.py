@@ -39,7 +39,13 @@ def create_app(service: Service, key: str | None) -> FastAPI:
 
     Raises PosteriorError for an empty key.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(require_key(key, PUBLIC))])
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect would name the host that the client says, before the key is looked at
+        dependencies=[Depends(require_key(key, PUBLIC))],
+    )
     app.state.service = service
     app.state.ready = False
     errors.register(app)
@@ -208,6 +214,7 @@ async def _read_json(request: Request) -> dict[str, Any]:
 async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`; None, `work` cancelled, if the client leaves first. The body must have been read."""
     task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # one that nobody waits for says nothing
     watch = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)

@@ -13,8 +13,14 @@ from server.errors import ApiError
 
 
 def secret(given: str | None) -> str | None:
-    """The key without the blanks around it; None where nothing is left, since an empty key is no key."""
-    return (given or "").strip() or None
+    """The key without the blanks around it; None where nothing is left, since an empty key is no key.
+
+    Raises PosteriorError for a key that clients cannot send in a header.
+    """
+    key = (given or "").strip()
+    if not key.isprintable():  # nor is what was no UTF-8
+        raise PosteriorError("the API key holds a character that no header can carry; use letters, digits and '-'")
+    return key or None
 
 
 def require_key(key: str | None, public: frozenset[str] = frozenset()) -> Callable[[Request], Awaitable[None]]:
@@ -30,7 +36,7 @@ def require_key(key: str | None, public: frozenset[str] = frozenset()) -> Callab
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Starlette reads header bytes as Latin-1; the way back gives the client's bytes
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip(" \t").encode("latin-1"), key.encode()):
             raise ApiError(401, "missing or wrong API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
 
     return check

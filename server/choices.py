@@ -30,6 +30,7 @@ SENDING = {
     "model", "uncertainty", "user", "parallel_tool_calls", "skip_special_tokens", "spaces_between_special_tokens",
     "include_stop_str_in_output",
 }  # fmt: skip
+COLDEST = 1e-6  # below, a division may overflow, and nothing but the most probable answer is drawn anyway
 HONOURED = READING | DRAWING | STREAMING | SENDING
 # Of the others, the values that leave an answer as it is.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -114,7 +115,7 @@ def _draw(
     """The most probable answer, or a draw from p^(1/temperature)."""
     p = answer.predictive.probability
     if temperature > 0:
-        weights = (p.log() / temperature).softmax(0).tolist()
+        weights = ((p.log() - p.log().max()) / max(temperature, COLDEST)).softmax(0).tolist()
         chosen = generator.choices(range(len(weights)), weights)[0]
     else:
         chosen = int(p.argmax())

@@ -23,10 +23,9 @@ class _Loading(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         length = self.headers.get("Content-Length", "")
-        self.rfile.read(
-            min(int(length), MAX_BODY_BYTES) if length.isdecimal() else 0
-        )  # else the client may get a reset
-        living = self.path == "/health"
+        known = length.isdecimal() and len(length) < 10
+        self.rfile.read(min(int(length), MAX_BODY_BYTES) if known else 0)  # what is not read becomes a reset
+        living = self.path.partition("?")[0] == "/health"
         answer = {"status": "ok"} if living else unavailable("the server is loading; try again shortly").body()
         content = json.dumps(answer).encode()
         self.send_response(200 if living else 503)
@@ -61,10 +60,11 @@ class Lobby:
         try:
             self._listener.bind((host, port))
             self._listener.listen(128)  # from here on nobody else can have the port
-        except OSError as error:
+        except (OSError, TypeError, UnicodeError) as error:  # of a host name that cannot be one
             self._listener.close()
+            reason = getattr(error, "strerror", None) or error
             raise PosteriorError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
+                f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
             ) from error
         self._listener.set_inheritable(False)
         self.port: int = self._listener.getsockname()[1]

@@ -17,6 +17,7 @@ from posterior import candidates as candidate_answers
 from posterior.base import Base
 from posterior.calibration import Dtype, Key, Record, template_hash
 from posterior.candidates import Candidates
+from posterior.chat import tool_calls
 from posterior.errors import PosteriorError
 from posterior.predictive import Predictive, from_gaussian, from_particles
 from posterior.task import Task, Tokenizer
@@ -251,6 +252,8 @@ class Service:
         }
 
     async def _question(self, served: Served, request: PredictiveRequest) -> Question:
+        if request.mixing is not None or request.tokens is not None:
+            raise bad_request("'mixing' and 'tokens' belong to text; leave them out", "mixing")
         task = None if served.posterior is None else served.posterior.task
         answers = request.answers or (task.answers if task is not None else None)
         if answers is None:
@@ -278,10 +281,16 @@ class Service:
 
 
 def check_messages(messages: Any) -> None:
-    """What vLLM lets pass: messages without content, and media, which name addresses that the server would fetch.
+    """What vLLM lets pass: messages without content, media, which name addresses that the server would fetch, and tool
+    calls that a fit would refuse.
 
     Raises ApiError 400.
     """
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        try:
+            tool_calls(f"message {index}", message.get("tool_calls") if isinstance(message, dict) else None)
+        except PosteriorError as error:
+            raise bad_request(str(error), "messages") from error
     for message in messages if isinstance(messages, list) else ():
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(role, str) or (content is None and role != "assistant"):

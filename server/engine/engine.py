@@ -22,7 +22,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -40,6 +40,7 @@ from server.engine.client import MixingLLM
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
 from server.engine.gang import CURRENT, Trace
+from server.engine.grammars import FIELDS, check_grammars
 from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
 from server.errors import ApiError, bad_request, from_validation, internal_error, model_not_found, unavailable
 from server.schemas import Kind
@@ -158,6 +159,7 @@ class VllmEngine:
         """The body as vLLM's request. Raises ApiError 400 for whatever vLLM or this server does not take."""
         model = ChatCompletionRequest if kind == "chat" else CompletionRequest
         check_fields(kind, body, model)
+        check_grammars(body)
         if body.get("tools") and body.get("tool_choice") != "none" and not self._tools:
             raise bad_request(
                 "tools are not served here; start the server with --tool-call-parser NAME (how this base writes calls)",
@@ -265,6 +267,12 @@ def _refusals(body: dict[str, Any]) -> Iterator[None]:
         raise bad_request(
             f"the base's chat template refuses these messages: {_line(str(error))}", "messages"
         ) from error
+    except RecursionError as error:
+        raise bad_request("the request is nested too deeply") from error
+    except GenerationError as error:  # also of a grammar that vLLM's compiler refuses
+        if not any(body.get(name) for name in FIELDS):
+            raise
+        raise bad_request("the grammar of this request cannot be used; simplify it", "structured_outputs") from error
     except (VLLMClientError, GracefulHTTPError, ValueError) as error:  # vLLM also raises bare ValueErrors
         raise _refusal(error) from error
 

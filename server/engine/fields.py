@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+from vllm.renderers.hf import safe_apply_chat_template
 
 from server.errors import bad_request
 from server.schemas import BODIES, Kind
 
-CONTROLS = ("chat_template", "tokenize", "return_dict", "tools", "documents", "conversation", "padding", "truncation")
+CONTROLS = {  # of a rendering, by vLLM or by transformers: no values of a template
+    "messages",
+    *inspect.signature(safe_apply_chat_template).parameters,
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+}
+# OpenAI's fields that vLLM does not know and that would change an answer, with the values that change nothing.
+UNKNOWN: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (),
+}  # fmt: skip
 
 
 def check_fields(kind: Kind, body: dict[str, Any], vllms: type[BaseModel]) -> None:
@@ -20,6 +32,9 @@ def check_fields(kind: Kind, body: dict[str, Any], vllms: type[BaseModel]) -> No
     """
     for name in body.keys() & vllms.model_fields.keys() - BODIES[kind].model_fields.keys():
         if body[name] is not None and not changes_nothing(name, body[name], vllms):
+            raise bad_request(f"the field {name!r} is not served here", name)
+    for name in body.keys() & UNKNOWN.keys():
+        if body[name] is not None and body[name] not in UNKNOWN[name]:
             raise bad_request(f"the field {name!r} is not served here", name)
     for name in body.get("chat_template_kwargs") or ():
         if name in CONTROLS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from PIL import Image
 
 from posterior import evaluate, metrics, plots
 from posterior.errors import PosteriorError
-from posterior.report import MEANING, Report, Source
+from posterior.report import MEANING, START, Report, Source
 from posterior.storage import atomic
 
 ROWS = [{"text": f"a {'fine' if index % 3 else 'poor'} thing {index}", "label": index % 2} for index in range(40)]
@@ -192,3 +193,23 @@ def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(PosteriorError, match="cannot write .*r.html: No space left on device; make room"):
         make().save(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_replaces_nothing_but_a_report(tmp_path: Path) -> None:
+    rows, link, fifo = tmp_path / "rows.jsonl", tmp_path / "link.html", tmp_path / "fifo"
+    rows.write_text("{}")
+    link.symlink_to(rows)
+    os.mkfifo(fifo)
+    for path, words in (
+        (rows, "something else"),
+        (link, "no regular file"),
+        (fifo, "no regular file"),
+        (tmp_path, "folder"),
+    ):
+        with pytest.raises(PosteriorError, match=words):
+            evaluate._check_report(path)
+    assert rows.read_text() == "{}" and fifo.is_fifo()
+    for content in (b"", START + b"<html>"):
+        (tmp_path / "old.html").write_bytes(content)
+        evaluate._check_report(tmp_path / "old.html")
+    evaluate._check_report(tmp_path / "new.html")

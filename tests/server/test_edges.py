@@ -50,6 +50,19 @@ def test_an_empty_token_opens_nothing(service: Service, header: str) -> None:
             assert client.get(path, headers={"Authorization": header}).status_code == 401
 
 
+@pytest.mark.parametrize("key", ["k\nx", "k\x00", "k\udce4", "k\x7f"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(PosteriorError, match="no header can carry"):
+        secret(key)
+
+
+def test_nobody_is_sent_elsewhere_before_the_key(service: Service) -> None:
+    with TestClient(create_app(service, "s3cret")) as client:
+        for path in ("/v1/predictive/", "/metrics/", "/health/", "/docs//"):
+            response = client.post(path, headers={"Host": "evil.example"}, follow_redirects=False)
+            assert response.status_code in (404, 405) and "location" not in response.headers
+
+
 # What is no JSON
 
 
@@ -92,6 +105,15 @@ WRONG = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
+    *(
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": wrong}}]}]},
+            "messages",
+        )
+        for wrong in ("{", "[1]", "[" * 3000)
+    ),
 ]
 
 
@@ -131,6 +153,19 @@ NEUTRAL = [
 def test_values_that_change_nothing_pass(client: TestClient, body: dict[str, Any]) -> None:
     assert chat(client, uncertainty=ANSWERS, **body).status_code == 200
     assert chat(client, **body).status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-9])
+def test_the_coldest_temperature_gives_the_most_probable_answer(client: TestClient, temperature: float) -> None:
+    best = chat(client, uncertainty=ANSWERS).json()["choices"][0]["message"]["content"]
+    drawn = chat(client, uncertainty=ANSWERS, temperature=temperature, n=8).json()["choices"]
+    assert {choice["message"]["content"] for choice in drawn} == {best}
+
+
+@pytest.mark.parametrize("body", [{"mixing": "token"}, {"tokens": True}, {"tokens": False}])
+def test_what_belongs_to_text_is_refused_by_the_predictive(client: TestClient, body: dict[str, Any]) -> None:
+    response = client.post(PREDICTIVE, json={"model": "mood", "inputs": [{"text": "x"}], **body})
+    assert "belong to text" in error_of(response, 400)["message"]
 
 
 # Streams and models

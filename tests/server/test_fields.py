@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from server.engine.config import set_environment
-from server.engine.fields import check_fields
 from server.errors import ApiError
 from server.schemas import BODIES
 
@@ -16,16 +15,22 @@ set_environment("cpu")  # before vLLM, as the server does
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 
+from server.engine.fields import check_fields  # noqa: E402
+
 PASS = [
     {"priority": 0}, {"length_penalty": 1.0}, {"length_penalty": 1}, {"include_reasoning": True},
     {"use_beam_search": False}, {"prompt_logprobs": None}, {"documents": None}, {"documents": []},
     {"chat_template_kwargs": {"enable_thinking": False}}, {"kv_transfer_params": {}}, {"nobody_knows": "x"},
+    {"best_of": 1}, {"functions": None}, {"modalities": ["text"]},
 ]  # fmt: skip
 REFUSED = [
     {"priority": 1}, {"length_penalty": 2.0}, {"include_reasoning": False},
     {"include_reasoning": 1}, {"use_beam_search": True}, {"prompt_logprobs": 0}, {"chat_template": "{{ 1 }}"},
     {"documents": [{"text": "x"}]}, {"kv_transfer_params": {"a": 1}}, {"request_id": "mine"}, {"cache_salt": "x"},
     {"vllm_xargs": {"posterior_gang": "x"}}, {"logprob_token_ids": [1]}, {"truncate_prompt_tokens": 1},
+    {"chat_template_kwargs": {"model_config": 1}}, {"chat_template_kwargs": {"messages": "x"}},
+    {"chat_template_kwargs": {"self": 1}}, {"chat_template_kwargs": {"max_length": 3}}, {"best_of": 2},
+    {"functions": [{"name": "f"}]}, {"modalities": ["audio"]}, {"prediction": {"content": "x"}},
     {"chat_template_kwargs": {"chat_template": "x"}}, {"chat_template_kwargs": {"tokenize": False}},
 ]  # fmt: skip
 
