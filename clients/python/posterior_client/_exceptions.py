@@ -71,6 +71,10 @@ def translated(base_url: str) -> Iterator[None]:
         raise UnreachableError(f"the server at {base_url} did not answer in time") from error
     except openai.APIConnectionError as error:
         raise UnreachableError(f"no server answers at {base_url}") from error
+    except PosteriorClientError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # what reading another server's answer leads to
+        raise ResponseError(f"what answers at {base_url} is no Posterior Server") from error
 
 
 def _status_error(error: openai.APIStatusError) -> StatusError:

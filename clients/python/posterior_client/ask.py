@@ -91,10 +91,10 @@ def _calibration(prediction: Prediction) -> str:
 
 def _first_posterior(client: PosteriorClient) -> str:
     with translated(client.base_url):
-        models = client.openai.models.list().data
-    for model in models:
-        if getattr(model, "parent", None) and not model.id.endswith("/map"):
-            return model.id
+        names = [str(model.id) for model in client.openai.models.list().data if getattr(model, "parent", None)]
+    for name in names:
+        if not name.endswith("/map"):
+            return name
     raise PosteriorClientError(f"the server at {client.base_url} serves no posterior")
 
 
