@@ -28,6 +28,7 @@ from posterior_client import (
     UnreachableError,
     uncertainty_of,
 )
+from posterior_client._exceptions import translated
 
 ANSWERS = {"uncertainty": {"answers": [" negative", " positive"]}}
 CHAT: list[Any] = [{"role": "user", "content": "was it good?"}]
@@ -248,3 +249,11 @@ def test_the_readme_s_code_runs(stub: Any, monkeypatch: pytest.MonkeyPatch, caps
     [block] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(block, {})
     assert capsys.readouterr().out.startswith(" positive 0.75 0.06")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError, KeyError])
+def test_what_is_no_posterior_server_is_one_line(error: type[Exception]) -> None:
+    with pytest.raises(ResponseError, match="is no Posterior Server$"), translated("http://127.0.0.1:9/v1"):
+        raise error("of reading it")
+    with pytest.raises(InputError, match="mine"), translated("http://127.0.0.1:9/v1"):
+        raise InputError("mine")
