@@ -19,7 +19,7 @@ serve: setup
 	@$(BIN)/posterior serve $(SERVE)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(TESTS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -118,12 +118,16 @@ def save_tiny_base(folder: Path) -> Path:
 
 
 @pytest.fixture
-def run_fit(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`posterior fit` on the tiny base with a few rows; keyword arguments become options."""
+def run_fit(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`posterior fit` on the tiny base with a few rows; keyword arguments become options. The draws have any width:
+    the best one, of test_width.py, takes as long as all the rest."""
     import argparse
     import json
 
-    from posterior import fit
+    from posterior import fit, width
+
+    monkeypatch.setattr(width, "DRAWS", 1)
+    monkeypatch.setattr(width, "TOLERANCE", 0.5)
 
     def call(out: Path | None = None, rows: list[dict[str, Any]] | None = None, **options: Any) -> Any:
         data = tmp_path / "data.jsonl"

@@ -1,4 +1,4 @@
-"""One real server for all tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key."""
+"""A real server for tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key."""
 
 from __future__ import annotations
 
@@ -64,12 +64,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("serving"), "--dtype", "float32", "--tool-call-parser", "hermes") as running:
-        yield running
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""Every family that `posterior fit` knows, fitted for a moment on the real base and served by one real server: its
-answers are those of transformers + peft in this process."""
+"""Every family that `posterior fit` knows, fitted for a moment on the first layers of the real base and served by one
+real server: its answers are those of transformers + peft in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posterior import artefact, fit, lora, width
-from posterior.base import Base, load_model, load_tokenizer, resolve
+from posterior.base import Base, load_model, load_tokenizer
 from posterior.data import encode
 from posterior.evaluate import linearized, sampled
 from tests.server import folders
@@ -42,8 +42,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return resolve()
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return folders.cut_base(tmp_path_factory.mktemp("cut"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from posterior import base as base_models
 from tests.sealed import rehash
 from tests.server import folders
 from tests.server.running import free_port
@@ -38,7 +37,7 @@ def unknown_to_vllm(folder: Path) -> None:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    base, root = base_models.resolve(), tmp_path / "posteriors"
+    base, root = folders.cut_base(tmp_path), tmp_path / "posteriors"
     folders.laplace(root, base)
     folders.particles(root, base).path.rename(root / "bad")
     unknown_to_vllm(root / "bad")
@@ -101,7 +100,7 @@ def test_losses(process: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) ->
     writing = [threading.Thread(target=write, args=(stream,)) for stream in (False, True)]
     for thread in writing:
         thread.start()
-    time.sleep(3)
+    time.sleep(1)
     core.kill()
     killed = time.monotonic()
     for thread in writing:
