@@ -20,6 +20,7 @@ from posterior import base_check
 from posterior.arguments import Range, check_numbers
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
+from posterior.storage import objects
 from server import auth, registry
 from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment
@@ -231,7 +232,7 @@ def _device(wanted: str) -> str:
 
 def _own_length(base: Base) -> int:
     """The context length the base was made for, in tokens."""
-    length = json.loads((base.path / "config.json").read_text()).get("max_position_embeddings")
+    length = objects.read(base.path / "config.json").get("max_position_embeddings")
     return length if isinstance(length, int) else LONGEST_DEFAULT
 
 
