@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print("posterior: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough of it, as in `posterior ask --json ... | head`
         return 141

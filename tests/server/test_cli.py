@@ -128,7 +128,7 @@ KNOWN = [
     (torch_out_of_memory, 2, "memory ran out .CUDA out of memory. Tried to allocate 2 GiB.;"),
     (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory ran out"),
     (lambda: BrokenProcessPool("a child died"), 2, "a worker process was killed"),
-    (lambda: KeyboardInterrupt(), 130, None),
+    (lambda: KeyboardInterrupt(), 130, "stopped"),
     (lambda: BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, None),
 ]
 
@@ -170,6 +170,17 @@ def test_sigterm_ends_a_verb_without_a_traceback(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as caught:
         cli.main(["inspect"])
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Verb):
+        def run(self, _args: argparse.Namespace) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("still here")
+
+    monkeypatch.setitem(sys.modules, "posterior.inspect", Stopped(None))
+    assert cli.main(["inspect"]) == 130
+    assert capsys.readouterr().err == "posterior: stopped\n"
 
 
 def test_arguments_that_are_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
