@@ -177,7 +177,8 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
     name, _, pinned = spec.partition("@")
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise PosteriorError(
-            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face org/name@revision"
+            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face "
+            "org/name@revision; name it with --base"
         )
     return _downloaded(name, pinned or revision)
 

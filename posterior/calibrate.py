@@ -100,6 +100,7 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     check_numbers(args, SIZES)
     check_device(args.device)
     posterior = artefact.load(args.posterior)
+    posterior.check_open()
     rows = read_rows(args.data)
     predictive, k = _check(posterior, rows, args)
     base = resolve(args.base or base_spec(posterior.base))
