@@ -7,7 +7,6 @@ are filled up to init_r with zeros, so that the adapters of one recipe have one 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.nn.functional import pad
 
 from posterior import lora
 from posterior.errors import PosteriorError
+from posterior.storage import objects
 
 EPSILON = 1e-5  # in PEFT's scale
 
@@ -29,10 +29,10 @@ EPSILON = 1e-5  # in PEFT's scale
 def ordinary(folder: Path) -> Iterator[Path]:
     """A PEFT folder that holds the adapter as plain LoRA: the folder itself, or for AdaLoRA a temporary one."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = objects.read(folder / "adapter_config.json")
     except (OSError, ValueError):
         config = {}  # lora.read_config says what is wrong
-    if not isinstance(config, dict) or config.get("peft_type") != "ADALORA":
+    if config.get("peft_type") != "ADALORA":
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:

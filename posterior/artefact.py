@@ -136,6 +136,15 @@ class Posterior:
         size = k * (self.map_dir / "adapter_model.safetensors").stat().st_size
         return draws.ensure(cache, key, k, size, make)
 
+    def check_open(self) -> None:
+        """Raises PosteriorError where no calibration record can be added."""
+        records = self.path / calibration.FOLDER
+        for folder in (self.path.parent, records if records.is_dir() else self.path):  # the lock is beside the folder
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PosteriorError(
+                    f"a calibration is written into {self.path}, but you may not write into {folder}; calibrate a copy"
+                )
+
     def add(self, made: Record) -> Path:
         """Write a calibration record into the folder; returns where. Raises PosteriorError, also where the folder holds
         another posterior by now."""

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from posterior.errors import PosteriorError
-from posterior.storage import atomic, draws
+from posterior.storage import atomic, draws, objects
 
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -177,7 +177,8 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
     name, _, pinned = spec.partition("@")
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise PosteriorError(
-            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face org/name@revision"
+            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face "
+            "org/name@revision; name it with --base"
         )
     return _downloaded(name, pinned or revision)
 
@@ -271,7 +272,7 @@ def _weights_hash(folder: Path, cache: Path) -> str:
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     memory = cache / "hashes" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
     try:
-        known = json.loads(memory.read_text())
+        known = objects.read(memory)
         if known["files"] == files:
             return str(known["hash"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -292,7 +293,7 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
-            where: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+            where: Mapping[str, str] = objects.read(index)["weight_map"]
         else:
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 where = dict.fromkeys(file.keys(), "model.safetensors")

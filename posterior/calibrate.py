@@ -35,6 +35,7 @@ from posterior.evaluate import answer_count, base_spec, linearized, map_scores, 
 from posterior.metrics import Estimate, check, estimate
 from posterior.predictive import from_gaussian
 from posterior.reading import FORMATS, Row, read_rows
+from posterior.storage import objects
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
 PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
@@ -99,6 +100,7 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
     check_numbers(args, SIZES)
     check_device(args.device)
     posterior = artefact.load(args.posterior)
+    posterior.check_open()
     rows = read_rows(args.data)
     predictive, k = _check(posterior, rows, args)
     base = resolve(args.base or base_spec(posterior.base))
@@ -145,7 +147,7 @@ def served_dtype(predictive: PredictiveName, base: Base, device: str) -> Dtype:
     """What `posterior serve`, without --dtype, computes a predictive in."""
     if predictive == "linearized":
         return linear.dtype_on(device)
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    config = objects.read(base.path / "config.json")
     for part in (config, config.get("text_config") or {}):
         own = part.get("dtype") or part.get("torch_dtype")
         if own in ("bfloat16", "float16"):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from posterior.errors import PosteriorError
 from posterior.metrics import Estimate, best_temperature
-from posterior.storage import atomic
+from posterior.storage import atomic, objects
 from posterior.task import Task
 
 # The fewest rows whose largest score bounds 95 % of all cases with 95 % confidence: the coverage of a conformal set at
@@ -344,9 +344,7 @@ _AGAIN = "delete it, or run `posterior calibrate` again"
 def _read(path: Path) -> tuple[Record, bool]:
     """A record, and whether it is of format 1."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
+        content = objects.read(path)
         if content.pop("hash", None) != _digest(content):
             raise PosteriorError(f"{path} is not what `posterior calibrate` wrote (its hash differs); {_AGAIN}")
         earlier = content.get("format") == 1 and isinstance(content.get("key"), dict)
@@ -357,7 +355,7 @@ def _read(path: Path) -> tuple[Record, bool]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PosteriorError(f"{path} has an unreadable {where or 'record'}: {first['msg']}; {_AGAIN}") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise PosteriorError(f"{path} is no readable JSON record; {_AGAIN}") from None
 
 

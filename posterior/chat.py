@@ -92,10 +92,10 @@ def _prepared(number: int, message: Any, parts: bool) -> Message:
     content = message.get("content")
     if content is None and not calls:
         raise PosteriorError(f"{where} ({role}) has no 'content'")
-    texts = _texts(where, content)
-    result: Message = {"role": role, "content": "\n".join(texts)}
+    found = texts(where, content)
+    result: Message = {"role": role, "content": "\n".join(found)}
     if parts and role != "tool":
-        result["content"] = [{"type": "text", "text": text} for text in texts]
+        result["content"] = [{"type": "text", "text": text} for text in found]
     if calls:
         result["tool_calls"] = calls
     if role == "assistant" and isinstance(message.get("reasoning"), str):
@@ -112,22 +112,22 @@ def _role(message: Any) -> str | None:
     return role if isinstance(role, str) and role else None
 
 
-def _texts(where: str, content: Any) -> list[str]:
-    """The texts of a message's content."""
+def texts(where: str, content: Any) -> list[str]:
+    """The texts of a message's content. Raises PosteriorError."""
     if content is None or isinstance(content, str):
         return [] if content is None else [content]
     if not isinstance(content, list):
         raise PosteriorError(f"{where}: the 'content' must be a text or a list of text parts, not {content!r:.60}")
-    texts = []
+    found = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXTS[kind]) if kind in _TEXTS else None
         if not isinstance(text, str):
             raise PosteriorError(
-                f'{where}: each part of the \'content\' must be {{"type": "text", "text": ...}}, not {part!r:.60}'
+                f'{where}: each part of the \'content\' must be text, {{"type": "text", "text": ...}}, not {part!r:.60}'
             )
-        texts.append(text)
-    return texts
+        found.append(text)
+    return found
 
 
 def tool_calls(where: str, calls: Any) -> list[Message]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,8 @@ def _check_report(path: Path) -> None:
         raise PosteriorError(f"--report {path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise PosteriorError(f"--report {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PosteriorError(f"--report {path}: you may not write into {path.parent}; name another folder")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise PosteriorError(f"--report {path} is no regular file; nothing was touched: name another")
     if path.exists():

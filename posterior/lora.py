@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from posterior import servable
 from posterior.errors import PosteriorError
+from posterior.storage import objects
 from posterior.storage.tensors import save_file
 
 Theta = dict[str, Tensor]
@@ -124,11 +125,13 @@ def load_peft(model: PreTrainedModel, folder: Path, *, name: str = ADAPTER) -> P
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a PEFT folder. Raises PosteriorError for what servable.check_config refuses."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = objects.read(folder / "adapter_config.json")
     except (OSError, ValueError):
-        raise PosteriorError(f"{folder} is no PEFT adapter: adapter_config.json is missing or not JSON") from None
+        raise PosteriorError(
+            f"{folder} is no PEFT adapter: adapter_config.json is missing or not a JSON object"
+        ) from None
     servable.check_config(folder, config)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def other_base(folder: Path, config: Mapping[str, Any], base_id: str) -> list[str]:

@@ -22,7 +22,9 @@ from posterior.errors import PosteriorError
 
 Row = dict[str, Any]
 
+MAX_BYTES = 2**30  # of one file, unpacked: its rows are held in memory, in several times as much
 FORMATS = "JSON lines (.jsonl), CSV (.csv) or Parquet (.parquet), each also in gzip (.gz)"
+PARQUET_ROWS = 256  # unpacked at a time: one value may stand for many rows
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _OTHER_FILES = {  # by their first bytes
     b"PK\x03\x04": "a zip archive",
@@ -65,6 +67,8 @@ def _content(path: Path) -> bytes:
             raise PosteriorError(f"{path} is a folder; name a file of rows: {FORMATS}")
         if not stat.S_ISREG(mode):
             raise PosteriorError(f"{path} is a pipe or a device; write the rows to a file and name that")
+        if path.stat().st_size > MAX_BYTES:
+            raise _too_large(path)
         data = path.read_bytes()
     except FileNotFoundError:
         raise PosteriorError(f"no data file at {path}; name a file of rows: {FORMATS}") from None
@@ -73,9 +77,19 @@ def _content(path: Path) -> bytes:
     if not data.startswith(_GZIP):
         return data
     try:
-        return gzip.decompress(data)
+        with gzip.open(io.BytesIO(data)) as file:
+            unpacked = file.read(MAX_BYTES + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise PosteriorError(f"{path} is gzip, but cut off or damaged ({error}); copy or make it again") from None
+    if len(unpacked) > MAX_BYTES:
+        raise _too_large(path)
+    return unpacked
+
+
+def _too_large(path: Path) -> PosteriorError:
+    return PosteriorError(
+        f"{path} holds more than {MAX_BYTES / 2**30:g} GiB of rows; all are held in memory: take a part of them"
+    )
 
 
 def _text(path: Path, data: bytes) -> str:
@@ -101,6 +115,11 @@ def _text(path: Path, data: bytes) -> str:
         ) from None
     if "\x00" in text:
         raise PosteriorError(f"{path} is a binary file: it holds zero bytes; expected {FORMATS}")
+    if inner := re.search("(?:^|[\r\n])\ufeff", text):
+        line = len(re.findall("\r\n?|\n", text[: inner.end()])) + 1
+        raise PosteriorError(
+            f"{path}, line {line}: begins with a byte-order mark (U+FEFF), as where files were joined; remove it"
+        )
     return text
 
 
@@ -122,7 +141,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
 def _json_object(line: str) -> Row:
     """The object of one line. Raises ValueError for what is none, or means two things."""
     try:
-        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        row = json.loads(line, object_pairs_hook=unique, parse_constant=_no_constant)
         if isinstance(row, dict):
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -147,7 +166,8 @@ def _hint(text: str, number: int) -> str:
     return "; one object a line is read: `jq -c .` makes lines of objects, `jq -c '.[]'` of a list"
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> Row:
+def unique(pairs: Sequence[tuple[str, Any]]) -> Row:
+    """For `json.loads(object_pairs_hook=...)`: an object whose keys differ. Raises ValueError for any other."""
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
@@ -162,6 +182,7 @@ def _no_constant(name: str) -> Any:
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
     """A row for each record: the header names the fields, every value is text."""
+    csv.field_size_limit(MAX_BYTES)  # of all readers; Python's own is 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         records = [(reader.line_num, record) for record in reader if record]
@@ -187,13 +208,19 @@ def _parquet(path: Path, data: bytes) -> list[Row]:
     """The rows of a Parquet file: texts, numbers, and lists and objects of them."""
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise PosteriorError(
             f"{path} is Parquet, which needs pyarrow: pip install 'posterior-server[parquet]'"
         ) from None
+    rows: list[Row] = []
+    size = 0
     try:
-        rows: list[Row] = read_table(io.BytesIO(data)).to_pylist()
+        for batch in ParquetFile(io.BytesIO(data)).iter_batches(PARQUET_ROWS):
+            size += batch.nbytes
+            if size > MAX_BYTES:
+                raise _too_large(path)
+            rows += batch.to_pylist()
     except (ArrowException, OSError, ValueError) as error:
         raise PosteriorError(
             f"{path} is damaged Parquet ({str(error).splitlines()[0]}); copy or make it again"

@@ -13,10 +13,11 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 from posterior import tokens
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, shortened
 
 VERBS = {
     "fit": ("posterior.fit", "fit a posterior on LoRA weights to your data"),
@@ -40,10 +41,25 @@ WAYS_OUT = {  # what to do about an error of the operating system
 
 
 class Parser(argparse.ArgumentParser):
-    """A usage error is one line."""
+    """A usage error is one line. A text or a path is not empty, unless its option says `type=str`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", None, _given)
+        self.register("type", Path, lambda text: Path(_given(text)))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"posterior: {' '.join(message.split())}; see `{self.prog} --help`\n")
+        self.exit(2, f"posterior: {shortened(' '.join(message.split()))}; see `{self.prog} --help`\n")
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own says nothing of help that cannot be written."""
+        print(self.format_help(), end="", file=file, flush=True)
+
+
+def _given(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print("posterior: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough of it, as in `posterior ask --json ... | head`
         return 141
     except Exception as error:
         status, line = explain(error)
-        print(f"posterior: {' '.join(line.split())}", file=sys.stderr)
+        print(f"posterior: {shortened(' '.join(line.split()))}", file=sys.stderr)
         return status
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -9,9 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, shortened
 
 logger = logging.getLogger("posterior.server")
 
@@ -30,6 +31,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = shortened(message)
         super().__init__(message)
         self.headers = dict(headers or {})
         self.status = status
@@ -74,8 +76,8 @@ def model_not_found(name: object) -> ApiError:
 
 
 def from_validation(error: ValidationError, body: Any) -> ApiError:
-    """The first complaint of pydantic about `body` as one line, without its types and links."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """One complaint of pydantic about `body` as one line, without its types and links."""
+    first = _first(error.errors(include_url=False, include_context=False, include_input=False), body)
     where = ".".join(map(str, _path(first["loc"], body, first["type"] == "missing"))) or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field {where!r}", where)
@@ -85,6 +87,22 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
         return bad_request(f"{where or 'the body'} must be a JSON object", where)
     message = first["msg"].splitlines()[0].removeprefix("Value error, ")
     return bad_request(f"{where}: {message}" if where else message, where)
+
+
+def _first(complaints: Sequence[ErrorDetails], body: Any) -> ErrorDetails:
+    """The first complaint about the form that fits best, of those that pydantic tried where there is a union: one whose
+    constants (a message's role) are there, with the fewest complaints, and of these the one that was read furthest."""
+    forms: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for each in complaints:
+        path = list(_path(each["loc"], body, each["type"] == "missing"))
+        form = tuple(part for part in each["loc"] if part not in path)
+        forms.setdefault(form, []).append(each)
+
+    def misfit(found: Sequence[ErrorDetails]) -> tuple[bool, int, int]:
+        other = any(each["type"] == "literal_error" for each in found)
+        return other, len(found), -len(list(_path(found[0]["loc"], body, True)))
+
+    return min(forms.values(), key=misfit)[0]
 
 
 def _path(location: Sequence[str | int], body: Any, missing: bool) -> Iterator[str | int]:

@@ -2,7 +2,8 @@
 
 Prompts that arrive while a batch runs form the next one. A prompt that needs more memory than there is for it is
 refused. Should the worker die all the same, its batch fails with a 503, what asks meanwhile too, and another worker is
-loaded. A prompt of a batch that ended a worker runs alone the next time; one that ended two is refused for a while.
+loaded. A prompt of a batch that ended a worker runs alone the next time; one that ended two is refused for a while. A
+posterior that cannot be read again by then is left out, until a worker is loaded once more.
 """
 
 from __future__ import annotations
@@ -47,22 +48,37 @@ Moments = tuple[
 ]  # mean [C], covariance [C, C]; arrays, because tensors would travel in shared memory
 
 Folder = tuple[Path, str]  # of a posterior, and its hash
+Loaded = tuple[dict[str, Footprint], dict[str, str]]  # by posterior: what its moments take, or why it cannot be read
 
 logger = logging.getLogger("posterior.server")
 _model: LinearizedModel | None = None  # of a worker process; None in the server's own
 
 
-def _load(base: Base, folders: Mapping[str, Folder], device: str) -> dict[str, Footprint]:
-    """In the worker: hold the base and the posteriors until the server goes away; what their moments take."""
+def _load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
+    """In the worker: hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
+    be read."""
     global _model
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    posteriors = {name: _unchanged(*folder) for name, folder in folders.items()}
+    posteriors, refused = _readable(folders)
     _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
-    return _model.footprints
+    return _model.footprints, refused
+
+
+def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
+    """The posteriors, and why others cannot be read. Raises PosteriorError where there is no posterior."""
+    posteriors, refused = {}, {}
+    for name, folder in folders.items():
+        try:
+            posteriors[name] = _unchanged(*folder)
+        except (PosteriorError, OSError) as error:
+            refused[name] = str(error)
+    if not posteriors:
+        raise PosteriorError("; ".join(refused.values()))
+    return posteriors, refused
 
 
 def _unchanged(path: Path, expected: str) -> artefact.Posterior:
@@ -146,12 +162,13 @@ class Linearizer:
         self._keeper: asyncio.Task[None] | None = None
         self._problem: str | None = "is being loaded"
         self._footprints: dict[str, Footprint] = {}
+        self._refused: dict[str, str] = {}
         self._room = 0.0
         self._new_pool()
 
     def _new_pool(self) -> None:
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        self._loaded: Future[dict[str, Footprint]] = self._pool.submit(_load, *self._parts)
+        self._loaded: Future[Loaded] = self._pool.submit(_load, *self._parts)
         (self._process,) = self._pool._processes.values()
 
     async def start(self) -> None:
@@ -160,7 +177,10 @@ class Linearizer:
         self._keeper = asyncio.create_task(self._keep())
 
     async def _load(self) -> None:
-        self._footprints = await asyncio.wrap_future(self._loaded)
+        self._footprints, self._refused = await asyncio.wrap_future(self._loaded)
+        self._metrics.unreadable.set(len(self._refused))
+        for name, reason in self._refused.items():
+            logger.error("the linearised predictive is without %s: %s", name, reason)
         free = await asyncio.get_running_loop().run_in_executor(self._pool, memory.free, self._parts[2])
         self._room = SHARE * free
         self._problem = None
@@ -196,10 +216,15 @@ class Linearizer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Mean [C] and covariance [C, C], float64, of the candidates' scores for each prompt.
 
-        Raises ApiError 400 for a prompt that there is not enough memory for, and 503 when there is no worker, or too
-        many prompts wait.
+        Raises ApiError 400 for a prompt that there is not enough memory for, and 503 when there is no worker, it could
+        not read this posterior, or too many prompts wait.
         """
         self.check()
+        if name in self._refused:
+            raise unavailable(
+                f"the linearised predictive of {name!r} could not be loaded; the server's log says why: ask for the "
+                "predictive 'mixture'"
+            )
         for index, prompt in enumerate(prompts):
             self._check_prompt(name, index, tuple(prompt), candidates)
         loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from posterior import base_check
 from posterior.arguments import Range, check_numbers
 from posterior.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.errors import PosteriorError
+from posterior.storage import objects
 from server import auth, registry
 from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
     text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
-    add("--api-key", default=os.environ.get("POSTERIOR_API_KEY"), help=text)
+    add("--api-key", type=str, default=os.environ.get("POSTERIOR_API_KEY"), help=text)  # an empty one is none
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="precision of vLLM (default: auto, the base's own)")
@@ -231,7 +232,7 @@ def _device(wanted: str) -> str:
 
 def _own_length(base: Base) -> int:
     """The context length the base was made for, in tokens."""
-    length = json.loads((base.path / "config.json").read_text()).get("max_position_embeddings")
+    length = objects.read(base.path / "config.json").get("max_position_embeddings")
     return length if isinstance(length, int) else LONGEST_DEFAULT
 
 

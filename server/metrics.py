@@ -74,6 +74,11 @@ class Metrics:
         self.refused = Gauge(
             "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
         )
+        self.unreadable = Gauge(
+            "posterior_linearized_refused",
+            "Posteriors that the linearised predictive's worker could not read; the log says why.",
+            registry=own,
+        )
         self.restarts = Counter(
             "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
         )

@@ -17,7 +17,7 @@ from posterior import candidates as candidate_answers
 from posterior.base import Base
 from posterior.calibration import Dtype, Key, Record, template_hash
 from posterior.candidates import Candidates
-from posterior.chat import tool_calls
+from posterior.chat import texts, tool_calls
 from posterior.errors import PosteriorError
 from posterior.predictive import Predictive, from_gaussian, from_particles
 from posterior.task import Task, Tokenizer
@@ -281,23 +281,26 @@ class Service:
 
 
 def check_messages(messages: Any) -> None:
-    """What vLLM lets pass: messages without content, media, which name addresses that the server would fetch, and tool
-    calls that a fit would refuse.
+    """What vLLM lets pass, or says of other places than the one at fault: messages without content, media, which name
+    addresses that the server would fetch, and tool calls that a fit would refuse.
 
     Raises ApiError 400.
     """
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        try:
-            tool_calls(f"message {index}", message.get("tool_calls") if isinstance(message, dict) else None)
-        except PosteriorError as error:
-            raise bad_request(str(error), "messages") from error
-    for message in messages if isinstance(messages, list) else ():
+        where = f"message {index}"
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(role, str) or (content is None and role != "assistant"):
-            raise bad_request("every message needs a 'role' and a 'content'", "messages")
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
-                raise bad_request("the 'content' of a message must be text", "messages")
+            raise bad_request(f"{where}: every message needs a 'role' and a 'content'", "messages")
+        calls = message.get("tool_calls")
+        try:
+            texts(where, content)
+            tool_calls(where, calls)
+        except PosteriorError as error:
+            raise bad_request(str(error), "messages") from error
+        if not all(isinstance(call.get("id"), str) and call.get("type") == "function" for call in calls or ()):
+            raise bad_request(
+                f"{where}: each of the 'tool_calls' needs an 'id' and the 'type' \"function\"", "messages"
+            )
 
 
 def usage_record(usage: Usage) -> dict[str, int]:

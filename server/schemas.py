@@ -29,7 +29,9 @@ Kind = Literal["chat", "completion"]
 PredictiveName = Literal["mixture", "linearized", "map"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
-Prompt = str | Annotated[list[Token], Field(min_length=1)]
+TokenIds = Annotated[list[Token], Field(min_length=1)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 def check_size(prompts: int, n: int, particles: int) -> None:
@@ -74,7 +76,7 @@ class PredictiveRequest(Uncertainty):
     inputs: Annotated[list[dict[str, str]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
         default=None, description="the fields of the posterior's template"
     )
-    prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    prompts: Prompts | None = None
     messages: Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
         default=None, description="conversations, each as chat completions have it"
     )
@@ -155,7 +157,7 @@ class ChatRequest(TextRequest):
 class CompletionRequest(TextRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: str | TokenIds | Prompts | PromptIds
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -168,7 +170,8 @@ class CompletionRequest(TextRequest):
             return check(value)
         except ValidationError:  # one complaint for each form that it could have had
             raise ValueError(
-                f"must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} texts or lists of token ids"
+                f"must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} texts, or of as many lists of "
+                "token ids"
             ) from None
 
 

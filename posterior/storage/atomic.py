@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,11 +76,12 @@ def write(path: Path, content: bytes | Callable[[Path], object]) -> None:
         with locked(path):
             part = beside(path, PART)
             try:
+                mode = _create(part, path)
                 if callable(content):
                     content(part)
                 else:
                     part.write_bytes(content)
-                part.chmod(0o644)
+                part.chmod(mode)
                 _flush(part)
                 os.replace(part, path)
                 _flush(path.parent)
@@ -87,6 +89,18 @@ def write(path: Path, content: bytes | Callable[[Path], object]) -> None:
                 part.unlink(missing_ok=True)
     except OSError as error:
         raise PosteriorError(f"cannot write {path}: {error.strerror}; make room or fix its permissions") from error
+
+
+def _create(part: Path, path: Path) -> int:
+    """Make the empty file `part`, a new one and no link; the mode for it: that of the file it will replace, or as the
+    umask has it."""
+    part.unlink(missing_ok=True)  # a dead writer's, or a link to a file that is not ours
+    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        known = path.lstat() if path.is_file() and not path.is_symlink() else os.fstat(file)
+        return stat.S_IMODE(known.st_mode)
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -102,9 +116,10 @@ def folder(target: Path, check: Callable[[Path], None] = lambda target: None) ->
         new = beside(target, WORK) / "new"
         try:
             new.mkdir(parents=True)
+            mode = stat.S_IMODE(new.stat().st_mode)  # as the umask has it
             yield new
             for path in (*new.rglob("*"), new, new.parent):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+                path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors writes files for their owner alone
                 _flush(path)
             check(target)
             _publish(new, target)

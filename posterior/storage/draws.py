@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from posterior.errors import PosteriorError
-from posterior.storage import atomic
+from posterior.storage import atomic, objects
 from posterior.storage.record import file_hash
 
 CONTENTS = "contents.json"
@@ -100,7 +100,7 @@ def _is_whole(entry: Path, contents: int) -> bool:
     try:
         if not os.path.samestat(os.fstat(contents), (entry / CONTENTS).stat()):
             return False
-        files = json.loads((entry / CONTENTS).read_text(encoding="utf-8"))
+        files = objects.read(entry / CONTENTS)
         return bool(files) and all(file_hash(entry / name) == digest for name, digest in files.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posterior.errors import PosteriorError
+from posterior.storage import objects
 
 FORMAT = 2
 NAME = "posterior.json"
@@ -136,13 +137,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _parse(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return objects.read(folder / NAME)
     except OSError:
         raise PosteriorError(
             f"{folder} is no posterior folder: it has no readable {NAME}; make one with `posterior fit`"
         ) from None
-    except (ValueError, RecursionError):
-        raise PosteriorError(f"{folder}/{NAME} is not JSON; restore it or refit") from None
-    if not isinstance(content, dict):
-        raise PosteriorError(f"{folder}/{NAME} is not a JSON object; restore it or refit")
-    return content
+    except ValueError:
+        raise PosteriorError(f"{folder}/{NAME} is not a JSON object; restore it or refit") from None

@@ -65,6 +65,20 @@ def test_no_server_is_one_line() -> None:
     )
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "none://x", "http://:::"])
+def test_a_proxy_that_cannot_be_used_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    done = ask("good", url="http://127.0.0.1:9/v1")
+    assert done.returncode == 2 and done.stderr.startswith("posterior: a proxy in the environment cannot be used (")
+    assert done.stderr.count("\n") == 1 and "NO_PROXY" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://a..b/v1", "http://a b/v1", "http://" + "a" * 64, "http://[::1", "example.org"])
+def test_what_is_no_url_is_one_line(url: str) -> None:
+    done = ask("good", url=url)
+    assert done.returncode == 2 and done.stderr.startswith("posterior: the base URL ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["caf\udce9"], ["good", "--model", "\udcff"], ["good", "--field", "\udcff"]])
 def test_bytes_that_are_not_utf8_are_one_line(stub: Any, arguments: list[str]) -> None:
     """A shell hands Latin-1 on as it is; Python keeps such bytes as halves of characters."""

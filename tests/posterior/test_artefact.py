@@ -161,7 +161,9 @@ def test_another_base_is_refused(folder):
     ("damage", "match"),
     [
         (lambda f: (f / "posterior.json").unlink(), "no posterior folder"),
-        (lambda f: (f / "posterior.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "posterior.json").write_text("{"), "not a JSON object"),
+        (lambda f: (f / "posterior.json").write_text("[" * 100_000), "not a JSON object"),
+        (lambda f: (f / "posterior.json").write_text(r'{"format": 2, "a": "\ud83d"}'), "not a JSON object"),
         (lambda f: (f / "posterior.json").write_text("[]"), "not a JSON object"),
         (lambda f: edit(f, format=3), "format 3, which is newer than the 2 this version reads; upgrade"),
         (lambda f: edit(f, format="2"), "format '2'; this version reads 1 and 2"),

@@ -98,6 +98,18 @@ def test_it_calibrates_the_predictive_the_server_gives(
     assert set(record.before) == set(record.after) == set(METRICS)
 
 
+@pytest.mark.parametrize("closed", [".", "..", "calibration"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    if closed == "calibration":
+        (folder / closed).mkdir()
+    place = (folder / closed).resolve()
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != place)  # for root every mode is open
+    with pytest.raises(PosteriorError, match=f"you may not write into {place}; calibrate a copy"):
+        call(folder, "/nowhere")
+
+
 def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -> None:
     record = (folder / "posterior.json").read_bytes()
     before = artefact.load(folder)

@@ -84,6 +84,7 @@ def test_a_pattern_of_targets_is_what_it_matched(peft_folder, collect, run_fit, 
         (lambda f: edit(f, lora_alpha="x"), "a has a lora_alpha that is not a number"),
         (lambda f: damage(f), "a holds a value in .* that is not finite"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "a is no PEFT adapter: .* not a JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "a is no PEFT adapter: .* not a JSON object"),
     ],
 )
 def test_fit_refuses_what_import_refuses(peft_folder, collect, run_fit, change, match):

@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow.parquet import write_table
 
+from posterior import reading
 from posterior.errors import PosteriorError
 from posterior.reading import read_rows
 
@@ -71,6 +72,8 @@ REFUSED = {
     "twice inside": (b'{"b": [{"a": 1, "a": 2}]}', "line 1: the key 'a' is there twice"),
     "deep": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: nested too deeply"),
     "digits": (b'{"a": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
+    "two marks": (b"\xef\xbb\xbf" * 2 + b'{"a": 1}', r"line 1: begins with a byte-order mark \(U\+FEFF\)"),
+    "joined": (b'{"a": 1}\r\n{"a": 2}\r\n\xef\xbb\xbf{"a": 3}', "line 3: begins with a byte-order mark .* remove it"),
     "surrogate": (rb'{"a": "\ud83d"}', r"line 1: holds '\\ud83d', half of a character"),
     "surrogate in a key": (rb'{"\udc00": 1}', "line 1: holds .*half of a character"),
     "surrogate inside": (rb'{"messages": [{"role": "user", "content": "\ud83d!"}]}', "half of a character"),
@@ -108,6 +111,33 @@ def test_csv_errors_name_the_line(tmp_path: Path, text: str, match: str) -> None
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(PosteriorError, match=match):
         read_rows(tmp_path / "rows.csv")
+
+
+def test_a_mark_inside_of_csv_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(CSV + "\ufeff" + CSV, encoding="utf-8")
+    with pytest.raises(PosteriorError, match="line 5: begins with a byte-order mark"):
+        read_rows(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("text\na\ufeffb\n", encoding="utf-8")  # inside of a text it is a character
+    assert read_rows(tmp_path / "rows.csv") == [{"text": "a\ufeffb"}]
+
+
+def test_a_csv_text_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\n" + "a" * 200_000)
+    assert read_rows(tmp_path / "rows.csv") == [{"text": "a" * 200_000}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_more_than_memory_is_for_is_refused_before_it_is_unpacked(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "a" * 1000}] * 1000
+    plain = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    packed = {"rows.jsonl": plain, "rows.jsonl.gz": gzip.compress(plain), "rows.parquet": parquet(rows)}
+    (tmp_path / name).write_bytes(packed[name])
+    assert read_rows(tmp_path / name) == rows
+    monkeypatch.setattr(reading, "MAX_BYTES", 2**19)
+    with pytest.raises(PosteriorError, match=rf"{name} holds more than 0\.000488281 GiB of rows; .* take a part"):
+        read_rows(tmp_path / name)
 
 
 def test_places_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

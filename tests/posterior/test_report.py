@@ -195,6 +195,14 @@ def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # for root every mode is open
+    with pytest.raises(PosteriorError, match=f"you may not write into {tmp_path}; name another folder"):
+        evaluate._check_report(tmp_path / "new.html")
+
+
 def test_a_report_replaces_nothing_but_a_report(tmp_path: Path) -> None:
     rows, link, fifo = tmp_path / "rows.jsonl", tmp_path / "link.html", tmp_path / "fifo"
     rows.write_text("{}")

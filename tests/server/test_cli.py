@@ -128,7 +128,7 @@ KNOWN = [
     (torch_out_of_memory, 2, "memory ran out .CUDA out of memory. Tried to allocate 2 GiB.;"),
     (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory ran out"),
     (lambda: BrokenProcessPool("a child died"), 2, "a worker process was killed"),
-    (lambda: KeyboardInterrupt(), 130, None),
+    (lambda: KeyboardInterrupt(), 130, "stopped"),
     (lambda: BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, None),
 ]
 
@@ -172,11 +172,47 @@ def test_sigterm_ends_a_verb_without_a_traceback(monkeypatch: pytest.MonkeyPatch
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Verb):
+        def run(self, _args: argparse.Namespace) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("still here")
+
+    monkeypatch.setitem(sys.modules, "posterior.inspect", Stopped(None))
+    assert cli.main(["inspect"]) == 130
+    assert capsys.readouterr().err == "posterior: stopped\n"
+
+
 def test_arguments_that_are_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ask", "caf\udce9"]) == 2
     assert re.fullmatch(
         r"posterior: argument 2, 'caf.udce9', holds .*not UTF-8; write it in UTF-8\n", capsys.readouterr().err
     )
+
+
+EMPTY = [
+    ("inspect", ""), ("evaluate", "x", ""), ("evaluate", "x", "y", "--report="), ("calibrate", "x", "y", "--base="),
+    ("fit", "x", "--out=x", "--prior-precision="), ("fit", "x", "--out=x", "--heldout="), ("fit", "x", "--out", ""),
+    ("fit", "x", "--out=x", "--answers", "a", ""), ("import", "x", "", "--out=x", "--template=y"),
+    ("serve", "--posteriors="), ("serve", "--host="), ("serve", "--base="), ("ask", "x", "--model="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+def test_an_empty_value_is_not_the_default(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and "it is empty; give a value, or leave it out" in text and text.count("\n") == 1
+
+
+def test_what_a_user_wrote_is_not_repeated_at_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "a" * 20_000]) == 2
+    text = capsys.readouterr().err
+    assert len(text) < 2000 and " ... " in text
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "x", "--out=x", "--method", "a" * 20_000])
+    assert len(capsys.readouterr().err) < 2000
 
 
 @pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", ">&-"])
@@ -186,8 +222,9 @@ def test_closed_streams(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_stdout_is_one_line() -> None:
-    done = run_shell(f"exec {shlex.quote(sys.executable)} -m server.cli inspect {SHIPPED / 'sentiment'} > /dev/full")
+@pytest.mark.parametrize("words", ["--help", f"inspect {SHIPPED / 'sentiment'}"])
+def test_a_full_stdout_is_one_line(words: str) -> None:
+    done = run_shell(f"exec {shlex.quote(sys.executable)} -m server.cli {words} > /dev/full")
     assert done.returncode == 2
     assert done.stderr == "posterior: No space left on device; free some space and run the same command again\n"
 

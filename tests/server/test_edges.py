@@ -73,11 +73,17 @@ def test_nobody_is_sent_elsewhere_before_the_key(service: Service) -> None:
         b'{"model": "mood", "prompt": "\\ud83d"}', b'{"model": "\\udc00"}', b'{"a": ["\\ud83d"]}', b'{"\\ud83d": 1}',
         b'{"a": "\xed\xa0\xbd"}', b'{"a": "caf\xe9"}', '{"a": "é"}'.encode("utf-16"), b'{"temperature": 1e999}',
         b'{"temperature": NaN}', b'{"temperature": -Infinity}', b"[" * 100_000, b'{"a":' * 1000 + b"1" + b"}" * 1000,
+        b'{"model": "mood", "model": "gang"}', b'{"a": [{"b": 1, "b": 1}]}',
         b"", b"null", b"[]", b'"x"', b'{"n": ' + b"9" * 10_000 + b"}", b"\x00", b'{"a": 1} {"b": 2}',
     ],
 )  # fmt: skip
 def test_a_body_that_is_no_json_object_is_one_line(client: TestClient, path: str, body: bytes) -> None:
     assert "JSON" in error_of(client.post(path, content=body), 400)["message"]
+
+
+def test_a_key_that_is_there_twice_is_named(client: TestClient) -> None:
+    body = b'{"model": "mood", "inputs": [{"text": "bad", "text": "good"}]}'
+    assert "the key 'text' is there twice; keep one" in error_of(client.post(PREDICTIVE, content=body), 400)["message"]
 
 
 def test_two_halves_of_a_character_are_one(client: TestClient) -> None:
@@ -99,7 +105,7 @@ WRONG = [
     ({"seed": 2**70}, "seed"),
     ({"tools": {}}, "tools"),
     ({"logprobs": 3}, "logprobs"),
-    ({"stop": [1]}, "stop"),
+    ({"stop": [1]}, "stop.0"),
     ({"chat_template_kwargs": {"a": {}}}, "chat_template_kwargs.a"),
     ({"messages": ["hi"]}, "messages.0"),
     ({"messages": []}, "messages"),
@@ -107,6 +113,8 @@ WRONG = [
     ({"messages": [{"content": "x"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages"),
+    *(({"messages": [{"role": "user", "content": wrong}]}, "messages") for wrong in ({"a": 1}, 5, [{"type": "text"}])),
     *(
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": wrong}}]}]},
@@ -123,6 +131,39 @@ def test_wrong_fields_are_refused_whatever_is_asked(
     client: TestClient, body: dict[str, Any], param: str, uncertainty: dict[str, Any] | None
 ) -> None:
     assert error_of(chat(client, uncertainty=uncertainty, **body), 400)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "assistant", "tool_calls": [{}]}, "message 1: each of the 'tool_calls' must be"),
+        (
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            "message 1: each of the 'tool_calls' needs an 'id'",
+        ),
+        ({"role": "user", "content": {"a": 1}}, "message 1: the 'content' must be a text or a list of text parts"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "message 1: each part of the 'content' must be"),
+        ({"role": "user"}, "message 1: every message needs a 'role' and a 'content'"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said_of_that_message(
+    client: TestClient, message: dict[str, Any], words: str
+) -> None:
+    assert error_of(chat(client, messages=[*MESSAGES, message]), 400)["message"].startswith(words)
+
+
+@pytest.mark.parametrize("prompt", [["a", [1]], [[1], "a"], [1, "a"], [], [[]], {"a": 1}, 5])
+def test_prompts_of_two_kinds_are_refused_by_what_is_expected(client: TestClient, prompt: Any) -> None:
+    error = error_of(client.post(COMPLETIONS, json={"model": "mood", "prompt": prompt}), 400)
+    assert error["param"] == "prompt" and "must be a text, a list of token ids, or a list of" in error["message"]
+
+
+def test_what_a_client_wrote_is_not_repeated_at_length(client: TestClient) -> None:
+    long = "a" * 20_000
+    for asked in ({"model": long}, {"model": "mood", "answers": [long, long]}):
+        response = client.post(PREDICTIVE, json={"inputs": [{"text": "x"}], **asked})
+        message = response.json()["error"]["message"]
+        assert response.status_code in (400, 404) and len(message) < 2000 and " ... " in message
 
 
 UNHONOURED = [

@@ -20,7 +20,7 @@ from posterior.errors import PosteriorError
 from posterior.footprint import MARGIN, Footprint
 from posterior.linearized import LinearizedModel
 from server.errors import ApiError
-from server.linearized import SHARE, Linearizer, _moments, _unchanged
+from server.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
 from server.metrics import Metrics
 from tests.server import folders, workers
 
@@ -135,6 +135,29 @@ async def test_an_idle_worker_that_dies_is_noticed_and_loaded_again_when_that_is
     await ready(light)
     assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
     assert sample(metrics, "posterior_linearized_restarts_total") == 1
+
+
+def test_a_posterior_that_cannot_be_read_is_left_out_alone(tiny: tuple[Base, Posterior], tmp_path: Path) -> None:
+    _, posterior = tiny
+    folder, gone = (posterior.path, posterior.hash), (tmp_path, "")
+    posteriors, refused = _readable({"mood": folder, "gone": gone, "other": (posterior.path, "another hash")})
+    assert list(posteriors) == ["mood"] and "posterior.json" in refused["gone"] and "changed" in refused["other"]
+    with pytest.raises(PosteriorError, match=r"posterior\.json"):
+        _readable({"gone": gone})
+
+
+@pytest.mark.asyncio
+async def test_what_a_worker_could_not_read_is_said_and_counted(
+    light: Linearizer, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    light._parts = (light._parts[0], {**light._parts[1], "gone": (Path("/nowhere"), "")}, "cpu")
+    light._new_pool()  # as after the loss of the first
+    await light.start()
+    light.check()
+    assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
+    await refused(light.moments("gone", PROMPTS, CANDIDATES), 503, "of 'gone' could not be loaded; .*'mixture'")
+    assert sample(metrics, "posterior_linearized_refused") == 1
+    assert "the linearised predictive is without gone: " in caplog.text
 
 
 @pytest.mark.asyncio

@@ -113,7 +113,7 @@ def test_damage_is_refused(root: Path, base: Base) -> None:
     weights.write_bytes(data)
     refused(root, base, "mood", "sha256 differs")
     (root / "mood" / "posterior.json").write_text("{")
-    refused(root, base, "mood", "not JSON")
+    refused(root, base, "mood", "not a JSON object")
 
 
 def test_another_format_is_refused(root: Path, base: Base) -> None:

@@ -20,10 +20,12 @@ class Weightless:
         return 0.0
 
 
-def load(_base: object, folders: Mapping[str, tuple[Path, str]], _device: str) -> dict[str, Weightless]:
-    for folder, _ in folders.values():
-        (folder / "posterior.json").read_text()
-    return {name: Weightless() for name in folders}
+def load(_base: object, folders: Mapping[str, tuple[Path, str]], _device: str) -> tuple[dict[str, Weightless], Any]:
+    """Every posterior whose record is there."""
+    refused = {name: "not there" for name, (folder, _) in folders.items() if not (folder / "posterior.json").is_file()}
+    if len(refused) == len(folders):
+        raise FileNotFoundError("posterior.json")
+    return {name: Weightless() for name in folders if name not in refused}, refused
 
 
 def moments(_name: str, prompts: list[tuple[int, ...]], candidates: list[tuple[Any, ...]], _room: float) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from posterior_client._exceptions import InputError, translated
+from posterior_client._exceptions import InputError, proxied, translated
 from posterior_client._types import PredictiveName, PredictiveResponse
 from posterior_client._uncertainty import predictive_response
 
@@ -27,7 +28,7 @@ class PosteriorClient:
         max_retries: how often a lost connection, 408, 409, 429 or 5xx is tried again (the SDK honours Retry-After).
 
     Raises:
-        InputError: the base URL is none, or the API key cannot stand in a header.
+        InputError: the base URL is none, the API key cannot stand in a header, or a proxy of the environment is none.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class PosteriorClient:
         max_retries: int = 2,
     ) -> None:
         self.base_url, key = _settings(base_url, api_key)
-        self.openai = OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
+        with proxied():
+            self.openai = OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
 
     def predictive(
         self,
@@ -101,7 +103,8 @@ class AsyncPosteriorClient:
         max_retries: int = 2,
     ) -> None:
         self.base_url, key = _settings(base_url, api_key)
-        self.openai = AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
+        with proxied():
+            self.openai = AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
 
     async def predictive(
         self,
@@ -149,8 +152,14 @@ def _is_url(text: str) -> bool:
     try:
         text.encode()
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # also what has no UTF-8, or no number as its port
+        (parts.hostname or "").encode("idna")
+        return (
+            not re.search(r"\s", text)
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+        )
+    except ValueError:  # also what has no UTF-8, no number as its port, or a host that no name server knows
         return False
 
 

@@ -1,7 +1,7 @@
 """Every error this package raises.
 
 PosteriorClientError
-├── InputError                  the request cannot be sent: a text that is none, or a number that is not finite
+├── InputError                  the request cannot be sent: a text, number, base URL, key or proxy that is none
 ├── UnreachableError            nothing answers at the base URL, or not in time
 ├── ResponseError               an answer came, but not one with the fields this client reads
 └── StatusError                 the server refused; the message is the server's own, unchanged
@@ -75,6 +75,19 @@ def translated(base_url: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # what reading another server's answer leads to
         raise ResponseError(f"what answers at {base_url} is no Posterior Server") from error
+
+
+@contextmanager
+def proxied() -> Iterator[None]:
+    """What keeps the SDK from being made as InputError: the URL and the key are checked, so that it is a proxy of the
+    environment."""
+    try:
+        yield
+    except Exception as error:  # of several libraries below it
+        raise InputError(
+            f"a proxy in the environment cannot be used ({str(error).split('. ')[0]}); unset HTTP_PROXY, HTTPS_PROXY "
+            "and ALL_PROXY, or name the server's host in NO_PROXY"
+        ) from error
 
 
 def _status_error(error: openai.APIStatusError) -> StatusError:

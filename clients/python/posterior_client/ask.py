@@ -16,7 +16,7 @@ ASCII = "#=-."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments on `parser`."""
-    parser.add_argument("text", help="what to ask about")
+    parser.add_argument("text", type=str, help="what to ask about")
     parser.add_argument("--model", help="a posterior's name (default: the first one served)")
     parser.add_argument("--field", default="text", help="the task's field the text goes to (default: %(default)s)")
     parser.add_argument("--base-url", help="default: $POSTERIOR_BASE_URL, else http://127.0.0.1:8000/v1")

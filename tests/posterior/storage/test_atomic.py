@@ -136,6 +136,30 @@ def test_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "it").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("content", [b"new", lambda part: part.write_bytes(b"new")])
+def test_a_file_is_not_written_through_a_link(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "other").write_bytes(b"of somebody")
+    (tmp_path / ".it.posterior-part").symlink_to(tmp_path / "other")
+    atomic.write(tmp_path / "it", content)
+    assert (tmp_path / "it").read_bytes() == b"new" and not (tmp_path / "it").is_symlink()
+    assert (tmp_path / "other").read_bytes() == b"of somebody" and not leftovers(tmp_path)
+
+
+def test_modes_are_those_that_were_there_or_as_the_umask_has_them(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        atomic.write(tmp_path / "it", b"one")
+        assert (tmp_path / "it").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "it").chmod(0o664)
+        atomic.write(tmp_path / "it", b"two")
+        assert (tmp_path / "it").stat().st_mode & 0o777 == 0o664
+        put(tmp_path / "folder", "one")
+        assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "folder" / "deep" / "text").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize(("name", "number"), [("replace", errno.EACCES), ("fsync", errno.EIO), ("open", errno.EROFS)])
 def test_a_file_that_cannot_be_written_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
