@@ -101,11 +101,14 @@ def check(p: Tensor) -> None:
         raise PosteriorError("the predictive gave probabilities that are not finite; try --dtype float32")
 
 
-def estimate(p: Tensor, y: Tensor, *, draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """All metrics with bootstrap intervals; the same seed resamples the same rows, so methods are compared on equal
-    draws. Resamples in which a metric is undefined do not count."""
+RESAMPLES = 1000
+
+
+def estimate(p: Tensor, y: Tensor, *, draws: int | None = None, seed: int = 0) -> dict[str, Estimate]:
+    """All metrics with bootstrap intervals of so many resamples (None: RESAMPLES); the same seed resamples the same
+    rows, so methods are compared on equal draws. Resamples in which a metric is undefined do not count."""
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(y), (draws, len(y)), generator=generator)
+    picks = torch.randint(len(y), (draws or RESAMPLES, len(y)), generator=generator)
     levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
     result = {}
     for name, metric in METRICS.items():

@@ -23,7 +23,7 @@ def asks_the_server(file: str) -> bool:
     return "server: Running" in (Path(__file__).parents[1] / file).read_text()
 
 
-class Files(LoadScopeScheduling):  
+class Files(LoadScopeScheduling):
     """A file's tests run in one process, and all files that ask the real server in the same one: it starts once."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -98,6 +98,12 @@ def dense_jacobian(model: PeftModel, batch: Batch) -> dict[str, Tensor]:
     )
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of few resamples: test_metrics.py says how many it looks at."""
+    monkeypatch.setattr("posterior.metrics.RESAMPLES", 100)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-llama")
