@@ -8,8 +8,8 @@ A cell (benchmarks/cells.py) takes minutes to two hours on 2 cores and is kept i
 run in as many sessions as it takes; what has not been run says so. Writes benchmarks/results/README.md and its plots.
 
 Several tokens: a candidate's score is the mean of its tokens' log-probabilities, in the likelihood of the fit as in
-all predictions (posterior/task.py). Their sum, log p(answer | prompt), prefers short answers and is surer than it ought
-to be before any fit (benchmarks/scores.py).
+all predictions (posterior/data/task.py). Their sum, log p(answer | prompt), prefers short answers and is surer than it
+ought to be before any fit (benchmarks/scores.py).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, SLOW_EPOCHS, SLOW_RATE, Cell, Data, Result, read
-from posterior import plots
-from posterior.base import resolve
-from posterior.calibration import CALIBRATORS, Method
-from posterior.evaluate import Predictions
-from posterior.metrics import COVERAGE, METRICS, calibrated_ece, nll, ood_auroc, sets
-from posterior.predictive import entropy
+from posterior.calibration.metrics import COVERAGE, METRICS, calibrated_ece, nll, ood_auroc, sets
+from posterior.calibration.records import CALIBRATORS, Method
+from posterior.evaluation import plots
+from posterior.evaluation.evaluate import Predictions
+from posterior.models.base import resolve
+from posterior.predictive.mixture import entropy
 
 SETS = ("yelp", "sst2", "arc_easy", "openbookqa", "arc_challenge")
 LINEARISED = [family for family in FAMILIES if family.startswith("laplace")]
@@ -108,7 +108,7 @@ def report(data: Sequence[Data], args: argparse.Namespace, found: Mapping[tuple[
         f"--epochs {args.epochs} --dtype {args.dtype}`; each set's own data and seeds, see benchmarks/calibration.py. "
         f"Answers of several tokens: {SLOW_EPOCHS} times as many epochs, at a learning rate of {SLOW_RATE:g}; Laplace "
         "has the default rate, and the evidence says how many epochs and which scale of the scores "
-        "(posterior/scale.py), which MAP leaves at 1. "
+        "(posterior/laplace/scale.py), which MAP leaves at 1. "
         "MAP has a weak prior on B (precision 1), and that of its initialisation on A. Means over the seeds that were "
         "run ± their standard error; a dash: undefined or not run. ECE with 15 bins of equal width, adaptive ECE of "
         "equal mass; ECE if calibrated: what so few rows would show if these probabilities were exact; gap: confidence "

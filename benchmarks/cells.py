@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import smoothing
-from posterior import artefact, fit, lora
-from posterior.base import Base, load_model, load_tokenizer
-from posterior.data import Example, data_hash, encode
-from posterior.evaluate import Predictions, linearized, map_scores, point, sampled
-from posterior.map import Trainer, Training
-from posterior.reading import Row, read_rows
-from posterior.task import Task
+from posterior.cli import fit
+from posterior.data.examples import Example, data_hash, encode
+from posterior.data.reading import Row, read_rows
+from posterior.data.task import Task
+from posterior.evaluation.evaluate import Predictions, linearized, map_scores, point, sampled
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer
+from posterior.storage import artefact
+from posterior.training.map import Trainer, Training
 
 DATA, RESULTS = Path(__file__).parent / "data", Path(__file__).parent / "results"
 VERSION = 2  # raised when the methods themselves change: older cells are then computed again

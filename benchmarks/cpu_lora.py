@@ -79,7 +79,7 @@ def base_with_adapters(args: argparse.Namespace, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from posterior import base
+    from posterior.models import base
 
     path = base.resolve(args.base).path
     config = json.loads((path / "config.json").read_text())

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.engines import configured, running_engine, wait_passively
 from benchmarks.predictive import interval, running
-from posterior import base
-from posterior.base import Base
+from posterior.models import base
+from posterior.models.base import Base
 from server.engine import Adapter
 from server.engine.config import EngineConfig, set_environment
 from server.engine.gang import Trace

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.cpu_lora import base_with_adapters
-from posterior import base
-from posterior.lora import DEFAULT_TARGETS
+from posterior.models import base
+from posterior.models.lora import DEFAULT_TARGETS
 from server.engine import Adapter
 from server.engine.config import EngineConfig
 

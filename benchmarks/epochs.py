@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks.cells import CALIBRATION, Data, read
-from posterior import artefact, fit, lora
-from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import encode
-from posterior.evaluate import linearized, map_scores
-from posterior.metrics import Estimate, estimate
-from posterior.reading import Row
+from posterior.calibration.metrics import Estimate, estimate
+from posterior.cli import fit
+from posterior.data.examples import encode
+from posterior.data.reading import Row
+from posterior.evaluation.evaluate import linearized, map_scores
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer, resolve
+from posterior.storage import artefact
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from benchmarks.decode import TOPICS
 from benchmarks.engines import configured, running_engine, wait_passively
-from posterior import base
-from posterior.decoding import Mixing
+from posterior.models import base
+from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 from server.engine.config import set_environment
 from server.engine.gang import Trace

@@ -31,16 +31,20 @@ from unittest import mock
 import torch
 
 from benchmarks.rivals import WAYS, dense, gradients
-from posterior import artefact, candidates, kfac, likelihood, lora, svgd
-from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Batch, Example, batches, encode
-from posterior.job import PRECISION, prior_precision
-from posterior.likelihood import scores
-from posterior.linearized import moments
-from posterior.map import Trainer, Training
-from posterior.reading import read_rows
-from posterior.sketch import Sketch
-from posterior.stacked import stack, stacked
+from posterior.curvature import kfac
+from posterior.curvature.sketch import Sketch
+from posterior.data import candidates
+from posterior.data.examples import Batch, Example, batches, encode
+from posterior.data.reading import read_rows
+from posterior.laplace.linearized import moments
+from posterior.likelihood.scores import scores
+from posterior.likelihood.stacked import stack, stacked
+from posterior.models import lora
+from posterior.models.base import load_model, load_tokenizer, resolve
+from posterior.particles import svgd
+from posterior.storage import artefact
+from posterior.training.job import PRECISION, prior_precision
+from posterior.training.map import Trainer, Training
 from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"
@@ -122,11 +126,11 @@ class Bench:
 
     def epoch_apart(self) -> None:
         """With a row for each answer."""
-        with mock.patch.object(likelihood, "BRANCHING", frozenset()):
+        with mock.patch("posterior.likelihood.scores.BRANCHING", frozenset()):
             self.epoch()
 
     def linearised_apart(self) -> None:
-        with mock.patch.object(likelihood, "BRANCHING", frozenset()):
+        with mock.patch("posterior.likelihood.scores.BRANCHING", frozenset()):
             self.linearised()
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterior import artefact, lora
-from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, encode
-from posterior.evaluate import linearized, map_scores
-from posterior.metrics import nll
-from posterior.reading import read_rows
+from posterior.calibration.metrics import nll
+from posterior.data.examples import Example, encode
+from posterior.data.reading import read_rows
+from posterior.evaluation.evaluate import linearized, map_scores
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer, resolve
+from posterior.storage import artefact
 
 TEST = Path(__file__).parent / "data" / "yelp.test.jsonl"
 

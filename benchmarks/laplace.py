@@ -4,7 +4,7 @@
     python -m benchmarks.laplace --sst2 FOLDER        SST-2 too: {train,dev,test}.jsonl with "prompt" and "label"
 
 MAP, temperature scaling and plain Laplace share one mode; the default Laplace is the variational one (see
-posterior/fit.py). All see the same rows. The temperature is fitted on the calibration split; the best possible
+posterior/cli/fit.py). All see the same rows. The temperature is fitted on the calibration split; the best possible
 temperature, chosen on the test rows themselves, is what no honest method can know. `--work` keeps the fits, so a second
 run only evaluates. The prior study asks what centring the prior at the initialisation, and separating A from B, does.
 """
@@ -21,12 +21,15 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, fit, gaussian, laplace, lora
-from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import Example, encode
-from posterior.evaluate import linearized, map_scores, markdown, sampled
-from posterior.metrics import Estimate, best_temperature, estimate, nll
-from posterior.reading import Row, read_rows
+from posterior.calibration.metrics import Estimate, best_temperature, estimate, nll
+from posterior.cli import fit
+from posterior.data.examples import Example, encode
+from posterior.data.reading import Row, read_rows
+from posterior.evaluation.evaluate import linearized, map_scores, markdown, sampled
+from posterior.laplace import blockwise, gaussian
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer, resolve
+from posterior.storage import artefact
 
 DATA = Path(__file__).parent / "data"
 TEMPLATE, ANSWERS = "{text}\\nSentiment:", [" negative", " positive"]
@@ -146,7 +149,7 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
     start, theta = lora.get(fresh), {name: value.cpu() for name, value in lora.get(model).items()}
     zero = {name: torch.zeros_like(value) for name, value in theta.items()}
     kept = {name: precision for name, precision in posterior.precision.items() if name.endswith(".A")}
-    cases: dict[str, tuple[lora.Theta, laplace.Grouping, dict[str, float]]] = {
+    cases: dict[str, tuple[lora.Theta, blockwise.Grouping, dict[str, float]]] = {
         "centred at zero, one lambda": (zero, "scalar", {}),
         "centred at the initialisation, one lambda": (start, "scalar", {}),
         "same, A and B apart": (start, "side", {}),
@@ -155,11 +158,13 @@ def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], 
     }
     table = {}
     for name, (origin, grouping, fixed) in cases.items():
-        distance = {key: laplace.square_distance(theta, origin, [key]) for key in theta}
-        precision = laplace.optimal_precision(posterior.curvature, distance, grouping, fixed, posterior.fit["coupling"])
+        distance = {key: blockwise.square_distance(theta, origin, [key]) for key in theta}
+        precision = blockwise.optimal_precision(
+            posterior.curvature, distance, grouping, fixed, posterior.fit["coupling"]
+        )
         values = sorted({round(value, 1) for key, value in precision.items() if key not in fixed})
         shown = " / ".join(map(str, values)) if len(values) < 3 else f"{values[0]} to {values[-1]}"
-        p = linearized(model, laplace.Blocks(posterior.curvature, precision), test).probability
+        p = linearized(model, blockwise.Blocks(posterior.curvature, precision), test).probability
         table[f"{name}: {shown}"] = estimate(p, labels)
     print("\nPrior mean and grouping at the plain MAP (prior precision by the evidence), linearised:\n")
     print(markdown(table, len(test)))

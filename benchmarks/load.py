@@ -21,7 +21,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 
 from benchmarks.engines import configured, running_engine, wait_passively
-from posterior import base
+from posterior.models import base
 from server.engine import Adapter
 from server.engine.config import set_environment
 from server.engine.gang import Trace

@@ -28,10 +28,11 @@ import httpx
 import torch
 from scipy import stats
 
-from posterior import artefact, base, lora, servable
-from posterior.artefact import Posterior
-from posterior.base import Base
-from posterior.candidates import encode
+from posterior.data.candidates import encode
+from posterior.models import base, lora, servable
+from posterior.models.base import Base
+from posterior.storage import artefact
+from posterior.storage.artefact import Posterior
 from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.main import SHIPPED
 

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from posterior import kfac, laplace, lora
-from posterior.data import Batch
-from posterior.likelihood import record, scores
-from posterior.linearized import moments
-from posterior.sketch import Sketch
+from posterior.curvature import kfac
+from posterior.curvature.sketch import Sketch
+from posterior.data.examples import Batch
+from posterior.laplace import blockwise
+from posterior.laplace.linearized import moments
+from posterior.likelihood.scores import record, scores
+from posterior.models import lora
 
 KFAC_RANK = 10  # bayesian-lora's default
 WIDE = 100  # its threshold of a wide side
@@ -55,9 +57,9 @@ class Ours:
         sketch = Sketch(matrices, {})
         blocks = kfac.fit(self.model, matrices, batches, rank=32, sketch=sketch)
         lambdas = dict.fromkeys(blocks, self.precision)
-        c = laplace.coupling(blocks, lambdas, sketch.eigenvalues(self.precision))
-        by_blocks = laplace.Blocks(laplace.coupled(blocks, c), lambdas)
-        self.law: laplace.Law = sketch.full(self.precision) if self.structure == "full" else by_blocks
+        c = blockwise.coupling(blocks, lambdas, sketch.eigenvalues(self.precision))
+        by_blocks = blockwise.Blocks(blockwise.coupled(blocks, c), lambdas)
+        self.law: blockwise.Law = sketch.full(self.precision) if self.structure == "full" else by_blocks
 
     def variance(self, batch: Batch) -> Tensor:
         matrices = lora.matrices(self.model)

@@ -4,8 +4,8 @@
 
 Of every test row's choices, by the answer's text: accuracy, NLL, ECE and signed gap of softmax(scores), with 95 %
 bootstrap intervals. Nothing is fitted; posteriors start from here. Below, the evidence of 128 training rows for each
-scale of the means (posterior/scale.py), which `posterior fit` weighs with log s ~ N(0, 1); also of sets whose answers
-are single tokens, where the scale stays 1 unless --scale evidence asks.
+scale of the means (posterior/laplace/scale.py), which `posterior fit` weighs with log s ~ N(0, 1); also of sets whose
+answers are single tokens, where the scale stays 1 unless --scale evidence asks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.cells import read
-from posterior import lora, scale
-from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import encode
-from posterior.evaluate import map_scores, markdown
-from posterior.metrics import estimate
-from posterior.task import Task
+from posterior.calibration.metrics import estimate
+from posterior.data.examples import encode
+from posterior.data.task import Task
+from posterior.evaluation.evaluate import map_scores, markdown
+from posterior.laplace import scale
+from posterior.models import lora
+from posterior.models.base import load_model, load_tokenizer, resolve
 
 
 def main() -> None:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from posterior import artefact, imported, lora
-from posterior.base import load_model, load_tokenizer, resolve
-from posterior.data import Batch, encode
-from posterior.job import MEMBERS, prior_precision
-from posterior.likelihood import scores
-from posterior.map import Trainer, Training
-from posterior.reading import read_rows
-from posterior.task import Task
+from posterior.cli import imported
+from posterior.data.examples import Batch, encode
+from posterior.data.reading import read_rows
+from posterior.data.task import Task
+from posterior.likelihood.scores import scores
+from posterior.models import lora
+from posterior.models.base import load_model, load_tokenizer, resolve
+from posterior.storage import artefact
+from posterior.training.job import MEMBERS, prior_precision
+from posterior.training.map import Trainer, Training
 
 SMOOTHING = 0.1  # of the probability is shared equally by all candidates
 

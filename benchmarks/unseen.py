@@ -30,15 +30,16 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from benchmarks.cells import CALIBRATION, Cell, read
-from posterior import artefact, lora
-from posterior.base import Base, load_model, load_tokenizer, resolve
-from posterior.data import ROWS, TOKENS, Batch, Example, batches, encode
-from posterior.kfac import fisher_columns
-from posterior.laplace import LOG_BOUNDS
-from posterior.likelihood import draws
-from posterior.linearized import jacobians
-from posterior.metrics import estimate
-from posterior.predictive import from_gaussian
+from posterior.calibration.metrics import estimate
+from posterior.curvature.kfac import fisher_columns
+from posterior.data.examples import ROWS, TOKENS, Batch, Example, batches, encode
+from posterior.laplace.blockwise import LOG_BOUNDS
+from posterior.laplace.linearized import jacobians
+from posterior.likelihood.scores import draws
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer, resolve
+from posterior.predictive.mixture import from_gaussian
+from posterior.storage import artefact
 
 FACTORS = (1.0, 2.0, 4.0)  # of lambda
 SMALL = 1e-9  # of K's largest eigenvalue: below it a direction is rounding

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from pydantic_core import from_json
 
 import posterior
-from posterior.reading import unique
+from posterior.data.reading import unique
 from server import answers, errors, openapi
 from server.auth import require_key
 from server.choices import Reply

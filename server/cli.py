@@ -16,15 +16,15 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-from posterior import tokens
+from posterior.data import tokens
 from posterior.errors import PosteriorError, shortened
 
 VERBS = {
-    "fit": ("posterior.fit", "fit a posterior on LoRA weights to your data"),
-    "import": ("posterior.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
-    "evaluate": ("posterior.evaluate", "accuracy and calibration of the MAP beside the posterior"),
-    "calibrate": ("posterior.calibrate", "fit calibrated probabilities and prediction sets on held-out rows"),
-    "inspect": ("posterior.inspect", "what a posterior folder holds, verified"),
+    "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
+    "import": ("posterior.cli.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
+    "evaluate": ("posterior.evaluation.evaluate", "accuracy and calibration of the MAP beside the posterior"),
+    "calibrate": ("posterior.evaluation.calibrate", "fit calibrated probabilities and prediction sets on held-out rows"),
+    "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),
 }

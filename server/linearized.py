@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from posterior import artefact
-from posterior.base import Base
-from posterior.candidates import Candidates
-from posterior.data import Example
+from posterior.data.candidates import Candidates
+from posterior.data.examples import Example
 from posterior.errors import PosteriorError
-from posterior.footprint import Footprint
-from posterior.linearized import LinearizedModel, dtype_on
+from posterior.laplace.linearized import LinearizedModel, dtype_on
+from posterior.likelihood.footprint import Footprint
+from posterior.models.base import Base
+from posterior.storage import artefact
 from server import memory
 from server.errors import ApiError, bad_request, unavailable
 from server.metrics import Metrics

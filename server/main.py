@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
-from posterior import base_check
-from posterior.arguments import Range, check_numbers
-from posterior.base import Base, cache_folder, load_tokenizer, resolve
+from posterior.cli.arguments import Range, check_numbers
+from posterior.data import base_check
 from posterior.errors import PosteriorError
-from posterior.storage import objects
+from posterior.files import objects
+from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from server import auth, registry
 from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment
@@ -192,7 +192,7 @@ async def _listen(app: Any, lobby: Lobby, service: Service, args: argparse.Names
 
 async def _warm_up(service: Service) -> None:
     """What the first requests would otherwise wait for: the worker loads the base, vLLM pages its adapters in."""
-    from posterior.candidates import encode
+    from posterior.data.candidates import encode
 
     if service.linearizer is not None:
         await service.linearizer.start()

@@ -6,8 +6,8 @@ import time
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from posterior.decoding import TextPredictive
-from posterior.predictive import Predictive
+from posterior.predictive.decoding import TextPredictive
+from posterior.predictive.mixture import Predictive
 from server.engine import Usage
 from server.registry import Registry
 

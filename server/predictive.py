@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
-from posterior import candidates as candidate_answers
-from posterior.base import Base
-from posterior.calibration import Dtype, Key, Record, template_hash
-from posterior.candidates import Candidates
-from posterior.chat import texts, tool_calls
+from posterior.calibration.records import Dtype, Key, Record, template_hash
+from posterior.data import candidates as candidate_answers
+from posterior.data.candidates import Candidates
+from posterior.data.chat import texts, tool_calls
+from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
-from posterior.predictive import Predictive, from_gaussian, from_particles
-from posterior.task import Task, Tokenizer
+from posterior.models.base import Base
+from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine, Usage
 from server.engine.scoring import prefix_tree
 from server.errors import bad_request, from_validation, model_not_found

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from posterior import artefact, lora, servable
-from posterior.artefact import NAME, Posterior
-from posterior.base import Base
+from posterior.data.task import Scores, Task
 from posterior.errors import PosteriorError
-from posterior.storage import atomic
-from posterior.task import Scores, Task
+from posterior.files import atomic
+from posterior.models import lora, servable
+from posterior.models.base import Base
+from posterior.storage import artefact
+from posterior.storage.artefact import NAME, Posterior
 from server.engine import Adapter
 from server.schemas import PredictiveName
 

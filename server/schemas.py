@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from posterior.decoding import Mixing
+from posterior.predictive.decoding import Mixing
 from server.errors import bad_request
 
 MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from posterior.decoding import TextPredictive, text_predictive
+from posterior.predictive.decoding import TextPredictive, text_predictive
 from server.engine.gang import Trace
 from server.errors import bad_request
 from server.predictive import Service

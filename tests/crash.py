@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from posterior import artefact, calibrate, fit, imported
-from posterior.base import Base, resolve
+from posterior.cli import fit, imported
 from posterior.errors import PosteriorError
-from posterior.storage import draws
+from posterior.evaluation import calibrate
+from posterior.models.base import Base, resolve
+from posterior.storage import artefact, draws
 from server import registry
 from tests.killing import killed_at, leftovers, snapshot
 from tests.posterior.conftest import save_tiny_base

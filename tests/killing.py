@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posterior.storage import atomic, tensors
+from posterior.files import atomic, tensors
 from posterior.storage.record import file_hash
 
 STEPS: tuple[tuple[Any, str], ...] = (  # after any of them a process may be gone

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from posterior.errors import PosteriorError
-from posterior.storage import atomic, objects
+from posterior.files import atomic, objects
 from posterior.storage.record import file_hash
 
 CONTENTS = "contents.json"

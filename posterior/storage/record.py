@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posterior.errors import PosteriorError
-from posterior.storage import objects
+from posterior.files import objects
 
 FORMAT = 2
 NAME = "posterior.json"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from fastapi import Request
 
-from posterior.candidates import Candidates
+from posterior.data.candidates import Candidates
 from server.schemas import Kind
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posterior.servable import RANKS
+from posterior.models.servable import RANKS
 
 CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
 FEW_CORES = 4

@@ -34,7 +34,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from posterior.candidates import Candidates
+from posterior.data.candidates import Candidates
 from server.engine import Adapter, Usage
 from server.engine.client import MixingLLM
 from server.engine.config import EngineConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from posterior.decoding import Mixing
+from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 
 LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "adapters", "weights", "mixing"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from posterior.candidates import Candidates
+from posterior.data.candidates import Candidates
 
 Prefix = tuple[int, ...]
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posterior import lora
-from posterior.data import Batch, Example
-from posterior.likelihood import scores
+from posterior.data.examples import Batch, Example
+from posterior.likelihood.scores import scores
+from posterior.models import lora
 
 VOCABULARY = 300
 
@@ -101,7 +101,7 @@ def dense_jacobian(model: PeftModel, batch: Batch) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals of few resamples: test_metrics.py says how many it looks at."""
-    monkeypatch.setattr("posterior.metrics.RESAMPLES", 100)
+    monkeypatch.setattr("posterior.calibration.records.metrics.RESAMPLES", 100)
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,8 @@ def run_fit(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import argparse
     import json
 
-    from posterior import fit, width
+    from posterior.cli import fit
+    from posterior.laplace import width
 
     monkeypatch.setattr(width, "DRAWS", 1)
     monkeypatch.setattr(width, "TOLERANCE", 0.5)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from fastapi import Request
 
-from posterior.base import Base
-from posterior.calibration import Key, Record
-from posterior.candidates import Candidates
-from posterior.task import Task
+from posterior.calibration.records import Key, Record
+from posterior.data.candidates import Candidates
+from posterior.data.task import Task
+from posterior.models.base import Base
 from server.engine import Adapter, Usage
 from server.engine.gang import Text, Trace
 from server.errors import bad_request

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, lora
-from posterior.base import Base, load_model, resolve
-from posterior.kfac import Factor, Kronecker
-from posterior.task import Task
+from posterior.curvature.kfac import Factor, Kronecker
+from posterior.data.task import Task
+from posterior.models import lora
+from posterior.models.base import Base, load_model, resolve
+from posterior.storage import artefact
 
 RANK = 8
 TASK = Task("choice", "{text}\nSentiment:", (" negative", " positive"))

@@ -28,7 +28,7 @@ from vllm.v1.outputs import ModelRunnerOutput  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
-from posterior.decoding import Mixing  # noqa: E402
+from posterior.predictive.decoding import Mixing  # noqa: E402
 from server.engine import Adapter  # noqa: E402
 from server.engine.client import MixingLLM  # noqa: E402, F401
 from server.engine.gang import NOTE, Trace  # noqa: E402

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterior import base as base_models
-from posterior.base import Base
-from posterior.decoding import Mixing
+from posterior.models import base as base_models
+from posterior.models.base import Base
+from posterior.predictive.decoding import Mixing
 
 
 class Reference:

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from posterior import base as base_models
-from posterior.artefact import Posterior
-from posterior.base import Base
+from posterior.models import base as base_models
+from posterior.models.base import Base
+from posterior.storage.artefact import Posterior
 from tests.server import folders
 
 PARTICLES = 3

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from posterior import base as base_models
+from posterior.models import base as base_models
 from tests.server import folders
 from tests.server.mixture import Reference
 from tests.server.running import PARTICLES, Running, serving

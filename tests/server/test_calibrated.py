@@ -11,9 +11,9 @@ import torch
 from fastapi.testclient import TestClient
 from posterior_client._uncertainty import predictive_response
 
-from posterior.calibration import Calibrator, Conformal, Key, Platt, Record, Temperature, Vector, template_hash
-from posterior.metrics import Estimate
-from posterior.task import Task
+from posterior.calibration.metrics import Estimate
+from posterior.calibration.records import Calibrator, Conformal, Key, Platt, Record, Temperature, Vector, template_hash
+from posterior.data.task import Task
 from server.predictive import Service
 from tests.server import fakes
 

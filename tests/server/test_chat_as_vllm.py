@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from posterior.base import load_tokenizer, resolve
-from posterior.chat import _loops_over_parts, chat_ids
+from posterior.data.chat import _loops_over_parts, chat_ids
+from posterior.models.base import load_tokenizer, resolve
 from server.engine.config import set_environment
-from tests.posterior.test_chat import LLAMA2, PARTS, PLAIN, STRICT
+from tests.posterior.data.test_chat import LLAMA2, PARTS, PLAIN, STRICT
 
 set_environment("cpu")  # before vLLM, as the server does
 

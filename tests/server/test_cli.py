@@ -137,7 +137,7 @@ KNOWN = [
 def test_every_kind_of_error_is_one_line(
     make: Any, status: int, match: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "posterior.inspect", Verb(make()))
+    monkeypatch.setitem(sys.modules, "posterior.cli.inspect", Verb(make()))
     assert cli.main(["inspect"]) == status
     text = capsys.readouterr().err
     assert text == "" if match is None else re.fullmatch(f"posterior: {match}.*\n", text)
@@ -147,7 +147,7 @@ def test_every_kind_of_error_is_one_line(
 def test_a_fault_of_ours_is_one_line_and_a_file(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "posterior.inspect", Verb(error))
+    monkeypatch.setitem(sys.modules, "posterior.cli.inspect", Verb(error))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv(cli.TRACEBACK, raising=False)
     assert cli.main(["inspect"]) == 1
@@ -166,7 +166,7 @@ def test_sigterm_ends_a_verb_without_a_traceback(monkeypatch: pytest.MonkeyPatch
             raise AssertionError("still here")
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setitem(sys.modules, "posterior.inspect", Killed(None))
+    monkeypatch.setitem(sys.modules, "posterior.cli.inspect", Killed(None))
     with pytest.raises(SystemExit) as caught:
         cli.main(["inspect"])
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
@@ -178,7 +178,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("still here")
 
-    monkeypatch.setitem(sys.modules, "posterior.inspect", Stopped(None))
+    monkeypatch.setitem(sys.modules, "posterior.cli.inspect", Stopped(None))
     assert cli.main(["inspect"]) == 130
     assert capsys.readouterr().err == "posterior: stopped\n"
 

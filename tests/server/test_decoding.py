@@ -15,8 +15,8 @@ import openai
 import pytest
 import torch
 
-from posterior import base as base_models
-from posterior.decoding import Mixing
+from posterior.models import base as base_models
+from posterior.predictive.decoding import Mixing
 from tests.server.mixture import Reference, mixture
 from tests.server.running import KEY, PARTICLES, Running
 

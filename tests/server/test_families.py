@@ -13,10 +13,13 @@ import httpx
 import pytest
 import torch
 
-from posterior import artefact, fit, lora, width
-from posterior.base import Base, load_model, load_tokenizer
-from posterior.data import encode
-from posterior.evaluate import linearized, sampled
+from posterior.cli import fit
+from posterior.data.examples import encode
+from posterior.evaluation.evaluate import linearized, sampled
+from posterior.laplace import width
+from posterior.models import lora
+from posterior.models.base import Base, load_model, load_tokenizer
+from posterior.storage import artefact
 from tests.server import folders
 from tests.server.running import KEY, launched
 

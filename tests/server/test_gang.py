@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from posterior import base as base_models
-from posterior.decoding import Mixing
+from posterior.models import base as base_models
+from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 from server.engine.blocks import Group
 from server.engine.gang import Trace

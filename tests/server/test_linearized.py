@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posterior.artefact import Posterior
-from posterior.base import Base
 from posterior.errors import PosteriorError
-from posterior.footprint import MARGIN, Footprint
-from posterior.linearized import LinearizedModel
+from posterior.laplace.linearized import LinearizedModel
+from posterior.likelihood.footprint import MARGIN, Footprint
+from posterior.models.base import Base
+from posterior.storage.artefact import Posterior
 from server.errors import ApiError
 from server.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
 from server.metrics import Metrics

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from posterior.predictive import from_particles
-from posterior.task import Scores
+from posterior.data.task import Scores
+from posterior.predictive.mixture import from_particles
 from server.errors import unavailable
 from server.predictive import Service
 from server.schemas import MAX_BODY_BYTES

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from posterior.base import Base
 from posterior.errors import PosteriorError
+from posterior.models.base import Base
 from server import registry
 from server.metrics import Metrics
 from tests.sealed import edit, rehash

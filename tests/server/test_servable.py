@@ -1,5 +1,5 @@
-"""posterior/servable.py beside vLLM's own loading code: what vLLM refuses we refuse, and what we take it computes as
-PEFT does."""
+"""posterior/models/servable.py beside vLLM's own loading code: what vLLM refuses we refuse, and what we take it
+computes as PEFT does."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posterior import lora, servable
 from posterior.errors import PosteriorError
+from posterior.models import lora, servable
 from server.engine import Adapter
 from server.engine.config import set_environment
 

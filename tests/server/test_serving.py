@@ -16,11 +16,11 @@ import openai
 import pytest
 import torch
 
-from posterior import base as base_models
-from posterior import lora
-from posterior.linearized import LinearizedModel
-from posterior.predictive import from_gaussian
-from posterior.task import chat_ids
+from posterior.data.task import chat_ids
+from posterior.laplace.linearized import LinearizedModel
+from posterior.models import base as base_models
+from posterior.models import lora
+from posterior.predictive.mixture import from_gaussian
 from tests.server import folders
 from tests.server.running import KEY, PARTICLES, Running
 

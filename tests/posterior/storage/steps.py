@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
-from posterior import artefact, calibration, laplace, lora
-from posterior.artefact import Posterior
-from posterior.calibration import Conformal, Key, Record, Temperature
+from posterior.calibration import records
+from posterior.calibration.metrics import Estimate
+from posterior.calibration.records import Conformal, Key, Record, Temperature
 from posterior.errors import PosteriorError
-from posterior.metrics import Estimate
-from posterior.storage import atomic, draws
+from posterior.files import atomic
+from posterior.laplace import blockwise
+from posterior.models import lora
+from posterior.storage import artefact, draws
+from posterior.storage.artefact import Posterior
 from tests.killing import killed_after, leftovers, snapshot, together
 
 TORCH = f"torch{'.'.join(torch.__version__.split('.')[:2])}"
@@ -40,7 +43,7 @@ def write(target: Path, source: Posterior, shift: float = 0.0) -> Posterior:
 
 def record(posterior: Posterior, temperature: float) -> Record:
     key = Key(
-        base=posterior.base["hash"], posterior=posterior.hash, template=calibration.template_hash(posterior.task),
+        base=posterior.base["hash"], posterior=posterior.hash, template=records.template_hash(posterior.task),
         predictive="map", particles=1, dtype="float32",
     )  # fmt: skip
     one, scores = {"nll": Estimate(0.5, 0.4, 0.6)}, tuple(i / 100 for i in range(1, 101))
@@ -122,7 +125,7 @@ def main(work: Path) -> dict[str, int]:
     }
     fresh_cache()
     together(4, lambda: source.adapters(2, work / "draws"))
-    if drawn() != [f"{source.hash[:16]}-s0-v{laplace.SAMPLER}.{TORCH}-k2"]:
+    if drawn() != [f"{source.hash[:16]}-s0-v{blockwise.SAMPLER}.{TORCH}-k2"]:
         raise AssertionError(f"servers that start together made {drawn()}")
     atomic.exchange = no_exchange
     return found | {"two renames": steps(work, fresh, replace, lambda: hash_of(target))}

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from posterior import artefact, laplace
 from posterior.errors import PosteriorError
-from posterior.storage import atomic, draws
+from posterior.files import atomic
+from posterior.laplace import blockwise
+from posterior.storage import artefact, draws
 from tests.killing import snapshot
 
 FORMAT_1 = Path(__file__).parents[1] / "format1"
@@ -63,9 +64,9 @@ def test_the_name_says_what_the_draws_depend_on(
     mood: artefact.Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = mood.adapters(2, tmp_path)[0].parent
-    assert first.name.startswith(f"{mood.hash[:16]}-s0-v{laplace.SAMPLER}.torch2.") and first.name.endswith("-k2")
+    assert first.name.startswith(f"{mood.hash[:16]}-s0-v{blockwise.SAMPLER}.torch2.") and first.name.endswith("-k2")
     assert mood.adapters(2, tmp_path, seed=1)[0].parent != first
-    monkeypatch.setattr(laplace, "SAMPLER", laplace.SAMPLER + 1)
+    monkeypatch.setattr(blockwise, "SAMPLER", blockwise.SAMPLER + 1)
     assert mood.adapters(2, tmp_path)[0].parent != first
     assert len(names(tmp_path)) == 3
 

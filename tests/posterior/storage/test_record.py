@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from posterior import artefact, inspect, lora
+from posterior.cli import inspect
 from posterior.errors import PosteriorError
-from posterior.storage import record
+from posterior.models import lora
+from posterior.storage import artefact, record
 
 FORMAT_1 = Path(__file__).parents[1] / "format1"
 HASHES = {

@@ -1,0 +1,37 @@
+"""Candidate answers as token sequences that continue a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from posterior.data.tokens import Tokenizer, continuation
+from posterior.errors import PosteriorError
+
+MAX_CANDIDATES = 128  # what vLLM's `logprob_token_ids` accepts per request
+
+Candidates = tuple[tuple[int, ...], ...]
+
+
+def encode(tokenizer: Tokenizer, answers: Sequence[str]) -> Candidates:
+    """Token ids of each answer, to be appended to a prompt's token ids exactly as they are.
+
+    A leading space belongs to the answer: after "Sentiment:" the candidate is " positive". Raises PosteriorError for
+    fewer than 2 or more than 128 answers, an answer without tokens or that the tokenizer cannot give back, or two that
+    tokenise alike.
+    """
+    if not 2 <= len(answers) <= MAX_CANDIDATES:
+        raise PosteriorError(f"{len(answers)} candidate answers given; a choice needs 2 to {MAX_CANDIDATES}")
+    seen: dict[tuple[int, ...], str] = {}
+    for answer in answers:
+        tokens = tuple(continuation(tokenizer, answer)) if answer else ()
+        if not tokens:
+            raise PosteriorError(f"candidate answer {answer!r} has no tokens; remove it")
+        if tokens in seen:
+            raise PosteriorError(f"candidate answers {seen[tokens]!r} and {answer!r} tokenise alike; make them differ")
+        seen[tokens] = answer
+    return tuple(seen)
+
+
+def single_token(candidates: Candidates) -> bool:
+    """True when every candidate is one token, so that one forward pass of the prompt scores them all."""
+    return all(len(tokens) == 1 for tokens in candidates)

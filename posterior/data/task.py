@@ -1,0 +1,110 @@
+"""The task: how a row of the user's data becomes a prompt, and which answers it allows.
+
+The template is part of the posterior. Served with another template, the same weights describe another distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from posterior.data import tokens
+from posterior.data.chat import chat_ids as chat_ids
+from posterior.data.tokens import Tokenizer as Tokenizer
+from posterior.errors import PosteriorError
+
+Scores = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of question.
+
+    kind: "choice" (one of some candidate answers) or "text" (free text, from instruction data).
+    template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text".
+    answers: the candidates of a choice task; None when every row brings its own `choices`.
+    chat: send the rendered template as a user message through the base's chat template.
+    scores: candidates of several tokens are compared by the mean of their log-probabilities or by the sum, log
+    p(candidate | prompt). Of one token both are the same.
+    scale: what scores are multiplied by before the softmax (posterior/laplace/scale.py).
+    """
+
+    kind: Literal["choice", "text"]
+    template: str
+    answers: tuple[str, ...] | None = None
+    chat: bool = False
+    scores: Scores = "mean"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("choice", "text"):
+            raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
+        if self.scores not in get_args(Scores):
+            raise PosteriorError(f"scores {self.scores!r} are unknown; use 'mean' or 'sum'")
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
+            raise PosteriorError(f"the scale of scores is {self.scale!r}; it must be a positive number")
+        for text in (self.template, *(self.answers or ())):
+            tokens.check(text, f"the text {text!r}")
+        if not self.fields:
+            raise PosteriorError(
+                f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
+            )
+        if self.kind == "text" and self.answers is not None:
+            raise PosteriorError("a text task has no candidate answers; leave out --answers or use --task choice")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the placeholders, in order of first use."""
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise PosteriorError(
+                f"the template {self.template!r} is not valid: {error}; write {{{{ for a plain brace"
+            ) from None
+        names = [name for _, name, spec, conversion in parts if name is not None and not spec and not conversion]
+        if len(names) != sum(part[1] is not None for part in parts) or not all(name.isidentifier() for name in names):
+            raise PosteriorError(f"the template {self.template!r} may hold only plain {{name}} placeholders")
+        return tuple(dict.fromkeys(names))
+
+    def render(self, row: Mapping[str, Any], *, exact: bool = False) -> str:
+        """The prompt text of one row. With `exact`, fields the template does not use are an error too."""
+        missing = [name for name in self.fields if not isinstance(row.get(name), str)]
+        if missing:
+            raise PosteriorError(
+                f"field {missing[0]!r} is missing or not a string; the template needs the fields {list(self.fields)}"
+            )
+        extra = sorted(set(row) - set(self.fields))
+        if exact and extra:
+            raise PosteriorError(f"unknown field {extra[0]!r}; the template needs the fields {list(self.fields)}")
+        return self.template.format_map({name: row[name] for name in self.fields})
+
+    def prompt_ids(self, tokenizer: Tokenizer, row: Mapping[str, Any], *, exact: bool = False) -> list[int]:
+        """Token ids of the rendered prompt; a candidate's tokens follow them directly."""
+        text = self.render(row, exact=exact)
+        if self.chat:
+            return chat_ids(tokenizer, [{"role": "user", "content": text}])
+        return tokens.prompt(tokenizer, text)
+
+    def to_json(self) -> dict[str, Any]:
+        record = asdict(self)
+        record["answers"] = None if self.answers is None else list(self.answers)
+        if self.scores == "sum":  # as all did, and did not say, before there was another
+            del record["scores"]
+        if self.scale == 1.0:
+            del record["scale"]
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Task:
+        answers = record.get("answers")
+        return cls(
+            record["kind"],
+            record["template"],
+            None if answers is None else tuple(answers),
+            bool(record.get("chat", False)),
+            record.get("scores", "sum"),
+            record.get("scale", 1.0),
+        )

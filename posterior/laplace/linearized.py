@@ -1,0 +1,166 @@
+"""The linearised predictive: f(x) ~ N(f*(x), J P^-1 J^T) over the candidates' scores, exact under the Laplace
+covariance.
+
+The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward
+passes. No Jacobian over base weights ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from posterior.calibration.records import Dtype
+from posterior.curvature.diagonal import by_example
+from posterior.data.candidates import Candidates
+from posterior.data.examples import ROWS, TOKENS, Batch, Example, batches, choice, collate
+from posterior.data.task import Task
+from posterior.errors import PosteriorError
+from posterior.laplace import blockwise
+from posterior.likelihood.footprint import measure
+from posterior.likelihood.scores import arranged, record, scores
+from posterior.models import lora
+from posterior.models.base import Base, load_model
+from posterior.predictive.mixture import Predictive, from_gaussian
+from posterior.storage.artefact import Posterior
+
+
+def dtype_on(device: str) -> Dtype:
+    """What the server computes linearised predictives in: a GPU has no room for float32, a CPU no speed from less."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def moments(
+    model: nn.Module,
+    matrices: Mapping[str, nn.Linear],
+    law: blockwise.Law,
+    batch: Batch,
+    factors: Sequence[float] = (1.0,),
+) -> tuple[Tensor, Tensor]:
+    """Mean [B, C] of the scores and, at M multiples of the prior precision, covariance [M, B, C, C] of the scores
+    relative to the first candidate's (row and column 0 are 0). float64. Matrices that the law does not name are
+    certain."""
+    f, parts = jacobians(model, {name: matrices[name] for name in law.precision}, batch)
+    return f, torch.nn.functional.pad(law.covariance(parts, factors), (1, 0, 1, 0))
+
+
+def jacobians(
+    model: nn.Module, matrices: Mapping[str, nn.Linear], batch: Batch
+) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
+    """Scores [B, C] in float64, and the Jacobians [B, C - 1, r, d] of their differences to the first candidate's, a
+    matrix at a time, oriented as lora.orient has them."""
+    batch = arranged(model, batch)
+    found: list[dict[str, Tensor]] = []  # of each candidate [B, r, d]: its gradients at all positions take more memory
+    with record(dict(matrices)) as tape:
+        f = scores(model, batch)
+        width = f.shape[1]
+        for c in range(1, width):
+            gradients = tape.gradients(f, _difference(f, c), keep=c + 1 < width)
+            found.append({name: _jacobian(name, tape.inputs[name], gradients.pop(name), batch) for name in matrices})
+
+    return f.detach().double(), ((name, torch.stack([each[name] for each in found], 1)) for name in matrices)
+
+
+def _jacobian(name: str, inputs: Tensor, gradient: Tensor, batch: Batch) -> Tensor:
+    """A matrix's gradient for each example, [B, r, d], from those at its outputs."""
+    a, g = by_example(inputs, gradient, batch)
+    return lora.orient(name, g.mT @ a)
+
+
+def predictives(
+    model: nn.Module, matrices: Mapping[str, nn.Linear], law: blockwise.Law, batch: Batch
+) -> list[Predictive]:
+    """The linearised predictive of each example of a batch of choices."""
+    mean, (covariance,) = moments(model, matrices, law, batch)
+    return [from_gaussian(f, spread) for f, spread in zip(mean.cpu(), covariance.cpu(), strict=True)]
+
+
+def _difference(f: Tensor, c: int) -> Tensor:
+    cotangent = torch.zeros_like(f)
+    cotangent[:, c], cotangent[:, 0] = 1.0, -1.0
+    return cotangent
+
+
+class LinearizedModel:
+    """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores.
+
+    footprints: what those take, by posterior."""
+
+    def __init__(
+        self,
+        base: Base,
+        posteriors: Mapping[str, Posterior],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ):
+        model: nn.Module | None = None
+        self.device = device
+        self.parts: dict[str, tuple[dict[str, nn.Linear], blockwise.Law, Task]] = {}
+        for number, (name, posterior) in enumerate(posteriors.items()):
+            adapter = f"p{number}"
+            if model is None:
+                model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
+            else:
+                model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
+            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), posterior.task)
+        if model is None:
+            raise PosteriorError("no Laplace posterior was given to linearise")
+        self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
+        self.model = model.eval().requires_grad_(False)
+        self.footprints = {}
+        for name, (matrices, law, _) in self.parts.items():
+            self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
+            self.model.requires_grad_(False)
+            self.footprints[name] = measure(model, {each: matrices[each] for each in law.precision}, device)
+
+    def logits(
+        self,
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[Candidates],
+        room: float = math.inf,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(mean [C], covariance [C, C]) in float64 on the CPU for each prompt with its candidates, in order.
+
+        A batch that would take more than `room` bytes, or more than there are, is halved. Raises MemoryError for a
+        single prompt that finds no memory.
+        """
+        self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
+        self.model.requires_grad_(False)
+        _, _, task = self.parts[name]
+        examples = [choice(task, prompt, answers) for prompt, answers in zip(prompts, candidates, strict=True)]
+        results: dict[int, tuple[Tensor, Tensor]] = {}
+        waiting = [indices for indices, _ in batches(examples, ROWS, tokens=TOKENS)]
+        while waiting:
+            indices = waiting.pop()
+            chosen = [examples[index] for index in indices]
+            found = None
+            if len(chosen) == 1 or sum(map(self.footprints[name].bytes, chosen)) <= room:
+                found = self._moments(name, chosen)
+            if found is not None:
+                results.update(zip(indices, found, strict=True))
+            elif len(chosen) == 1:
+                raise MemoryError(f"no memory for the moments of {chosen[0].length} tokens")
+            else:
+                waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+        return [results[index] for index in range(len(examples))]
+
+    def _moments(self, name: str, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]] | None:
+        """Moments of one batch; None if there is no memory for it."""
+        matrices, law, _ = self.parts[name]
+        try:
+            mean, (covariance,) = moments(self.model, matrices, law, collate(examples).to(self.device))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            return None  # only now, without the error's traceback, are the batch's tensors freed
+        return list(zip(mean.cpu(), covariance.cpu(), strict=True))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

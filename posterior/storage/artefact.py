@@ -1,0 +1,412 @@
+"""The posterior folder: what `fit` writes and `serve` loads. JSON and safetensors only; every adapter is an ordinary
+PEFT folder.
+
+    posterior.json        what it is and how it was made, and the sha256 of every file (posterior/storage/record.py)
+    map/                  PEFT adapter theta*
+    particles/000/ ...    PEFT adapters (family "particles")
+    laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
+    full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
+    rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
+    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py)
+
+`hash` names the distribution: neither how it was made nor calibrations change it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from posterior.calibration import records
+from posterior.calibration.records import Key, Record
+from posterior.curvature.diagonal import Diagonal
+from posterior.curvature.kfac import Block, Factor, Kronecker
+from posterior.curvature.sketch import Full, Signs
+from posterior.data.examples import Example, digests
+from posterior.data.task import Task
+from posterior.errors import PosteriorError
+from posterior.files import atomic
+from posterior.files.tensors import save_file
+from posterior.laplace import blockwise
+from posterior.models import lora
+from posterior.models.lora import Theta
+from posterior.storage import draws, record
+from posterior.storage.record import ROWS
+
+FULL = "full.safetensors"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a posterior's folder, which is its name when served
+Family = Literal["laplace", "particles"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A verified posterior folder. base: {"id", "revision", "hash"}; weights: one per particle; prior, fit: as
+    recorded; width: of Laplace draws (posterior/laplace/width.py)."""
+
+    path: Path
+    hash: str
+    family: Family
+    base: dict[str, Any]
+    task: Task
+    lora: dict[str, Any]
+    prior: dict[str, Any]
+    fit: dict[str, Any]
+    weights: tuple[float, ...]
+    records: Mapping[Key, Record] = field(default_factory=dict, repr=False)
+    curvature: dict[str, Block] = field(default_factory=dict, repr=False)
+    precision: dict[str, float] = field(default_factory=dict, repr=False)
+    full: Full | None = field(default=None, repr=False)
+    width: float = 1.0
+
+    @property
+    def law(self) -> blockwise.Law:
+        """The covariance of family "laplace" that the linearised predictive uses."""
+        return self.full or blockwise.Blocks(self.curvature, self.precision)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def map_dir(self) -> Path:
+        return self.path / "map"
+
+    def trained_on(self, examples: Sequence[Example]) -> int:
+        """How many of the examples are rows of its fit; 0 for a folder that does not tell."""
+        path = self.path / ROWS
+        known = set(load_file(path)["digest"].tolist()) if path.is_file() else set()
+        return sum(digest in known for digest in digests(examples).tolist())
+
+    def check_base(self, base_hash: str) -> None:
+        """Raises PosteriorError when the weights that were loaded are not the ones this posterior was fitted on."""
+        if base_hash != self.base["hash"]:
+            raise PosteriorError(
+                f"posterior {self.name!r} was fitted on {self.base['id']} ({self.base['hash'][:19]}...), "
+                f"but the loaded base has weights {base_hash[:19]}...; serve it with its own base or refit it"
+            )
+
+    def order(self, k: int) -> list[int]:
+        """The numbers of k particles: the heaviest of the folder, heaviest first and of equal ones the first, or any of
+        a Laplace posterior. Raises PosteriorError for none, and for more than the folder has."""
+        if k < 1:
+            raise PosteriorError(f"{k} particles asked for; at least 1 is needed")
+        if self.family == "laplace":
+            return list(range(k))
+        if k > len(self.weights):
+            raise PosteriorError(f"posterior {self.name!r} has {len(self.weights)} particles, {k} were asked for")
+        return sorted(range(len(self.weights)), key=lambda index: -self.weights[index])[:k]
+
+    def mixture(self, k: int) -> tuple[float, ...]:
+        """The weights, which sum to 1, of the k particles that `thetas` and `adapters` give."""
+        kept = [self.weights[index] if self.weights else 1.0 for index in self.order(k)]
+        return tuple(weight / sum(kept) for weight in kept)
+
+    def thetas(self, k: int, seed: int = 0) -> Iterator[Theta]:
+        """k particles: the heaviest of the folder, or k Laplace draws."""
+        mean, generator = lora.read_adapter(self.map_dir), torch.Generator().manual_seed(seed)
+        for index in self.order(k):
+            if self.family == "particles":
+                yield lora.read_adapter(self._particle(index))
+            else:
+                yield blockwise.sample(self.curvature, self.precision, mean, generator, self.width)
+
+    def adapters(self, k: int, cache: Path, seed: int = 0) -> list[Path]:
+        """k particles as PEFT folders: the heaviest of the folder, or k Laplace draws from the cache.
+
+        Raises PosteriorError as `order` does, and for a cache that cannot be used.
+        """
+        order = self.order(k)
+        if self.family == "particles":
+            return [self._particle(index) for index in order]
+
+        def make(folder: Path) -> None:
+            config = lora.read_config(self.map_dir)
+            for index, theta in enumerate(self.thetas(k, seed)):
+                lora.write_adapter(folder / f"{index:03d}", theta, config)
+
+        key = f"{self.hash[:16]}-s{seed}-v{blockwise.SAMPLER}.torch{'.'.join(torch.__version__.split('.')[:2])}"
+        size = k * (self.map_dir / "adapter_model.safetensors").stat().st_size
+        return draws.ensure(cache, key, k, size, make)
+
+    def check_open(self) -> None:
+        """Raises PosteriorError where no calibration record can be added."""
+        inside = self.path / records.FOLDER
+        for folder in (self.path.parent, inside if inside.is_dir() else self.path):  # the lock is beside the folder
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PosteriorError(
+                    f"a calibration is written into {self.path}, but you may not write into {folder}; calibrate a copy"
+                )
+
+    def add(self, made: Record) -> Path:
+        """Write a calibration record into the folder; returns where. Raises PosteriorError, also where the folder holds
+        another posterior by now."""
+        try:
+            with atomic.locked(self.path):
+                if record.read(self.path).hash != self.hash:
+                    raise PosteriorError(
+                        f"{self.path} was replaced while its calibration was computed; calibrate again"
+                    )
+                return records.save(self.path, made)
+        except OSError as error:
+            raise PosteriorError(f"cannot write into {self.path}: {error.strerror}; fix its permissions") from error
+
+    def _particle(self, index: int) -> Path:
+        return self.path / "particles" / f"{index:03d}"
+
+
+def save(
+    folder: Path,
+    *,
+    family: Family,
+    base: Mapping[str, Any],
+    task: Task,
+    lora_config: Mapping[str, Any],
+    prior: Mapping[str, Any],
+    fit: Mapping[str, Any],
+    mean: lora.Theta,
+    curvature: Mapping[str, Block] | None = None,
+    precision: Mapping[str, float] | None = None,
+    full: Full | None = None,
+    width: float = 1.0,
+    particles: Sequence[lora.Theta] = (),
+    weights: Sequence[float] = (),
+    rows: Sequence[Example] = (),
+) -> Posterior:
+    """Write a posterior folder and load it back. A crash or a full disk leaves what was there before.
+
+    Raises PosteriorError where something other than one posterior is in its place. Calibrations of the same
+    distribution stay.
+    """
+    folder = destination(folder)
+    with atomic.folder(folder, _check_replaceable) as work:
+        lora.write_adapter(work / "map", mean, lora_config)
+        for index, theta in enumerate(particles):
+            lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
+        if family == "laplace":
+            save_file(_pack(curvature or {}, precision or {}), work / "laplace.safetensors")
+        if full is not None:
+            save_file(_pack_full(full), work / FULL)
+        if rows:
+            save_file({"digest": digests(rows)}, work / ROWS)
+        written = record.write(
+            work,
+            family=family,
+            base=base,
+            task=task.to_json(),
+            lora=lora_config,
+            weights=list(weights),
+            width=width,
+            provenance={"prior": dict(prior), "fit": dict(fit)},
+        )
+        earlier = folder / records.FOLDER
+        if earlier.is_dir() and record.read(folder).hash == written:
+            shutil.copytree(earlier, work / records.FOLDER)
+    return load(folder)
+
+
+def load(folder: Path | str) -> Posterior:
+    """Read and verify a posterior folder. Every mismatch raises PosteriorError with one clear line."""
+    folder = Path(folder).resolve()
+    atomic.recover(folder)
+    found = record.read(folder)
+    content = found.content
+    try:
+        _verify_files(folder, found.files)
+        family = content["family"]
+        if family not in ("laplace", "particles"):
+            raise PosteriorError(f"{folder} has family {family!r}; this version knows 'laplace' and 'particles'")
+        curvature, precision = _unpack(folder / "laplace.safetensors") if family == "laplace" else ({}, {})
+        task = Task.from_json(content["task"])
+        posterior = Posterior(
+            path=folder,
+            hash=found.hash,
+            family=family,
+            base=dict(content["base"]),
+            task=task,
+            lora=dict(content["lora"]),
+            prior=dict(content["prior"]),
+            fit=dict(content["fit"]),
+            weights=tuple(map(float, content["weights"])),
+            calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
+            curvature=curvature,
+            precision=precision,
+            full=_unpack_full(folder / FULL, precision) if FULL in found.files else None,
+            width=float(content.get("width", 1.0)),  # older folders have none
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PosteriorError(record.damaged(folder, error)) from None
+    _verify_tensors(posterior)
+    return posterior
+
+
+def destination(out: Path | str) -> Path:
+    """The absolute path of a place where a posterior may be written. Raises PosteriorError for any other.
+
+    Its name can be a model's. Nothing is there, or an empty folder, or one posterior and nothing else.
+    """
+    folder = Path(os.path.abspath(out))
+    if not str(out) or not NAME.fullmatch(folder.name):
+        raise PosteriorError(
+            f"--out {str(out)!r}: the folder's name is the model's name when served; end it with a name of letters, "
+            "digits, '.', '_' and '-', such as posteriors/reviews"
+        )
+    try:
+        _check_replaceable(folder)
+        parent = next(path for path in folder.parents if _is_there(path))
+    except OSError as error:
+        raise PosteriorError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise PosteriorError(
+            f"cannot write {folder}: {parent} is no folder that you may write into; choose another --out"
+        )
+    return folder
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.lexists, but a name that cannot be is an OSError."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _check_replaceable(folder: Path) -> None:
+    atomic.recover(folder)
+    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+        kind = "a symbolic link" if folder.is_symlink() else "not a folder"
+        raise PosteriorError(f"{folder} is {kind}; choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        listed = [Path(name) for name in (record.NAME, *record.read(folder).files)]
+    except (PosteriorError, KeyError, TypeError, ValueError):
+        raise PosteriorError(
+            f"{folder} is not empty, and no posterior that this version can read; nothing was touched: choose another "
+            "--out, or move what is there"
+        ) from None
+    own = {*listed, *(parent for path in listed for parent in path.parents), Path(records.FOLDER)}
+    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # of a posterior, never of a whole disk
+    foreign = [path for path in inside if path not in own and not records.is_record(path)]
+    if foreign:
+        raise PosteriorError(
+            f"{folder} holds {str(foreign[0])!r}, which is no part of a posterior; nothing was touched: choose another "
+            "--out, or move it"
+        )
+
+
+def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise PosteriorError(f"{folder}/posterior.json names {name!r}, which is outside the folder; refused")
+        if not path.is_file():
+            raise PosteriorError(f"{folder} is incomplete: {name} is missing; copy the whole folder or refit")
+        if record.file_hash(path) != expected:
+            raise PosteriorError(
+                f"{folder}/{name} is not the file that was fitted (its sha256 differs); restore it or refit"
+            )
+    for needed in ("map/adapter_config.json", "map/adapter_model.safetensors"):
+        if needed not in files:
+            raise PosteriorError(f"{folder}/posterior.json does not list {needed}; refit")
+
+
+def _verify_tensors(posterior: Posterior) -> None:
+    mean = lora.read_adapter(posterior.map_dir)
+    folders = [posterior.map_dir]
+    if posterior.family == "laplace":
+        blockwise.check(posterior.curvature, posterior.precision, mean)
+        if not 0 < posterior.width <= 1:
+            raise PosteriorError(f"{posterior.path} has draws of width {posterior.width}; it must be in (0, 1]; refit")
+    else:
+        if (
+            not posterior.weights
+            or min(posterior.weights) < 0
+            or not math.isclose(sum(posterior.weights), 1.0, abs_tol=1e-6)
+        ):
+            raise PosteriorError(f"{posterior.path} needs particle weights that are non-negative and sum to 1; refit")
+        folders += posterior.adapters(len(posterior.weights), posterior.path)
+    shapes = {name: value.shape for name, value in mean.items()}
+    for folder in folders:
+        theta = lora.read_adapter(folder)
+        if {name: value.shape for name, value in theta.items()} != shapes:
+            raise PosteriorError(f"{folder} has other matrices than map/; refit")
+        _finite(folder, theta)
+
+
+def _finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise PosteriorError(
+                f"{where} holds a value in {name} that is not finite; refit with a lower learning rate"
+            )
+
+
+def _pack(curvature: Mapping[str, Block], precision: Mapping[str, float]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, block in curvature.items():
+        parts = {"precision": torch.tensor([precision[name]], dtype=torch.float64)}
+        if isinstance(block, Diagonal):
+            parts["diagonal"] = block.values
+        else:
+            parts |= {
+                "small.basis": block.small.basis,
+                "small.values": block.small.values,
+                "large.basis": block.large.basis,
+                "large.values": block.large.values,
+                "large.rest": torch.tensor([block.large.rest], dtype=torch.float64),
+            }
+        tensors |= {f"{name}/{part}": value.cpu().contiguous() for part, value in parts.items()}
+    return tensors
+
+
+def _unpack(path: Path) -> tuple[dict[str, Block], dict[str, float]]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        raise PosteriorError(f"{path} is missing or no safetensors file; restore it or refit") from None
+    _finite(path, tensors)
+    curvature: dict[str, Block] = {}
+    precision = {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
+        precision[name] = float(tensors[f"{name}/precision"][0])
+        if f"{name}/diagonal" in tensors:
+            curvature[name] = Diagonal(tensors[f"{name}/diagonal"])
+            continue
+        small = Factor(tensors[f"{name}/small.basis"], tensors[f"{name}/small.values"], 0.0)
+        large = Factor(
+            tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0])
+        )
+        curvature[name] = Kronecker(small, large)
+    return curvature, precision
+
+
+def _pack_full(full: Full) -> dict[str, Tensor]:
+    tensors = {f"narrow/{name}": signs for name, signs in full.signs.narrow.items()}
+    tensors |= {f"wide/{width}": signs for width, signs in full.signs.wide.items()}
+    tensors |= {"basis": full.basis.float(), "values": full.values}
+    return {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+
+def _unpack_full(path: Path, precision: Mapping[str, float]) -> Full:
+    tensors = load_file(path)
+    _finite(path, {name: tensors[name] for name in ("basis", "values")})
+    parts = [(name.partition("/"), value) for name, value in tensors.items() if "/" in name]
+    signs = Signs(
+        {key: value for (kind, _, key), value in parts if kind == "narrow"},
+        {int(key): value for (kind, _, key), value in parts if kind == "wide"},
+    )
+    if set(signs.narrow) != set(precision) or len(tensors["basis"]) != signs.columns:
+        raise PosteriorError(f"{path} does not fit laplace.safetensors; restore it or refit")
+    return Full(signs, precision, tensors["basis"].double(), tensors["values"].double())
