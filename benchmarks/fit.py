@@ -43,8 +43,9 @@ from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.particles import svgd
 from posterior.storage import artefact
-from posterior.training.job import PRECISION, prior_precision
 from posterior.training.map import Trainer, Training
+from posterior.training.method import PRECISION
+from posterior.training.prior import prior_precision
 from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"

@@ -19,8 +19,9 @@ from posterior.likelihood.scores import scores
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.storage import artefact
-from posterior.training.job import MEMBERS, prior_precision
 from posterior.training.map import Trainer, Training
+from posterior.training.method import MEMBERS
+from posterior.training.prior import prior_precision
 
 SMOOTHING = 0.1  # of the probability is shared equally by all candidates
 

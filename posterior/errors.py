@@ -1,4 +1,6 @@
-"""The one exception of this package."""
+"""What the user is told: the one exception of this package, and warnings."""
+
+import sys
 
 LONGEST = 1500  # characters of a message
 
@@ -16,3 +18,9 @@ def shortened(message: str) -> str:
     if len(message) <= LONGEST:
         return message
     return f"{message[: 2 * LONGEST // 3]} ... {message[-LONGEST // 3 :]}"
+
+
+def warn(*lines: str) -> None:
+    """Print what the user should look at."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import posterior
-from posterior.cli.arguments import Range, check_numbers
+from posterior.cli.arguments import check_numbers
 from posterior.data import base_check
 from posterior.errors import PosteriorError
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
+from posterior.settings import Range
 from server import auth, registry
 from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment

@@ -1,41 +1,23 @@
-"""Arguments that several verbs have in common, and how they are checked before any work."""
+"""Arguments that several verbs have in common."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
-import torch
-
-from posterior.data.examples import ROWS
+from posterior.cli.options import option
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
+from posterior.settings import Range, SettingError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 ESCAPES_HELP = r"\n is a line break, \t a tab, \\ a backslash"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`; with `above`, not `low` itself. Neither NaN nor infinity is in any."""
-
-    low: float
-    high: float = sys.float_info.max
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and not (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {self.low:.10g}"
-        return low if self.high == sys.float_info.max else f"{low} and at most {self.high:.10g}"
-
-
-POSITIVE = Range(0, above=True)
-SIZES = {"batch_size": Range(1, 2**16), "particles": Range(1, 1000)}  # of evaluate and calibrate
 
 
 def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
@@ -77,32 +59,25 @@ def unescaped(option: str, text: str) -> str:
     return re.sub(r"\\.", lambda found: ESCAPES[found[0]], text)
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def add_evaluation(
-    parser: argparse.ArgumentParser, *, dtype: str | None = "float32", default: str = "%(default)s"
-) -> None:
-    """How a posterior is run over rows, and in which form the result is printed. default: what the help says of
-    `dtype`."""
+def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="where the base model is now (default: by the id in the posterior)")
-    parser.add_argument(
-        "--batch-size", type=int, default=ROWS, help="rows a forward pass, at most (default %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default=dtype,
-        help=f"of the base's weights (default {default})",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def warn(*lines: str) -> None:
-    """Print what the user should look at."""
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+def in_options(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The same, with settings in its errors called by their options."""
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except SettingError as error:
+            raise PosteriorError(error.named(option)) from error
+
+    return call
 
 
 def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:
@@ -110,13 +85,4 @@ def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None
     for name, allowed in ranges.items():
         value = getattr(args, name)
         if value is not None and value not in allowed:
-            raise PosteriorError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
-
-
-def check_device(device: str) -> None:
-    """Raises PosteriorError for a device that this machine does not have."""
-    kind = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
-    if kind is None:
-        raise PosteriorError(f"--device is {device!r}; it must be cpu, cuda, or one GPU such as cuda:1")
-    if device.startswith("cuda") and int(kind[1] or 0) >= torch.cuda.device_count():
-        raise PosteriorError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+            raise PosteriorError(f"{option(name)} is {value}; it must be {allowed}")

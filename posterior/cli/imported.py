@@ -3,103 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from posterior.cli import arguments
-from posterior.cli.arguments import add_task, warn
-from posterior.data import base_check, candidates
-from posterior.errors import PosteriorError
-from posterior.models import adalora, lora, servable
-from posterior.models.base import load_model, load_tokenizer, resolve
-from posterior.storage import artefact
-
-# What makes an update of A and B, and so must be the same for all: the artefact keeps one configuration.
-SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+from posterior.importing import collect
+from posterior.storage.artefact import Posterior
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make a posterior folder of trained PEFT LoRA adapters: each is a particle."
     parser.add_argument("adapters", nargs="+", type=Path, metavar="FOLDER", help="PEFT adapters of one base and shape")
-    add_task(parser, template=None)
+    arguments.add_task(parser, template=None)
     parser.add_argument(
         "--weights", nargs="+", type=float, help="a number >= 0 for each adapter, normalised (default: equal)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    posterior = collect(args)
+    posterior = call(args)
     print(
         f"wrote {posterior.path} ({posterior.name}@{posterior.hash[:12]}, {len(posterior.weights)} particles); "
         f"try `posterior evaluate {args.out} DATA` or `posterior serve`"
     )
 
 
-def collect(args: argparse.Namespace) -> artefact.Posterior:
-    """The posterior folder of the adapters. map/ holds the one of the largest weight, the first of several.
-
-    Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or that
-    vLLM would not serve (posterior/models/servable.py).
-    """
-    out = artefact.destination(args.out)
-    weights = normalised(args.weights or [1.0] * len(args.adapters), len(args.adapters))
-    task = arguments.task(args)
-    with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(adalora.ordinary(folder)) for folder in args.adapters]
-        configs = [lora.read_config(folder) for folder in folders]
-        thetas = [read(folder) for folder in folders]
-        check_alike(args.adapters, configs, thetas)
-        base = resolve(args.base)
-        tokenizer = load_tokenizer(base)
-        if task.answers is not None:
-            candidates.encode(tokenizer, task.answers)
-        model = load_model(base, torch.float32, "cpu")
-        warn(*base_check.check(tokenizer, base_check.scorer(model), task))
-        lora.load_peft(model, folders[0])
-    for folder, config in zip(args.adapters, configs, strict=True):
-        warn(*lora.other_base(folder, config, base.id))
-    return artefact.save(
-        out,
-        family="particles",
-        base={"id": base.id, "revision": base.revision, "hash": base.hash},
-        task=task,
-        lora_config=configs[0] | {"base_model_name_or_path": base.id, "inference_mode": True},
-        prior={},
-        fit={"method": "import", "map": weights.index(max(weights)), "adapters": [str(path) for path in args.adapters]},
-        mean=thetas[weights.index(max(weights))],
-        particles=thetas,
-        weights=weights,
-    )
-
-
-def normalised(weights: Sequence[float], count: int) -> list[float]:
-    """Weights that sum to one."""
-    if len(weights) != count:
-        raise PosteriorError(f"{len(weights)} weights for {count} adapters; give one for each, or none")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
-        raise PosteriorError(f"the weights {list(weights)} must be numbers >= 0, not all zero")
-    return [weight / sum(weights) for weight in weights]
-
-
-def read(folder: Path) -> lora.Theta:
-    """theta of a PEFT folder that can be served."""
-    theta = lora.read_adapter(folder)
-    servable.check_theta(folder, theta)
-    return theta
-
-
-def check_alike(folders: Sequence[Path], configs: Sequence[dict[str, Any]], thetas: Sequence[lora.Theta]) -> None:
-    """Raises PosteriorError unless all adapters have the first one's matrices, shapes and update scale."""
-    for folder, config, theta in zip(folders, configs, thetas, strict=True):
-        for key, default in SCALE.items():
-            first, this = (one.get(key) or default for one in (configs[0], config))
-            if this != first:
-                raise PosteriorError(f"{folder} has {key} {this}, but {folders[0]} has {first}; particles share it")
-        shapes, expected = ({name: value.shape for name, value in one.items()} for one in (theta, thetas[0]))
-        if shapes != expected:
-            raise PosteriorError(f"{folder} adapts other modules than {folders[0]}, or in other shapes")
+def call(args: argparse.Namespace) -> Posterior:
+    """The import that the options ask for."""
+    return collect(args.adapters, task=arguments.task(args), out=args.out, base=args.base, weights=args.weights)

@@ -1,130 +1,121 @@
-"""Which options of `posterior fit` go together, and which method uses them."""
+"""Options of the command, made of the fields of settings classes: each is written once (posterior/settings.py)."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
-from posterior.cli import arguments
-from posterior.cli.arguments import POSITIVE, Range
 from posterior.errors import PosteriorError
-from posterior.training.job import EVIDENCE, MEMBERS, PRECISION, number
-
-TRAINERS = ("laplace", "ensemble", "svgd", "dropout", "swag", "blob")  # methods that can train an adapter
-TRAINING = ("rank", "alpha", "rslora", "targets", "dropout", "learning_rate", "epochs", "steps")
-KFAC = ("sharing", "curvature_rank")
-LAPLACE = ("structure", "last_layer", "grouping", "no_variational", "heldout", "label_samples", *KFAC)
-METHODS: dict[str, tuple[str, ...]] = {  # of the options that not every method uses
-    **dict.fromkeys((*TRAINING, "prior_precision"), TRAINERS),
-    **dict.fromkeys(LAPLACE, ("laplace",)),
-    **dict.fromkeys(("kernel", "temperature", "no_repulsion"), ("svgd",)),
-    "particles": (*TRAINERS[1:], "tfb"),
-    "init": ("ensemble", "dropout", "swag"),
-    "tolerance": ("tfb",),
-}
+from posterior.settings import Form, SettingError, forms
 
 
-NUMBERS = {
-    "rank": Range(1, 512),  # of the adapters that vLLM serves
-    "alpha": Range(1, 2**20),
-    "dropout": Range(0, 0.999),
-    "learning_rate": POSITIVE,
-    "steps": Range(1, 10**9),
-    "batch_size": Range(1, 2**16),
-    "max_length": Range(2, 2**31),
-    "seed": Range(0, 2**32 - 1),
-    "particles": Range(1, MEMBERS),
-    "temperature": POSITIVE,
-    "tolerance": POSITIVE,
-    "curvature_rank": Range(1, 2**20),
-    "label_samples": Range(1, 2**16),
-}
+def add(parser: argparse.ArgumentParser, classes: Mapping[str, type]) -> None:
+    """An option for every field of the settings classes. What is not given is not in the result."""
+    groups: dict[str, Any] = {}
+    for name, about in _all_fields(classes.values()).items():
+        heading = about.metadata["group"]
+        if heading and heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        target = groups.get(heading, parser)
+        form = _merged(name, classes.values())
+        target.add_argument(_option(name, about), dest=name, default=argparse.SUPPRESS, **_described(form, about))
 
 
-class Given(argparse.Action):
-    """Stores an option, and that it was given: its value may be the default."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
-        namespace.given = (*getattr(namespace, "given", ()), self.dest)
+def given(args: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
+    """The fields' values that were given."""
+    return {name: value for name, value in vars(args).items() if name in _all_fields(classes.values())}
 
 
-class Flag(Given):
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
-        super().__init__(option_strings, dest, nargs=0, const=True, default=False, **options)
+def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any]) -> Any:
+    """The settings of this kind with the values that were given. No option that was given is ignored.
+
+    Raises PosteriorError.
+    """
+    cls = classes[kind]
+    own = {each.name: each for each in fields(cls)}
+    for name, value in values.items():
+        users = [other for other, its in classes.items() if name in {each.name for each in fields(its)}]
+        if name not in own:
+            raise PosteriorError(f"{option(name)} belongs to --method {', '.join(users)}; {kind} does not use it")
+        words = forms(cls)[name].words
+        if isinstance(value, str) and forms(cls)[name].number() and value not in words:
+            knowing = [other for other in users if value in forms(classes[other])[name].words]
+            raise PosteriorError(
+                f"{option(name)} {value} belongs to --method {', '.join(knowing)}; {kind} needs a number"
+            )
+    for name, each in own.items():
+        if each.default is MISSING and name not in values:
+            raise PosteriorError(f"--method {kind} needs {option(name)}: {each.metadata['help']}")
+    settings = cls(**values)
+    for name, reason in settings.ignored().items():
+        if name in values:
+            raise SettingError("{" + name + "} " + reason)
+    return settings
 
 
-def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with the prior precision that the method takes when none is given."""
-    default = "evidence" if args.method == "laplace" else f"{PRECISION:g}"
-    return argparse.Namespace(**vars(args) | {"prior_precision": args.prior_precision or default})
+def option(name: str) -> str:
+    """What the command calls a setting."""
+    return "--" + {"variational": "no-variational", "repulsion": "no-repulsion"}.get(name, name.replace("_", "-"))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises PosteriorError for values out of range, or options that do not go together."""
-    _check_values(args)
-    _check_method(args)
-    _check_given(args)
+def _option(name: str, about: Field[Any]) -> str:
+    return f"--no-{name}" if about.default is True else option(name)
 
 
-def _check_values(args: argparse.Namespace) -> None:
-    _check_number("--prior-precision", args.prior_precision, ("evidence", "heldout"), "typical values are 1 to 1000")
-    if args.scale is not None:
-        _check_number("--scale", args.scale, ("evidence",), "1 leaves the scores as they are")
-    if args.scale and args.task == "text":
-        raise PosteriorError("--scale is of the scores of answers; a text has none, leave it out")
-    if (args.prior_precision == "heldout") != bool(args.heldout):
-        raise PosteriorError("--prior-precision heldout and --heldout FILE go together; give both or neither")
-    if args.prior_precision == "heldout" and args.task == "text":
-        raise PosteriorError("--prior-precision heldout needs a choice task; use the evidence for text")
-    arguments.check_numbers(args, NUMBERS)
-    if args.epochs != EVIDENCE:
-        arguments.check_numbers(args, {"epochs": Range(1, 10_000)})
-    arguments.check_device(args.device)
+def _all_fields(classes: Any) -> dict[str, Field[Any]]:
+    """By name; of a name that several have, the first one's."""
+    found: dict[str, Field[Any]] = {}
+    for cls in classes:
+        for each in fields(cls):
+            found.setdefault(each.name, each)
+    return found
 
 
-def _check_number(option: str, value: str, words: Sequence[str], hint: str) -> None:
-    """`value` is one of the words or a positive number."""
-    found = number(value)
-    if found is None and value not in words:
-        raise PosteriorError(f"{option} {value!r} is neither {', '.join(map(repr, words))} nor a number")
-    if found is not None and not (math.isfinite(found) and found > 0):
-        raise PosteriorError(f"{option} {value} must be positive; {hint}")
+def _merged(name: str, classes: Any) -> Form:
+    """What any of the classes takes."""
+    each = [forms(cls)[name] for cls in classes if name in forms(cls)]
+    return Form(
+        frozenset().union(*(form.kinds for form in each)),
+        tuple(dict.fromkeys(word for form in each for word in form.words)),
+    )
 
 
-def _check_method(args: argparse.Namespace) -> None:
-    """What belongs to some methods only."""
-    if args.method != "laplace" and number(args.prior_precision) is None:
-        raise PosteriorError(
-            f"--prior-precision {args.prior_precision} belongs to --method laplace; {args.method} needs a number"
-        )
-    if args.scale == "evidence" and (args.method != "laplace" or args.adapter):
-        raise PosteriorError("--scale evidence is for an adapter that --method laplace trains; give a number")
-    if args.epochs == EVIDENCE and args.method != "laplace":
-        raise PosteriorError(f"--epochs evidence belongs to --method laplace; {args.method} needs a number")
-    if args.epochs == EVIDENCE and args.steps is not None:
-        raise PosteriorError("--epochs evidence and --steps both say how long to train; leave one out")
-    if args.adapter and args.method not in ("laplace", "tfb"):
-        raise PosteriorError(f"--adapter belongs to --method laplace and tfb; {args.method} trains its own adapter")
-    if args.method == "tfb" and not args.adapter:
-        raise PosteriorError("--method tfb needs the trained adapter that it spreads; give --adapter FOLDER")
-    if args.method == "dropout" and args.dropout == 0:
-        raise PosteriorError("--method dropout needs a --dropout above 0, for example 0.1")
-    if args.method == "laplace" and args.grouping == "layer" and args.structure == "full":
-        raise PosteriorError("--grouping layer goes by blocks; give --structure kfac or diagonal with it")
+def _described(form: Form, about: Field[Any]) -> dict[str, Any]:
+    """argparse's keywords."""
+    help = about.metadata["help"].replace("%", "%%")
+    if bool in form.kinds:
+        return {"action": "store_const", "const": not about.default, "help": help}
+    if about.default not in (MISSING, None) and "(default" not in help:
+        shown = " ".join(about.default) if isinstance(about.default, tuple) else about.default
+        help = f"{help} (default {shown})"
+    number = form.number()
+    if number is not None:
+        return {"type": _number(number, form.words), "help": help, "metavar": _metavar(number, form.words)}
+    if form.words:
+        return {"choices": form.words, "help": help}
+    if tuple in form.kinds:
+        return {"nargs": "+", "help": help}
+    return {"type": Path if Path in form.kinds else str, "help": help}
 
 
-def _check_given(args: argparse.Namespace) -> None:
-    """No option that was given is ignored."""
-    for name in args.given:
-        option, methods = f"--{name.replace('_', '-')}", METHODS.get(name, (args.method,))
-        if args.method not in methods:
-            raise PosteriorError(f"{option} belongs to --method {', '.join(methods)}; {args.method} does not use it")
-        if args.adapter and name in (*TRAINING, "no_variational"):
-            raise PosteriorError(f"{option} is for training an adapter, but --adapter is a trained one; leave one out")
-        if args.structure == "diagonal" and name in KFAC:
-            raise PosteriorError(f"{option} belongs to --structure full or kfac; diagonal does not use it")
+def _metavar(number: type, words: Sequence[str]) -> str:
+    return "|".join([*words, "N" if number is int else "NUMBER"])
+
+
+def _number(number: type, words: Sequence[str]) -> Callable[[str], Any]:
+    """A reader of numbers, and of words where there are any."""
+
+    def read(text: str) -> Any:
+        if text in words:
+            return text
+        try:
+            return number(text)
+        except ValueError:
+            kind = "a whole number" if number is int else "a number"
+            choice = f"neither {', '.join(map(repr, words))} nor {kind}" if words else f"not {kind}"
+            raise argparse.ArgumentTypeError(f"{text!r} is {choice}") from None
+
+    return read

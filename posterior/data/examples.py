@@ -35,9 +35,13 @@ class Example:
     spread: Tensor | None = None
 
     @property
+    def is_choice(self) -> bool:
+        return len(self.continuations) > 1
+
+    @property
     def single(self) -> bool:
         """Scored by the LM head's rows at the last prompt position; otherwise by teacher forcing."""
-        return len(self.continuations) > 1 and candidates.single_token(self.continuations)
+        return self.is_choice and candidates.single_token(self.continuations)
 
     @property
     def length(self) -> int:

@@ -14,13 +14,14 @@ import re
 import shlex
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posterior.errors import PosteriorError
 
 Row = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]] | Path | str  # rows, or the file that has them
 
 MAX_BYTES = 2**30  # of one file, unpacked: its rows are held in memory, in several times as much
 FORMATS = "JSON lines (.jsonl), CSV (.csv) or Parquet (.parquet), each also in gzip (.gz)"
@@ -42,6 +43,23 @@ _OTHER_TEXTS = {  # the longer marks first: UTF-32's begins like UTF-16's
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+
+
+def read(rows: Rows) -> list[Row]:
+    """The rows, at least one, of a file or as they are given. Raises PosteriorError."""
+    if isinstance(rows, str | Path):
+        return read_rows(rows)
+    if not rows:
+        raise PosteriorError("there are no rows; at least one is needed")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise PosteriorError(f"row {number} is {type(row).__name__}, no mapping of fields to values")
+    return [dict(row) for row in rows]
+
+
+def source(rows: Rows) -> str:
+    """The file's name, or nothing."""
+    return str(rows) if isinstance(rows, str | Path) else ""
 
 
 def read_rows(path: Path | str) -> list[Row]:

@@ -1,13 +1,12 @@
-"""`posterior calibrate`: labelled rows that were not fitted on in, a calibration record beside the posterior out."""
+"""A calibration record of one predictive, from labelled rows that the posterior was not fitted on."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from posterior.calibration import records
 from posterior.calibration.metrics import Estimate, check, estimate
-from posterior.calibration.records import (  # fmt: skip
+from posterior.calibration.records import (
     CALIBRATORS,
     FLOOR,
     MIN_ROWS,
@@ -27,112 +26,93 @@ from posterior.calibration.records import (  # fmt: skip
     Record,
     Score,
 )
-from posterior.cli.arguments import SIZES, add_evaluation, check_device, check_numbers
 from posterior.data.examples import ROWS, Example, data_hash, encode
-from posterior.data.reading import FORMATS, Row, read_rows
+from posterior.data.reading import Row, Rows, read, source
 from posterior.errors import PosteriorError
-from posterior.evaluation.evaluate import answer_count, base_spec, linearized, map_scores, markdown, sampled
+from posterior.evaluation.evaluate import BATCH
+from posterior.evaluation.predictions import answer_count, linearized, map_scores, sampled
 from posterior.files import objects
 from posterior.laplace import linearized as linear
-from posterior.models import lora
+from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.predictive.mixture import from_gaussian
+from posterior.settings import Range, SettingError, setting
+from posterior.settings import check as check_settings
 from posterior.storage import artefact
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
 PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Calibrate one predictive of a choice posterior on held-out rows; the server applies the record it writes."
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which predictive is calibrated, and how."""
+
+    method: Method = setting(
+        "temperature", "temperature: one number; vector: two an answer; platt, isotonic: of the top answer"
     )
-    parser.add_argument("posterior", help="a posterior folder")
-    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
-    parser.add_argument(
-        "--method",
-        choices=tuple(CALIBRATORS),
-        default="temperature",
-        help="temperature: one number; vector: two an answer; platt, isotonic: of the top answer (default %(default)s)",
+    predictive: PredictiveName | None = setting(None, "which to calibrate (default: the served one)")
+    particles: int | None = setting(
+        None,
+        f"of the mixture; another number is another calibration (default: {PARTICLES}, or all in the folder)",
+        Range(1, 1000),
     )
-    parser.add_argument(
-        "--predictive", choices=("linearized", "mixture", "map"), help="which to calibrate (default: the served one)"
+    conformal: Score = setting("lac", "prediction sets: lac, the smallest on average; aps, larger where p is spread")
+    coverage: float = setting(0.9, "of the sets reported here; requests may ask for any", Range(0, 1))
+    batch_size: int = setting(ROWS, "rows a forward pass, at most", BATCH)
+    dtype: Dtype | None = setting(
+        None,
+        "of the base's weights (default what `posterior serve` computes this predictive in on this machine: linearized "
+        "in float32 on a CPU and bfloat16 on CUDA; mixture and map in the base's own, bfloat16 if that is float32; a "
+        "record is applied to no other)",
     )
-    parser.add_argument(
-        "--particles",
-        type=int,
-        help=f"of the mixture; another number is another calibration (default: {PARTICLES}, or all in the folder)",
-    )
-    parser.add_argument(
-        "--conformal",
-        choices=get_args(Score),
-        default="lac",
-        help="prediction sets: lac, the smallest on average; aps, larger where p is spread (default %(default)s)",
-    )
-    parser.add_argument(
-        "--coverage",
-        type=float,
-        default=0.9,
-        help="of the sets reported here; requests may ask for any (default %(default)s)",
-    )
-    add_evaluation(
-        parser,
-        dtype=None,
-        default="what `posterior serve` computes this predictive in on this machine: linearized in float32 on a CPU "
-        "and bfloat16 on CUDA; mixture and map in the base's own, bfloat16 if that is float32; a record is applied to "
-        "no other",
-    )
+    device: str | None = setting(None, devices.HELP)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage < 1:
+            raise SettingError("{coverage} is {value}; it must lie between 0 and 1", value=self.coverage)
+        check_settings(self)
+        devices.check(self.device)
 
 
-def run(args: argparse.Namespace) -> None:
-    record, path = calibrate(args)
-    if args.json:
-        print(json.dumps(record.model_dump(mode="json")))
-        return
-    name, method = record.key.predictive, record.calibrator.method
-    print(markdown({name: record.before, f"{name}, {method} (cross-fitted)": record.after}, record.n))
-    print(
-        f"\nprediction sets ({record.conformal.score}) at coverage {record.coverage:g}, cross-fitted: "
-        f"covered {record.sets['covered']}, mean size {record.sets['size']}\nwrote {path}"
-    )
+def calibrate(
+    posterior: artefact.Posterior, rows: Rows, *, base: str | None = None, settings: Calibration | None = None
+) -> tuple[Record, Path]:
+    """The record, and where in the posterior's folder it was written.
 
+    Args:
+        posterior: of a choice task.
+        rows: at least MIN_ROWS held-out rows like the training data, or the file that has them.
+        base: where the base is now; None: by the id in the posterior.
+        settings: None: the defaults.
 
-def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
-    """The record and where it was written. Raises PosteriorError for whatever the user can mend."""
-    check_numbers(args, SIZES)
-    check_device(args.device)
-    posterior = artefact.load(args.posterior)
+    Raises:
+        PosteriorError: for whatever the user can change.
+    """
+    settings = settings or Calibration()
     posterior.check_open()
-    rows = read_rows(args.data)
-    predictive, k = _check(posterior, rows, args)
-    base = resolve(args.base or base_spec(posterior.base))
-    posterior.check_base(base.hash)
-    tokenizer: Any = load_tokenizer(base)
-    longest = context(base)
-    limit = f"the base's context of {longest}"
-    examples = encode(posterior.task, tokenizer, rows, longest=longest, limit=limit, source=args.data)
-    seen = posterior.trained_on(examples)
-    if seen:
-        raise PosteriorError(
-            f"{seen} of the {len(rows)} rows are rows that {posterior.name!r} was fitted on; calibrate on others"
-        )
+    data = read(rows)
+    predictive, k = _check(posterior, data, settings)
+    found = resolve(base or posterior.base_spec)
+    posterior.check_base(found.hash)
+    examples = _examples(posterior, found, data, source(rows))
     y = torch.tensor([example.label for example in examples])
     answers, count = posterior.task.answers, answer_count(examples)
     if answers and len(set(y.tolist())) == 1:
         raise PosteriorError(
             f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
         )
-    dtype = args.dtype or served_dtype(predictive, base, args.device)
-    model = lora.load_peft(load_model(base, getattr(torch, dtype), args.device), posterior.map_dir).eval()
-    p = probabilities(model, posterior, predictive, k, examples, args.batch_size)
+    device = devices.check(settings.device)
+    dtype = settings.dtype or served_dtype(predictive, found, device)
+    model = lora.load_peft(load_model(found, getattr(torch, dtype), device), posterior.map_dir).eval()
     record = measure(
-        p,
+        probabilities(model, posterior, predictive, k, examples, settings.batch_size),
         y,
-        method=args.method,
-        score=args.conformal,
-        coverage=args.coverage,
+        method=settings.method,
+        score=settings.conformal,
+        coverage=settings.coverage,
         key=Key(
-            base=base.hash,
+            base=found.hash,
             posterior=posterior.hash,
             template=records.template_hash(posterior.task),
             predictive=predictive,
@@ -140,9 +120,22 @@ def calibrate(args: argparse.Namespace) -> tuple[Record, Path]:
             dtype=dtype,
             answers=None if answers else count,
         ),
-        data=data_hash(rows),
+        data=data_hash(data),
     )
     return record, posterior.add(record)
+
+
+def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> list[Example]:
+    """Of the rows, none of which the posterior was fitted on."""
+    longest = context(base)
+    limit = f"the base's context of {longest}"
+    examples = encode(posterior.task, load_tokenizer(base), rows, longest=longest, limit=limit, source=where)
+    seen = posterior.trained_on(examples)
+    if seen:
+        raise PosteriorError(
+            f"{seen} of the {len(rows)} rows are rows that {posterior.name!r} was fitted on; calibrate on others"
+        )
+    return examples
 
 
 def served_dtype(predictive: PredictiveName, base: Base, device: str) -> Dtype:
@@ -208,29 +201,28 @@ def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: f
     return after, sets
 
 
-def _check(posterior: artefact.Posterior, rows: Sequence[Row], args: argparse.Namespace) -> tuple[PredictiveName, int]:
+def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibration) -> tuple[PredictiveName, int]:
     """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
     if posterior.task.kind != "choice":
         raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
-    if posterior.task.answers is None and args.method == "vector":
-        raise PosteriorError(
-            f"each row of {posterior.name!r} brings its own answers, but --method vector learns a bias of each answer; "
-            "use temperature, platt or isotonic"
+    if posterior.task.answers is None and settings.method == "vector":
+        raise SettingError(
+            "each row of {name!r} brings its own answers, but {method} vector learns a bias of each answer; use "
+            "temperature, platt or isotonic",
+            name=posterior.name,
         )
-    if not 0 < args.coverage < 1:
-        raise PosteriorError(f"--coverage is {args.coverage}; it must lie between 0 and 1")
     if len(rows) < MIN_ROWS:
         raise PosteriorError(
             f"{len(rows)} rows are too few to calibrate on: below {MIN_ROWS}, not even the largest score bounds 95 % "
             f"of all cases with 95 % confidence (0.95^{len(rows)} = {0.95 ** len(rows):.3f} > 0.05)"
         )
     laplace = posterior.family == "laplace"
-    predictive: PredictiveName = args.predictive or ("linearized" if laplace else "mixture")
+    predictive: PredictiveName = settings.predictive or ("linearized" if laplace else "mixture")
     if predictive == "linearized" and not laplace:
         raise PosteriorError(f"{posterior.name!r} is made of particles, it has no linearized predictive; use mixture")
-    if predictive != "mixture" and args.particles is not None:
-        raise PosteriorError(f"--particles belongs to --predictive mixture; this is {predictive}")
-    return predictive, _particles(posterior, predictive, args.particles)
+    if predictive != "mixture" and settings.particles is not None:
+        raise SettingError("{particles} belongs to {predictive} mixture; this is {given}", given=predictive)
+    return predictive, _particles(posterior, predictive, settings.particles)
 
 
 def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted: int | None) -> int:
@@ -241,7 +233,9 @@ def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted
         return from_gaussian(torch.zeros(2), torch.zeros(2, 2)).particles
     k = (len(posterior.weights) or PARTICLES) if wanted is None else wanted
     if posterior.weights and k > len(posterior.weights):
-        raise PosteriorError(f"--particles is {k}; {posterior.name!r} has {len(posterior.weights)}")
+        raise SettingError(
+            "{particles} is {k}; {name!r} has {most}", k=k, name=posterior.name, most=len(posterior.weights)
+        )
     return k
 
 

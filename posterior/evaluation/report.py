@@ -216,3 +216,13 @@ def _terms(terms: Mapping[str, str]) -> Element:
 
 def _image(alt: str, png: bytes) -> Element:
     return _tag("img", alt=alt, src="data:image/png;base64," + b64encode(png).decode())
+
+
+def markdown(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> str:
+    """A Markdown table: methods x metrics, with 95 % bootstrap intervals."""
+    return markdown_rows(cells(table, rows))
+
+
+def markdown_rows(table: Sequence[Sequence[str]]) -> str:
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])

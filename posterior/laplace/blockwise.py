@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from scipy.optimize import brentq, minimize_scalar
@@ -34,8 +34,8 @@ from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Sketch
 from posterior.errors import PosteriorError
 from posterior.models.lora import Theta, orient
+from posterior.training.prior import Grouping, groups
 
-Grouping = Literal["scalar", "side", "layer"]
 Curvature = Mapping[str, Block]
 Precision = dict[str, float]
 SPAN = 32  # directions of a matrix's large side that samples move in
@@ -82,15 +82,6 @@ class Blocks:
         return total.double()
 
 
-def groups(names: list[str], grouping: Grouping) -> dict[str, list[str]]:
-    """Which matrices share a prior precision: all ("scalar"), all A and all B ("side"), or each A,B pair ("layer")."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        key = "all" if grouping == "scalar" else name[-1] if grouping == "side" else name[:-2]
-        found.setdefault(key, []).append(name)
-    return found
-
-
 def logdet_ratio(block: Block, precision: float) -> float:
     """logdet P - D log lambda = sum log(1 + v / lambda) of one matrix."""
     kept, rest, multiplicity = block.eigenvalues()
@@ -126,12 +117,6 @@ def evidence(
         for name, block in curvature.items()
     )
     return log_likelihood - penalty / 2
-
-
-def initial_precision(name: str, matrix: Tensor) -> float | None:
-    """The precision of A's initialisation, 3 d_in (Kaiming-uniform, variance 1 / (3 d_in)); None for B, which starts at
-    zero."""
-    return 3.0 * matrix.shape[1] if name.endswith(".A") else None
 
 
 def optimal_precision(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -19,8 +19,10 @@ from posterior.laplace import blockwise, width
 from posterior.laplace.linearized import moments
 from posterior.models import lora
 from posterior.predictive.mixture import from_gaussian
-from posterior.training.job import EPOCHS, EVIDENCE, PRECISION, Job, Result, fixed_precision, number, prior_precision
+from posterior.settings import POSITIVE, Range, SettingError, setting
 from posterior.training.map import Checkpoint, Trainer, Training
+from posterior.training.method import ADAPTER, EPOCHS, LORA, PRECISION, SCALE, Job, Result, Trained
+from posterior.training.prior import Grouping, fixed_precision, groups, prior_precision
 
 # The evidence must not speak before theta* has seen the data: near B = 0 it finds B hardly moved, and chooses a prior
 # so tight that B stays there. Until then B's prior is weak.
@@ -28,6 +30,10 @@ BURN_IN = 0.5  # share of the training steps
 FIRST_PRECISION = 1.0  # of B, during the burn-in; on yelp and SST-2 the evidence then chooses 4 to 14
 WORTH = 1.0  # nats of evidence that other epochs must bring; less is none to speak of (Kass & Raftery 1995)
 MOST_EPOCHS = 32  # that the evidence may ask for
+EVIDENCE: Literal["evidence"] = "evidence"
+HELDOUT: Literal["heldout"] = "heldout"
+LAPLACE = "Laplace (--method laplace)"  # a heading of the command's help
+TRAINING = ("rank", "alpha", "rslora", "targets", "dropout", "learning_rate", "epochs", "steps", "variational")
 HELDOUT_FACTORS: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision
 
 
@@ -46,62 +52,164 @@ class Gaussian:
     def law(self) -> blockwise.Law:
         return self.full or blockwise.Blocks(self.curvature, self.precision)
 
+    @property
+    def effective_dimension(self) -> float:
+        """How many parameters the data determine."""
+        each = (blockwise.effective_dimension(b, self.precision[name]) for name, b in self.curvature.items())
+        return sum(each) / self.coupling
 
-def fit(job: Job) -> Result:
-    """A Laplace posterior of a new adapter, or of the one that --adapter named."""
-    model, examples, args = job.model, job.examples, job.args
-    training, evidences = job.training, dict[int, float]()
-    if args.adapter:
-        origin = foreign_origin(lora.get(model))
-        gaussian = around(model, origin, examples, args)
-    elif args.epochs == EVIDENCE:
-        best, evidences = train_by_evidence(job)
-        origin, gaussian, training = best.origin, best.gaussian, replace(training, epochs=best.epochs)
-    else:
-        origin, gaussian = train(model, examples, args, training, job.checkpoint)
-    if args.prior_precision == "heldout":
-        gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, args.batch_size))
-    curvature, precision, coupling = gaussian.curvature, gaussian.precision, gaussian.coupling
-    drawn = 1.0  # a text's predictive has no linearised twin
-    if args.task == "choice":
-        drawn = width.fit(model, gaussian.law, curvature, precision, examples, args.batch_size)
-    log_lik = job.log_likelihood()
-    return Result(
-        family="laplace",
-        mean=lora.get(model),
-        prior={
-            "A": "mean: " + ("the adapter's own" if args.adapter else "its initialisation") + ", precision 3 d_in",
-            "B": "mean: zero",
-            "choice": args.prior_precision,
-            "grouping": args.grouping,
-            "precision": summary(precision, args.grouping),
-        },
-        fit={
-            "method": f"laplace-{args.structure}",
-            "last_layer": args.last_layer,
-            "variational": args.task == "choice" and not args.adapter and not args.no_variational,
-            **(
-                {"sharing": args.sharing, "curvature_rank": args.curvature_rank} if args.structure != "diagonal" else {}
-            ),
-            "coupling": coupling,
-            "training": None if args.adapter else asdict(training),
-            **({"evidence_by_epochs": evidences} if evidences else {}),
-            "log_likelihood": log_lik,
-            "evidence": log_evidence(model, origin, gaussian, log_lik),
-            "effective_dimension": sum(
-                blockwise.effective_dimension(block, precision[name]) for name, block in curvature.items()
-            )
-            / coupling,
-        },
-        curvature=curvature,
-        precision=precision,
-        full=gaussian.full,
-        width=drawn,
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(Trained):
+    """A Gaussian around one adapter: a new one, or the one that is given."""
+
+    epochs: int | Literal["evidence"] | None = setting(
+        None,
+        f"passes over the data: a number (default {EPOCHS}), or evidence (default of laplace where answers have "
+        f"several tokens): {EPOCHS}, or half or twice as many, each time anew, as long as the evidence rises",
+        Range(1, 10_000),
+        LORA,
     )
+    prior_precision: float | Literal["evidence", "heldout"] = setting(
+        EVIDENCE,
+        "of B: evidence (default of laplace) or heldout, both for laplace only, or a number to hold fixed (default of "
+        f"the other methods: {PRECISION:g})",
+        POSITIVE,
+        LORA,
+    )
+    scale: float | Literal["evidence"] | None = setting(
+        None,
+        f"{SCALE}: evidence (default of laplace where answers have several tokens), or a number (default 1)",
+        POSITIVE,
+        LORA,
+    )
+    adapter: Path | None = setting(None, ADAPTER)
+    structure: kfac.Structure = setting(
+        "kfac",
+        "of the curvature: each matrix's Kronecker factors (kfac); for the linearised predictive that of all matrices "
+        "together (full); or each matrix's diagonal alone",
+        group=LAPLACE,
+    )
+    last_layer: bool = setting(
+        False, "only the last layer's matrices are uncertain, the others stay at theta*", group=LAPLACE
+    )
+    grouping: Literal["scalar", "layer"] = setting(
+        "scalar",
+        "one prior precision for all B (scalar) or, by blocks, one for each; A keeps that of its initialisation",
+        group=LAPLACE,
+    )
+    variational: bool = setting(
+        True, "plain MAP and Laplace: theta* is a mode instead of the mean of a variational Gaussian", group=LAPLACE
+    )
+    sharing: kfac.Sharing = setting("expand", "how KFAC treats positions", group=LAPLACE)
+    curvature_rank: int | Literal["whole"] = setting(
+        32,
+        "keep the large factors in this rank plus an isotropic remainder, or 'whole'",
+        Range(1, 2**20),
+        LAPLACE,
+    )
+    label_samples: int = setting(1, "sampled labels a row for a text task's Fisher", Range(1, 2**16), LAPLACE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs == EVIDENCE and self.steps is not None:
+            raise SettingError("{epochs} evidence and {steps} both say how long to train; leave one out")
+        if self.scale == EVIDENCE and self.adapter is not None:
+            raise SettingError("{scale} evidence is for an adapter that laplace trains; give a number")
+        if self.grouping == "layer" and self.structure == "full":
+            raise SettingError("{grouping} layer goes by blocks; give {structure} kfac or diagonal with it")
+
+    def ignored(self) -> Mapping[str, str]:
+        trained = "is for training an adapter, but {adapter} is a trained one; leave one out"
+        factors = "belongs to {structure} full or kfac; diagonal does not use it"
+        return {
+            **(dict.fromkeys(TRAINING, trained) if self.adapter is not None else {}),
+            **(dict.fromkeys(("sharing", "curvature_rank"), factors) if self.structure == "diagonal" else {}),
+        }
+
+    def for_answers(self, several_tokens: bool) -> Laplace:
+        """With the epochs and the scale that were left open: where an adapter is trained for answers of several tokens
+        the evidence chooses both."""
+        trained = several_tokens and self.adapter is None
+        open_epochs = EVIDENCE if trained and self.steps is None else None
+        return replace(self, epochs=self.epochs or open_epochs, scale=self.scale or (EVIDENCE if trained else 1.0))
+
+    @property
+    def rank_kept(self) -> int | None:
+        """None for the whole factors."""
+        return None if self.curvature_rank == "whole" else self.curvature_rank
+
+    @property
+    def fixed_precision(self) -> float | None:
+        """None where the data choose it."""
+        return None if isinstance(self.prior_precision, str) else self.prior_precision
+
+    @property
+    def training(self) -> Training:
+        """Where the evidence chooses the epochs, it starts at these."""
+        return self.schedule(self.epochs if isinstance(self.epochs, int) else EPOCHS)
+
+    def fit(self, job: Job) -> Result:
+        """A Laplace posterior of a new adapter, or of the one that was given."""
+        model, examples = job.model, job.examples
+        training, evidences = self.training, dict[int, float]()
+        if self.adapter is not None:
+            origin = foreign_origin(lora.get(model))
+            gaussian = around(model, origin, examples, self)
+        elif self.epochs == EVIDENCE:
+            best, evidences = train_by_evidence(self, job)
+            origin, gaussian, training = best.origin, best.gaussian, replace(training, epochs=best.epochs)
+        else:
+            origin, gaussian = train(model, examples, self, training, job.checkpoint)
+        if self.prior_precision == HELDOUT:
+            gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, self.batch_size))
+        drawn = 1.0  # a text's predictive has no linearised twin
+        if examples[0].is_choice:
+            parts = gaussian.law, gaussian.curvature, gaussian.precision
+            drawn = width.fit(model, *parts, examples, self.batch_size)
+        log_likelihood = job.log_likelihood(self.batch_size)
+        return Result(
+            family="laplace",
+            mean=lora.get(model),
+            prior=self._prior(gaussian.precision),
+            fit={
+                **self._record(examples[0].is_choice),
+                "coupling": gaussian.coupling,
+                "training": None if self.adapter is not None else asdict(training),
+                **({"evidence_by_epochs": evidences} if evidences else {}),
+                "log_likelihood": log_likelihood,
+                "evidence": log_evidence(model, origin, gaussian, log_likelihood),
+                "effective_dimension": gaussian.effective_dimension,
+            },
+            curvature=gaussian.curvature,
+            precision=gaussian.precision,
+            full=gaussian.full,
+            width=drawn,
+        )
+
+    def _prior(self, precision: Mapping[str, float]) -> dict[str, Any]:
+        """For the record."""
+        mean = "its initialisation" if self.adapter is None else "the adapter's own"
+        return {
+            "A": f"mean: {mean}, precision 3 d_in",
+            "B": "mean: zero",
+            "choice": self.prior_precision if self.fixed_precision is None else f"{self.fixed_precision:g}",
+            "grouping": self.grouping,
+            "precision": summary(precision, self.grouping),
+        }
+
+    def _record(self, choice: bool) -> dict[str, Any]:
+        factors = {"sharing": self.sharing, "curvature_rank": self.rank_kept}
+        return {
+            "method": f"laplace-{self.structure}",
+            "last_layer": self.last_layer,
+            "variational": choice and self.adapter is None and self.variational,
+            **(factors if self.structure != "diagonal" else {}),
+        }
 
 
 @dataclass(frozen=True)
-class Trained:
+class Candidate:
     """An adapter, the prior's mean, the Gaussian around it, and log p(D) in nats of it."""
 
     epochs: int
@@ -111,7 +219,7 @@ class Trained:
     evidence: float
 
 
-def train_by_evidence(job: Job) -> tuple[Trained, dict[int, float]]:
+def train_by_evidence(method: Laplace, job: Job) -> tuple[Candidate, dict[int, float]]:
     """`train` for as many epochs as the evidence asks for, and log p(D) in nats by epochs.
 
     From EPOCHS they are halved as long as that is worth it, or else doubled, to MOST_EPOCHS; each training begins anew.
@@ -120,13 +228,13 @@ def train_by_evidence(job: Job) -> tuple[Trained, dict[int, float]]:
     """
     model, start, found = job.model, lora.get(job.model), dict[int, float]()
 
-    def trained(epochs: int) -> Trained:
+    def trained(epochs: int) -> Candidate:
         lora.put(model, start)
-        training = replace(job.training, epochs=epochs)
-        origin, gaussian = train(model, job.examples, job.args, training, job.checkpoint / f"epochs-{epochs}")
-        found[epochs] = log_evidence(model, origin, gaussian, job.log_likelihood())
+        training = replace(method.training, epochs=epochs)
+        origin, gaussian = train(model, job.examples, method, training, job.checkpoint / f"epochs-{epochs}")
+        found[epochs] = log_evidence(model, origin, gaussian, job.log_likelihood(method.batch_size))
         print(f"log evidence after {epochs} epochs: {found[epochs]:.1f}")
-        return Trained(epochs, lora.get(model), origin, gaussian, found[epochs])
+        return Candidate(epochs, lora.get(model), origin, gaussian, found[epochs])
 
     best = trained(EPOCHS)
     for factor in (0.5, 2):
@@ -140,7 +248,7 @@ def train_by_evidence(job: Job) -> tuple[Trained, dict[int, float]]:
 
 
 def train(
-    model: Any, examples: Sequence[Example], args: argparse.Namespace, training: Training, checkpoint: Checkpoint
+    model: Any, examples: Sequence[Example], method: Laplace, training: Training, checkpoint: Checkpoint
 ) -> tuple[lora.Theta, Gaussian]:
     """Train the adapter in place; returns the prior's mean and the Gaussian around the trained theta*.
 
@@ -153,41 +261,41 @@ def train(
     --last-layer the other layers are at their MAP under B's precision PRECISION, and the evidence is that given them.
     benchmarks/laplace.py shows what the variational mean buys, and what it does not.
     """
-    fixed = number(args.prior_precision)
+    fixed = method.fixed_precision
     start = prior_precision(lora.get(model), PRECISION if fixed is None else fixed)
     if fixed is None:
         weak = FIRST_PRECISION * examples[0].scale ** 2  # as weak for the scaled scores
-        start |= {name: weak for name in uncertain(start, args.last_layer) if name.endswith(".B")}
+        start |= {name: weak for name in uncertain(start, method.last_layer) if name.endswith(".B")}
     trainer = Trainer(model, examples, start, training)
     gaussian: Gaussian | None = None
 
     def after_epoch() -> None:
         nonlocal gaussian
         if trainer.step >= BURN_IN * trainer.total:
-            gaussian = around(model, trainer.origin, trainer.examples, args, leave=trainer.done)
+            gaussian = around(model, trainer.origin, trainer.examples, method, leave=trainer.done)
             trainer.precision |= gaussian.precision
-            if args.task == "choice" and not args.no_variational and not trainer.done:
-                trainer.examples = spread(model, trainer.examples, gaussian, args.batch_size)
+            if examples[0].is_choice and method.variational and not trainer.done:
+                trainer.examples = spread(model, trainer.examples, gaussian, method.batch_size)
 
     checkpoint.complete(trainer, after_epoch)
-    return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, args)
+    return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, method)
 
 
 def around(
-    model: Any, origin: lora.Theta, examples: Sequence[Example], args: argparse.Namespace, leave: bool = True
+    model: Any, origin: lora.Theta, examples: Sequence[Example], method: Laplace, leave: bool = True
 ) -> Gaussian:
     """The Gaussian around the adapter as it is: curvature, and the prior precision that was asked for."""
-    origin = {name: origin[name] for name in uncertain(origin, args.last_layer)}
-    blocks, sketch = measure(model, examples, args, fixed_precision(origin), leave)
-    fixed = number(args.prior_precision)
+    origin = {name: origin[name] for name in uncertain(origin, method.last_layer)}
+    blocks, sketch = measure(model, examples, method, fixed_precision(origin), leave)
+    fixed = method.fixed_precision
     if fixed is None:
         moved = distances(model, origin)
-        precision, coupling = blockwise.settle(blocks, sketch, moved, args.grouping, fixed_precision(origin))
+        precision, coupling = blockwise.settle(blocks, sketch, moved, method.grouping, fixed_precision(origin))
     else:
         precision = prior_precision(origin, fixed)
         coupling = blockwise.coupling(blocks, precision, sketch.eigenvalues(fixed))
     common = next(value for name, value in precision.items() if name.endswith(".B"))
-    full = sketch.full(common) if args.structure == "full" else None
+    full = sketch.full(common) if method.structure == "full" else None
     return Gaussian(blockwise.coupled(blocks, coupling), precision, coupling, full)
 
 
@@ -205,24 +313,25 @@ def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_si
 
 
 def measure(
-    model: Any, examples: Sequence[Example], args: argparse.Namespace, fixed: Mapping[str, float], leave: bool = True
+    model: Any, examples: Sequence[Example], method: Laplace, fixed: Mapping[str, float], leave: bool = True
 ) -> tuple[dict[str, kfac.Block], Sketch]:
     """The curvature of the uncertain matrices over all examples and a sketch of their whole Fisher, with a progress
     bar."""
     model.eval().requires_grad_(False)
     found = lora.matrices(model)
-    matrices = {name: found[name] for name in uncertain(found, args.last_layer)}
-    sketch = Sketch(matrices, fixed, seed=args.seed)
+    matrices = {name: found[name] for name in uncertain(found, method.last_layer)}
+    device = next(iter(matrices.values())).weight.device
+    sketch = Sketch(matrices, fixed, seed=method.seed)
     with tqdm(total=len(examples), desc="curvature", unit="row", leave=leave) as bar:
         blocks = kfac.fit(
             model,
             matrices,
-            (batch.to(args.device) for _, batch in batches(examples, args.batch_size)),
-            structure=args.structure,
-            sharing=args.sharing,
-            rank=args.curvature_rank,
-            samples=args.label_samples,
-            seed=args.seed,
+            (batch.to(device) for _, batch in batches(examples, method.batch_size)),
+            structure=method.structure,
+            sharing=method.sharing,
+            rank=method.rank_kept,
+            samples=method.label_samples,
+            seed=method.seed,
             sketch=sketch,
             progress=bar.update,
         )
@@ -272,10 +381,10 @@ def uncertain(names: Iterable[str], last_layer: bool) -> list[str]:
     return [name for name, layer in layers.items() if layer == last or not last_layer]
 
 
-def summary(precision: Mapping[str, float], grouping: blockwise.Grouping) -> dict[str, float]:
+def summary(precision: Mapping[str, float], grouping: Grouping) -> dict[str, float]:
     """One prior precision per group of B matrices, for people to read."""
     names = [name for name in precision if name.endswith(".B")]
-    return {group: precision[members[0]] for group, members in blockwise.groups(names, grouping).items()}
+    return {group: precision[members[0]] for group, members in groups(names, grouping).items()}
 
 
 def foreign_origin(theta: lora.Theta) -> lora.Theta:

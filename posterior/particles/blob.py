@@ -21,7 +21,7 @@ of their own, for less variance; its public code flips signs by position, so tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from posterior.data.examples import Batch, Example
 from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
-from posterior.training.job import Job, Result, particles, prior_precision
 from posterior.training.map import Trainer, Training
+from posterior.training.method import Job, Result, TrainedParticles
+from posterior.training.prior import prior_precision
 
 
 class BlobTrainer(Trainer):
@@ -74,23 +75,27 @@ class BlobTrainer(Trainer):
         return {name: root.detach().square() for name, root in self.root.items()}
 
 
-def fit(job: Job) -> Result:
-    """K draws of A, all with the one B; map/ holds M and B. An interrupted fit goes on."""
-    precision = prior_precision(lora.get(job.model), float(job.args.prior_precision))
-    trainer = BlobTrainer(job.model, job.examples, precision, job.training)
-    job.checkpoint.complete(trainer)
-    mean, deviation = lora.get(job.model), trainer.deviation()
-    relative = torch.cat([(value * precision[name] ** 0.5).flatten() for name, value in deviation.items()])
-    record = {
-        "method": "blob",
-        "training": asdict(job.training),
-        "log_likelihood": job.log_likelihood(),
-        "penalty": float(trainer.penalty().detach()),
-        "relative_deviation": float(relative.mean()),  # of the prior's: 1 where the data said nothing
-        "history": trainer.history,
-    }
-    thetas = [draw(mean, deviation, job.member_seed(index)) for index in range(job.args.particles)]
-    return particles(thetas, mean, job, record)
+@dataclass(frozen=True, kw_only=True)
+class Blob(TrainedParticles):
+    """Draws of a variational Gaussian on A."""
+
+    def fit(self, job: Job) -> Result:
+        """K draws of A, all with the one B; map/ holds M and B. An interrupted fit goes on."""
+        precision = prior_precision(lora.get(job.model), self.prior_precision)
+        trainer = BlobTrainer(job.model, job.examples, precision, self.training)
+        job.checkpoint.complete(trainer)
+        mean, deviation = lora.get(job.model), trainer.deviation()
+        relative = torch.cat([(value * precision[name] ** 0.5).flatten() for name, value in deviation.items()])
+        record = {
+            "method": "blob",
+            "training": asdict(self.training),
+            "log_likelihood": job.log_likelihood(self.batch_size),
+            "penalty": float(trainer.penalty().detach()),
+            "relative_deviation": float(relative.mean()),  # of the prior's: 1 where the data said nothing
+            "history": trainer.history,
+        }
+        thetas = [draw(mean, deviation, self.member_seed(index)) for index in range(self.particles)]
+        return self.result(thetas, mean, record, self.prior)
 
 
 def draw(mean: lora.Theta, deviation: lora.Theta, seed: int) -> lora.Theta:

@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 
 from posterior.data.examples import Batch, Example, batches
-from posterior.laplace import blockwise
 from posterior.likelihood.scores import log_likelihood
 from posterior.likelihood.stacked import repeat, stack, stacked, unstack
 from posterior.models import lora
-from posterior.training.job import Job, Result, particles, prior_precision
+from posterior.settings import POSITIVE, setting
 from posterior.training.map import Trainer, Training
+from posterior.training.method import PARTICLES, Job, Result, TrainedParticles
+from posterior.training.prior import groups, prior_precision
 
 Kernel = Literal["parameters", "layer", "product"]
-KERNELS: tuple[Kernel, ...] = ("parameters", "layer", "product")
+KERNEL = "what svgd measures distances between: all parameters, those of each layer, or each layer's product BA"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def direction(
     """
     phi: lora.Theta = {}
     found: list[Similarity] = []
-    for names in blockwise.groups(list(theta), "scalar" if kernel == "parameters" else "layer").values():
+    for names in groups(list(theta), "scalar" if kernel == "parameters" else "layer").values():
         members = {name: theta[name] for name in names}
         distance = product_distances(members) if kernel == "product" else distances(list(members.values()))
         h = bandwidth(distance)
@@ -172,44 +173,52 @@ class SvgdTrainer(Trainer):
         return likelihood, likelihood - torch.tensor(penalty, dtype=torch.float64)
 
 
-def fit(job: Job) -> Result:
-    """Train the particles together; map/ holds the one of the highest log p(theta, D). An interrupted fit goes on."""
-    args = job.args
-    origin = lora.get(job.model)
-    precision = prior_precision(origin, float(args.prior_precision))
-    start = stack([draw(origin, precision, job.member_seed(index)) for index in range(args.particles)])
-    with stacked(job.model, start):
-        trainer = SvgdTrainer(
-            job.model,
-            job.examples,
-            precision,
-            job.training,
-            origin,
-            args.kernel,
-            args.temperature,
-            not args.no_repulsion,
-        )
+@dataclass(frozen=True, kw_only=True)
+class Svgd(TrainedParticles):
+    """Adapters trained together, repelling each other."""
 
-        def shown() -> dict[str, str]:
-            now = trainer.similarities[-1]
-            return {"kernel": f"{now.kernel:.2f}", "bandwidth": f"{now.bandwidth:.2g}"}
+    kernel: Kernel = setting("layer", KERNEL, group=PARTICLES)
+    temperature: float = setting(1.0, "svgd: of the posterior, p^(1/T)", POSITIVE, PARTICLES)
+    repulsion: bool = setting(True, "svgd without the particles' repulsion, to see what it buys", group=PARTICLES)
 
-        job.checkpoint.complete(trainer, shown=shown)
-        likelihood, joint = trainer.log_posterior()
-        thetas = unstack(lora.get(job.model))
-    best = int(joint.argmax())
-    record = {
-        "method": "svgd",
-        "kernel": args.kernel,
-        "temperature": args.temperature,
-        "repulsion": not args.no_repulsion,
-        "training": asdict(job.training),
-        "map": best,
-        "log_likelihood": likelihood.tolist(),
-        "log_joint": joint.tolist(),
-        "history": trainer.history,
-    }
-    return particles(thetas, thetas[best], job, record)
+    def fit(self, job: Job) -> Result:
+        """Train the particles together; map/ holds the one of the highest log p(theta, D). An interrupted fit goes
+        on."""
+        origin = lora.get(job.model)
+        precision = prior_precision(origin, self.prior_precision)
+        start = stack([draw(origin, precision, self.member_seed(index)) for index in range(self.particles)])
+        with stacked(job.model, start):
+            trainer = SvgdTrainer(
+                job.model,
+                job.examples,
+                precision,
+                self.training,
+                origin,
+                self.kernel,
+                self.temperature,
+                self.repulsion,
+            )
+
+            def shown() -> dict[str, str]:
+                now = trainer.similarities[-1]
+                return {"kernel": f"{now.kernel:.2f}", "bandwidth": f"{now.bandwidth:.2g}"}
+
+            job.checkpoint.complete(trainer, shown=shown)
+            likelihood, joint = trainer.log_posterior()
+            thetas = unstack(lora.get(job.model))
+        best = int(joint.argmax())
+        record = {
+            "method": "svgd",
+            "kernel": self.kernel,
+            "temperature": self.temperature,
+            "repulsion": self.repulsion,
+            "training": asdict(self.training),
+            "map": best,
+            "log_likelihood": likelihood.tolist(),
+            "log_joint": joint.tolist(),
+            "history": trainer.history,
+        }
+        return self.result(thetas, thetas[best], record, self.prior)
 
 
 def draw(origin: lora.Theta, precision: Mapping[str, float], seed: int) -> lora.Theta:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from posterior.data.examples import Batch, Example
-from posterior.errors import PosteriorError
 from posterior.likelihood.stacked import stack
 from posterior.models import lora
-from posterior.training.job import Job, Result, particles, prior_precision
+from posterior.particles.ensemble import INIT, Init
+from posterior.settings import SettingError, setting
 from posterior.training.map import Trainer, Training
+from posterior.training.method import LORA, Job, Result, TrainedParticles
+from posterior.training.prior import prior_precision
 
 START = 0.5  # share of the steps before the first snapshot
 SNAPSHOTS = 20  # the rank of the covariance, at most
@@ -62,24 +64,32 @@ class SwagTrainer(Trainer):
         ]
 
 
-def fit(job: Job) -> Result:
-    """K draws from the Gaussian; map/ holds its mean. An interrupted fit goes on."""
-    precision = prior_precision(lora.get(job.model), float(job.args.prior_precision))
-    trainer = SwagTrainer(job.model, job.examples, precision, job.training)
-    if trainer.total - trainer.first < 2:
-        raise PosteriorError(f"swag needs at least 2 snapshots, but trains {trainer.total} steps; raise --epochs")
-    job.checkpoint.complete(trainer)
-    mean = {name: value.mean(0) for name, value in stack(trainer.snapshots).items()}
-    lora.put(job.model, mean)
-    record = {
-        "method": "swag",
-        "snapshots": len(trainer.snapshots),
-        "training": asdict(job.training),
-        "log_likelihood": job.log_likelihood(),
-        "history": trainer.history,
-    }
-    thetas = [sample(trainer.snapshots, job.member_seed(index)) for index in range(job.args.particles)]
-    return particles(thetas, mean, job, record)
+@dataclass(frozen=True, kw_only=True)
+class Swag(TrainedParticles):
+    """Draws of a Gaussian from the path of the optimiser."""
+
+    init: Init = setting("random", INIT, group=LORA)
+
+    def fit(self, job: Job) -> Result:
+        """K draws from the Gaussian; map/ holds its mean. An interrupted fit goes on."""
+        precision = prior_precision(lora.get(job.model), self.prior_precision)
+        trainer = SwagTrainer(job.model, job.examples, precision, self.training)
+        if trainer.total - trainer.first < 2:
+            raise SettingError(
+                "swag needs at least 2 snapshots, but trains {total} steps; raise {epochs}", total=trainer.total
+            )
+        job.checkpoint.complete(trainer)
+        mean = {name: value.mean(0) for name, value in stack(trainer.snapshots).items()}
+        lora.put(job.model, mean)
+        record = {
+            "method": "swag",
+            "snapshots": len(trainer.snapshots),
+            "training": asdict(self.training),
+            "log_likelihood": job.log_likelihood(self.batch_size),
+            "history": trainer.history,
+        }
+        thetas = [sample(trainer.snapshots, self.member_seed(index)) for index in range(self.particles)]
+        return self.result(thetas, mean, record, self.prior)
 
 
 def sample(snapshots: Sequence[lora.Theta], seed: int) -> lora.Theta:

@@ -11,42 +11,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 
 import torch
 
 from posterior.data.examples import batches
-from posterior.errors import PosteriorError
 from posterior.likelihood.scores import log_likelihood
 from posterior.likelihood.stacked import repeat, stack, stacked
 from posterior.models import lora
-from posterior.training.job import Job, Result, particles
+from posterior.settings import POSITIVE, SettingError, setting
+from posterior.training.method import ADAPTER, LORA, PARTICLES, SCALE, Job, Result, Sampled
 
 SMALLEST, FIRST, LARGEST = 1e-6, 1e-3, 1e3  # sigmas: the search begins at FIRST
 HALVINGS = 7  # of the last factor of two: sigma to 0.8 %
 
 
-def fit(job: Job) -> Result:
-    """K draws around --adapter, which map/ holds."""
-    args = job.args
-    theta = lora.get(job.model)
-    noise = [perturbation(theta, job.member_seed(index)) for index in range(args.particles)]
-    own = -job.log_likelihood()
-    allowed = own * (1 + args.tolerance)
+@dataclass(frozen=True, kw_only=True)
+class Tfb(Sampled):
+    """A trained adapter with as much noise as the data allow."""
 
-    def within(sigma: float) -> bool:
-        return bool(loss(job, [moved(theta, one, sigma) for one in noise]) <= allowed)
+    adapter: Path = setting(MISSING, ADAPTER)
+    tolerance: float = setting(
+        0.003, "tfb: share by which the noise may raise the negative log-likelihood", POSITIVE, PARTICLES
+    )
+    scale: float = setting(1.0, SCALE, POSITIVE, LORA)
 
-    sigma = largest(within)
-    thetas = [moved(theta, one, sigma) for one in noise]
-    record = {
-        "method": "tfb",
-        "sigma": sigma,
-        "tolerance": args.tolerance,
-        "log_likelihood": -own,
-        "predictive_log_likelihood": -loss(job, thetas),
-    }
-    return replace(particles(thetas, theta, job, record), prior={})
+    def fit(self, job: Job) -> Result:
+        """K draws around the adapter, which map/ holds."""
+        theta = lora.get(job.model)
+        noise = [perturbation(theta, self.member_seed(index)) for index in range(self.particles)]
+        own = -job.log_likelihood(self.batch_size)
+        allowed = own * (1 + self.tolerance)
+
+        def within(sigma: float) -> bool:
+            return bool(loss(job, [moved(theta, one, sigma) for one in noise], self.batch_size) <= allowed)
+
+        sigma = largest(within)
+        thetas = [moved(theta, one, sigma) for one in noise]
+        record = {
+            "method": "tfb",
+            "sigma": sigma,
+            "tolerance": self.tolerance,
+            "log_likelihood": -own,
+            "predictive_log_likelihood": -loss(job, thetas, self.batch_size),
+        }
+        return self.result(thetas, theta, record, prior={})
 
 
 def perturbation(theta: lora.Theta, seed: int) -> lora.Theta:
@@ -67,11 +77,11 @@ def moved(theta: lora.Theta, noise: lora.Theta, sigma: float) -> lora.Theta:
     return {name: value + sigma * noise[name] if name in noise else value.clone() for name, value in theta.items()}
 
 
-def loss(job: Job, thetas: list[lora.Theta]) -> float:
+def loss(job: Job, thetas: list[lora.Theta], batch_size: int) -> float:
     """- sum_n log (1/K) sum_k p(y_n|x_n, theta_k), in nats; inf when it is not a number."""
     total = 0.0
     with torch.no_grad(), stacked(job.model, stack(thetas)):
-        for _, batch in batches(job.examples, job.args.batch_size):
+        for _, batch in batches(job.examples, batch_size):
             rows = log_likelihood(job.model, repeat(batch.to(job.device), len(thetas))).view(len(thetas), -1).double()
             total -= float((rows.logsumexp(0) - math.log(len(thetas))).sum())
     return total if math.isfinite(total) else math.inf
@@ -84,12 +94,12 @@ def largest(within: Callable[[float], bool]) -> float:
     while not within(low):
         low /= 2
         if low < SMALLEST:
-            raise PosteriorError(f"even sigma {2 * low:.1e} costs more than --tolerance allows; raise it")
+            raise SettingError("even sigma {sigma:.1e} costs more than {tolerance} allows; raise it", sigma=2 * low)
     high = 2 * low
     while low >= FIRST and within(high):
         low, high = high, 2 * high
         if high > LARGEST:
-            raise PosteriorError(f"no sigma up to {LARGEST:g} costs as much as --tolerance allows; lower it")
+            raise SettingError("no sigma up to {most:g} costs as much as {tolerance} allows; lower it", most=LARGEST)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) else (low, middle)

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,10 +43,10 @@ from posterior.models import lora
 from posterior.models.lora import Theta
 from posterior.storage import draws, record
 from posterior.storage.record import ROWS
+from posterior.training.method import Family
 
 FULL = "full.safetensors"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a posterior's folder, which is its name when served
-Family = Literal["laplace", "particles"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Posterior:
     prior: dict[str, Any]
     fit: dict[str, Any]
     weights: tuple[float, ...]
-    records: Mapping[Key, Record] = field(default_factory=dict, repr=False)
+    calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -81,6 +81,12 @@ class Posterior:
     @property
     def map_dir(self) -> Path:
         return self.path / "map"
+
+    @property
+    def base_spec(self) -> str:
+        """How to find the base: a hub id needs its revision, other names stand alone."""
+        id, revision = str(self.base["id"]), self.base["revision"]
+        return f"{id}@{revision}" if "/" in id and revision else id
 
     def trained_on(self, examples: Sequence[Example]) -> int:
         """How many of the examples are rows of its fit; 0 for a folder that does not tell."""

@@ -157,6 +157,6 @@ def run_fit(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             words += [f"--{key.replace('_', '-')}", *([] if value is True else map(str, values))]
         parser = argparse.ArgumentParser()
         fit.add_arguments(parser)
-        return fit.fit(parser.parse_args(words))
+        return fit.call(parser.parse_args(words))
 
     return call

@@ -65,7 +65,7 @@ def fitted(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
             parser = argparse.ArgumentParser()
             fit.add_arguments(parser)
             words = (str(rows), "--out", str(root / "posteriors" / name), *task, *given, *options)
-            fit.fit(parser.parse_args(words))
+            fit.call(parser.parse_args(words))
     return root
 
 

@@ -1,0 +1,47 @@
+"""`posterior calibrate`: a calibration record beside the posterior; the server applies it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from posterior.calibration.records import MIN_ROWS, Record
+from posterior.cli import arguments, options
+from posterior.data.reading import FORMATS
+from posterior.evaluation.calibrate import Calibration, calibrate
+from posterior.evaluation.report import markdown
+from posterior.storage import artefact
+
+SETTINGS = {"calibrate": Calibration}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Calibrate one predictive of a choice posterior on held-out rows; the server applies the record it writes."
+    )
+    parser.add_argument("posterior", help="a posterior folder")
+    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
+    options.add(parser, SETTINGS)
+    arguments.add_base(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    record, path = call(args)
+    if args.json:
+        print(json.dumps(record.model_dump(mode="json")))
+        return
+    name, method = record.key.predictive, record.calibrator.method
+    print(markdown({name: record.before, f"{name}, {method} (cross-fitted)": record.after}, record.n))
+    print(
+        f"\nprediction sets ({record.conformal.score}) at coverage {record.coverage:g}, cross-fitted: "
+        f"covered {record.sets['covered']}, mean size {record.sets['size']}\nwrote {path}"
+    )
+
+
+@arguments.in_options
+def call(args: argparse.Namespace) -> tuple[Record, Path]:
+    """The calibration that the options ask for."""
+    settings = options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
+    return calibrate(artefact.load(args.posterior), args.data, base=args.base, settings=settings)
