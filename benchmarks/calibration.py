@@ -31,7 +31,7 @@ from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, SLOW_EPOCHS, 
 from posterior.calibration.metrics import COVERAGE, METRICS, calibrated_ece, nll, ood_auroc, sets
 from posterior.calibration.records import CALIBRATORS, Method
 from posterior.evaluation import plots
-from posterior.evaluation.evaluate import Predictions
+from posterior.evaluation.predictions import Predictions
 from posterior.models.base import resolve
 from posterior.predictive.mixture import entropy
 

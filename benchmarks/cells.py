@@ -26,7 +26,7 @@ from posterior.cli import fit
 from posterior.data.examples import Example, data_hash, encode
 from posterior.data.reading import Row, read_rows
 from posterior.data.task import Task
-from posterior.evaluation.evaluate import Predictions, linearized, map_scores, point, sampled
+from posterior.evaluation.predictions import Predictions, linearized, map_scores, point, sampled
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer
 from posterior.storage import artefact

@@ -22,7 +22,7 @@ from posterior.calibration.metrics import Estimate, estimate
 from posterior.cli import fit
 from posterior.data.examples import encode
 from posterior.data.reading import Row
-from posterior.evaluation.evaluate import linearized, map_scores
+from posterior.evaluation.predictions import linearized, map_scores
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact
@@ -72,7 +72,7 @@ def fitted(data: Data, epochs: int, args: argparse.Namespace, work: Path) -> art
     words += ["--epochs", str(epochs), "--learning-rate", str(args.learning_rate), "--seed", str(args.seed)]
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
-    return fit.fit(parser.parse_args(words))
+    return fit.call(parser.parse_args(words))
 
 
 def worth(base: Base, posterior: artefact.Posterior, rows: list[Row], dtype: str) -> list[dict[str, Estimate]]:

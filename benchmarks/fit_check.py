@@ -22,7 +22,7 @@ from torch import Tensor
 from posterior.calibration.metrics import nll
 from posterior.data.examples import Example, encode
 from posterior.data.reading import read_rows
-from posterior.evaluation.evaluate import linearized, map_scores
+from posterior.evaluation.predictions import linearized, map_scores
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact

@@ -25,7 +25,8 @@ from posterior.calibration.metrics import Estimate, best_temperature, estimate, 
 from posterior.cli import fit
 from posterior.data.examples import Example, encode
 from posterior.data.reading import Row, read_rows
-from posterior.evaluation.evaluate import linearized, map_scores, markdown, sampled
+from posterior.evaluation.predictions import linearized, map_scores, sampled
+from posterior.evaluation.report import markdown
 from posterior.laplace import blockwise, gaussian
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
@@ -118,7 +119,7 @@ def fitted(data: Set, seed: int, args: argparse.Namespace, work: Path, variation
     """The posterior of these rows, from `work` if it is there."""
     options = fit_options(data, seed, args, work, variational)
     folder = Path(options.out)
-    return artefact.load(folder) if (folder / "posterior.json").is_file() else fit.fit(options)
+    return artefact.load(folder) if (folder / "posterior.json").is_file() else fit.call(options)
 
 
 def adapted(base: Base, posterior: artefact.Posterior) -> Any:

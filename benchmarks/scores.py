@@ -20,7 +20,8 @@ from benchmarks.cells import read
 from posterior.calibration.metrics import estimate
 from posterior.data.examples import encode
 from posterior.data.task import Task
-from posterior.evaluation.evaluate import map_scores, markdown
+from posterior.evaluation.predictions import map_scores
+from posterior.evaluation.report import markdown
 from posterior.laplace import scale
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve

@@ -50,4 +50,4 @@ def fit(args: argparse.Namespace) -> artefact.Posterior:
         adapter = Path(scratch) / "adapter"
         lora.write_adapter(adapter, lora.get(model), lora.config_of(model))
         words = [str(adapter), "--out", str(args.out), "--template", args.template]
-        return imported.collect(parser.parse_args([*words, *(["--answers", *args.answers] if args.answers else [])]))
+        return imported.call(parser.parse_args([*words, *(["--answers", *args.answers] if args.answers else [])]))

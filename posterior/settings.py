@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses that check themselves. Options of the command are made of their fields (cli/options.py).
 
     @dataclass(frozen=True, kw_only=True)
-    class Settings:
+    class Adapter(Settings):
         rank: int = setting(8, "rank r of A and B", Range(1, 512))
 
 A field's type says what it takes: a number, one of some words (Literal), either, a flag (bool), texts
@@ -68,6 +68,23 @@ def setting(default: Any, help: str, allowed: Range | None = None, group: str = 
     return field(default=default, metadata={"help": help, "allowed": allowed, "group": group})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings that check themselves. Raises SettingError for a value that a field cannot have, or that would be
+    ignored."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        ignored = self.ignored()
+        for each in fields(self):
+            if each.name in ignored and each.default is not MISSING and getattr(self, each.name) != each.default:
+                raise SettingError("{" + each.name + "} " + ignored[each.name])
+
+    def ignored(self) -> Mapping[str, str]:
+        """Fields that the others leave without effect, and why; "{name}" stands for a setting."""
+        return {}
+
+
 @dataclass(frozen=True)
 class Form:
     """What a field takes: kinds of values, and words."""
@@ -132,10 +149,3 @@ def _must(form: Form, about: Field[Any]) -> str:
     said += [f"{about.metadata['allowed'] or 'a number'}"] if number else []
     said += [name for kind, name in kinds.items() if kind in form.kinds]
     return " or ".join(said)
-
-
-def refuse_ignored(settings: Any, ignored: Mapping[str, str]) -> None:
-    """Raises SettingError for a field of `ignored` (the reason by field) whose value is not its default."""
-    for each in fields(settings):
-        if each.name in ignored and each.default is not MISSING and getattr(settings, each.name) != each.default:
-            raise SettingError("{" + each.name + "} " + ignored[each.name])

@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from posterior.cli import fit, imported
+from posterior.cli import calibrate, fit, imported
 from posterior.errors import PosteriorError
-from posterior.evaluation import calibrate
 from posterior.models.base import Base, resolve
 from posterior.storage import artefact, draws
 from server import registry
@@ -87,16 +86,16 @@ class Place:
     def fit(self, turn: int) -> None:
         task = ("--template", "{text}:", "--answers", "p", "n")
         options = ("--method", "ensemble", "--particles", 2, "--rank", 2, "--epochs", 2, "--seed", turn)
-        fit.fit(self.call(fit, self.train, "--out", self.out / "fitted", *task, *options))
+        fit.call(self.call(fit, self.train, "--out", self.out / "fitted", *task, *options))
 
     def collect(self, turn: int) -> None:
         adapters = [self.out / "mood" / "map", FORMAT_1 / "gang" / "particles" / f"{turn:03d}"]
         task = ("--template", "{text}:", "--answers", "p", "n")
-        imported.collect(self.call(imported, *adapters, "--out", self.out / "imported", *task))
+        imported.call(self.call(imported, *adapters, "--out", self.out / "imported", *task))
 
     def calibrate(self, turn: int) -> None:
         options = ("--predictive", "map", "--dtype", "float32", "--method", ("temperature", "platt")[turn])
-        calibrate.calibrate(self.call(calibrate, self.out / "calibrated", self.held, *options))
+        calibrate.call(self.call(calibrate, self.out / "calibrated", self.held, *options))
 
     def serve(self, turn: int) -> None:
         """What a server does before it starts vLLM."""

@@ -36,6 +36,9 @@ def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any]) -> 
     """
     cls = classes[kind]
     own = {each.name: each for each in fields(cls)}
+    missing = [name for name, each in own.items() if each.default is MISSING and name not in values]
+    if missing:
+        raise PosteriorError(f"--method {kind} needs one more option; give {option(missing[0])}")
     for name, value in values.items():
         users = [other for other, its in classes.items() if name in {each.name for each in fields(its)}]
         if name not in own:
@@ -46,9 +49,6 @@ def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any]) -> 
             raise PosteriorError(
                 f"{option(name)} {value} belongs to --method {', '.join(knowing)}; {kind} needs a number"
             )
-    for name, each in own.items():
-        if each.default is MISSING and name not in values:
-            raise PosteriorError(f"--method {kind} needs {option(name)}: {each.metadata['help']}")
     settings = cls(**values)
     for name, reason in settings.ignored().items():
         if name in values:

@@ -36,8 +36,7 @@ from posterior.laplace import linearized as linear
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.predictive.mixture import from_gaussian
-from posterior.settings import Range, SettingError, setting
-from posterior.settings import check as check_settings
+from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage import artefact
 
 FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
@@ -45,7 +44,7 @@ PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws th
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(Settings):
     """Which predictive is calibrated, and how."""
 
     method: Method = setting(
@@ -71,7 +70,7 @@ class Calibration:
     def __post_init__(self) -> None:
         if not 0 < self.coverage < 1:
             raise SettingError("{coverage} is {value}; it must lie between 0 and 1", value=self.coverage)
-        check_settings(self)
+        super().__post_init__()
         devices.check(self.device)
 
 
@@ -216,13 +215,21 @@ def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibra
             f"{len(rows)} rows are too few to calibrate on: below {MIN_ROWS}, not even the largest score bounds 95 % "
             f"of all cases with 95 % confidence (0.95^{len(rows)} = {0.95 ** len(rows):.3f} > 0.05)"
         )
+    return choose(posterior, settings.predictive, settings.particles)
+
+
+def choose(
+    posterior: artefact.Posterior, wanted: PredictiveName | None, particles: int | None
+) -> tuple[PredictiveName, int]:
+    """The predictive (None: the served one) and its number of particles. Raises PosteriorError for one that the
+    posterior does not have."""
     laplace = posterior.family == "laplace"
-    predictive: PredictiveName = settings.predictive or ("linearized" if laplace else "mixture")
+    predictive: PredictiveName = wanted or ("linearized" if laplace else "mixture")
     if predictive == "linearized" and not laplace:
         raise PosteriorError(f"{posterior.name!r} is made of particles, it has no linearized predictive; use mixture")
-    if predictive != "mixture" and settings.particles is not None:
+    if predictive != "mixture" and particles is not None:
         raise SettingError("{particles} belongs to {predictive} mixture; this is {given}", given=predictive)
-    return predictive, _particles(posterior, predictive, settings.particles)
+    return predictive, _particles(posterior, predictive, particles)
 
 
 def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted: int | None) -> int:

@@ -21,7 +21,7 @@ from posterior.evaluation.predictions import Predictions, predictives
 from posterior.evaluation.report import ENTROPIES, Report, Source
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
-from posterior.settings import Range, check, setting
+from posterior.settings import Range, Settings, setting
 from posterior.storage.artefact import Posterior
 
 BATCH = Range(1, 2**16)
@@ -29,7 +29,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Settings):
     """How a posterior is run over test rows."""
 
     particles: int = setting(8, "of the sampled predictive, or all in the folder if it has fewer", Range(1, 1000))
@@ -38,7 +38,7 @@ class Evaluation:
     device: str | None = setting(None, devices.HELP)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         devices.check(self.device)
 
 

@@ -85,6 +85,13 @@ def linearized(
     batch_size: int = ROWS,
 ) -> Predictions:
     """The posterior predictive under the linearised Laplace covariance at the active adapter."""
+    return _stack(each_linearized(model, law, examples, batch_size))
+
+
+def each_linearized(
+    model: Any, law: blockwise.Law, examples: Sequence[Example], batch_size: int = ROWS
+) -> list[Predictive]:
+    """`linearized`, an example at a time."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     device = next(model.parameters()).device
@@ -93,7 +100,7 @@ def linearized(
     parts = list(batches(examples, batch_size, tokens=TOKENS))
     for indices, batch in tqdm(parts, desc="linearising", unit="batch", leave=False):
         found.update(zip(indices, linear.predictives(model, matrices, law, batch.to(device)), strict=True))
-    return _stack([found[index] for index in range(len(examples))])
+    return [found[index] for index in range(len(examples))]
 
 
 def sampled(
@@ -106,6 +113,18 @@ def sampled(
 ) -> Predictions:
     """The posterior predictive of k Laplace samples, or of the k heaviest particles if there are so many; leaves theta
     as it was."""
+    return _stack(each_sampled(model, posterior, k, examples, batch_size, seed))
+
+
+def each_sampled(
+    model: Any,
+    posterior: artefact.Posterior,
+    k: int,
+    examples: Sequence[Example],
+    batch_size: int = ROWS,
+    seed: int = 0,
+) -> list[Predictive]:
+    """`sampled`, an example at a time."""
     k = _available(posterior, k)
     mean = lora.get(model)
     try:
@@ -116,7 +135,13 @@ def sampled(
     finally:
         lora.put(model, mean)
     weights = torch.tensor(posterior.mixture(k), dtype=torch.float64)
-    return _stack([from_particles(row, weights) for row in torch.stack(log_p, 1)])
+    return [from_particles(row, weights) for row in torch.stack(log_p, 1)]
+
+
+def each_map(model: Any, examples: Sequence[Example], batch_size: int = ROWS) -> list[Predictive]:
+    """Of the active adapter alone."""
+    one = torch.ones(1, dtype=torch.float64)
+    return [from_particles(row[None], one) for row in map_scores(model, examples, batch_size).log_softmax(1)]
 
 
 def _available(posterior: artefact.Posterior, k: int) -> int:

@@ -16,7 +16,7 @@ from posterior.curvature.sketch import Full
 from posterior.data.examples import Example, batches
 from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
-from posterior.settings import POSITIVE, Range, check, refuse_ignored, setting
+from posterior.settings import POSITIVE, Range, Settings, setting
 from posterior.training.map import Checkpoint, Training
 
 PRECISION = 10.0  # of B where no evidence chooses it: the Laplace's evidence finds 4 to 14 on yelp and SST-2
@@ -34,19 +34,11 @@ LORA, PARTICLES = "LoRA and training", "particles (every method but laplace)"  #
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(abc.ABC):
-    """A way to fit a posterior. Raises SettingError for a value that it cannot have, or would ignore."""
+class Method(Settings, abc.ABC):
+    """A way to fit a posterior."""
 
     batch_size: int = setting(8, "examples a step", Range(1, 2**16), LORA)
     seed: int = setting(0, "fixes initialisation, data order, dropout and sampled labels", Range(0, 2**32 - 1), LORA)
-
-    def __post_init__(self) -> None:
-        check(self)
-        refuse_ignored(self, self.ignored())
-
-    def ignored(self) -> Mapping[str, str]:
-        """Settings that the others leave without effect, and why; "{name}" stands for a setting."""
-        return {}
 
     @abc.abstractmethod
     def fit(self, job: Job) -> Result:

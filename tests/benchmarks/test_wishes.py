@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.calibration import _intervals, by_row, unseen, values
 from benchmarks.cells import Result
 from posterior.calibration.metrics import accuracy, nll, signed_gap
-from posterior.evaluation.evaluate import point
+from posterior.evaluation.predictions import point
 
 ROWS, TEST, DRAWS = 300, 200, 2000  # test rows and calibration rows
 

@@ -101,7 +101,7 @@ def dense_jacobian(model: PeftModel, batch: Batch) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals of few resamples: test_metrics.py says how many it looks at."""
-    monkeypatch.setattr("posterior.calibration.records.metrics.RESAMPLES", 100)
+    monkeypatch.setattr("posterior.calibration.metrics.RESAMPLES", 100)
 
 
 @pytest.fixture(scope="session")

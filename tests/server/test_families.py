@@ -15,7 +15,7 @@ import torch
 
 from posterior.cli import fit
 from posterior.data.examples import encode
-from posterior.evaluation.evaluate import linearized, sampled
+from posterior.evaluation.predictions import linearized, sampled
 from posterior.laplace import width
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer

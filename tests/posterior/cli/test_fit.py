@@ -13,9 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from posterior.cli import fit, inspect
+from posterior.cli import evaluate, fit, inspect
 from posterior.errors import PosteriorError
-from posterior.evaluation import evaluate
 from posterior.laplace import gaussian
 from posterior.models import lora
 from posterior.storage import artefact
@@ -179,13 +178,12 @@ def test_a_diverged_fit_begins_anew_with_a_lower_rate(run_fit, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"prior_precision": "-1"}, "must be positive"),
-        ({"prior_precision": "nan"}, "must be positive"),
-        ({"prior_precision": "often"}, "neither 'evidence'"),
+        ({"prior_precision": "-1"}, "--prior-precision is -1.0; it must be .* above 0"),
+        ({"prior_precision": "nan"}, "--prior-precision is nan; it must be .* above 0"),
         ({"prior_precision": "heldout"}, "go together"),
-        ({"scale": "0"}, "--scale 0 must be positive"),
-        ({"scale": "small"}, "neither 'evidence' nor a number"),
-        ({"scale": "evidence", "method": "swag"}, "--scale evidence is for an adapter that --method laplace trains"),
+        ({"scale": "0"}, "--scale is 0.0; it must be .* above 0"),
+        ({"scale": "evidence", "method": "swag"}, "--scale evidence belongs to --method laplace; swag needs a number"),
+        ({"scale": "evidence", "adapter": "a"}, "--scale evidence is for an adapter that laplace trains"),
         ({"scale": "2", "task": "text"}, "a text has none"),
         ({"rank": 0}, "--rank is 0"),
         ({"epochs": 0}, "--epochs is 0"),
@@ -225,13 +223,30 @@ def test_bad_input_is_one_sentence(run_fit, options, match):
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
-    def full(_args):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--prior-precision", "often"), "'often' is neither 'evidence', 'heldout' nor a number"),
+        (("--scale", "small"), "'small' is neither 'evidence' nor a number"),
+        (("--rank", "1.5"), "'1.5' is not a whole number"),
+        (("--curvature-rank", "most"), "'most' is neither 'whole' nor a whole number"),
+    ],
+)
+def test_what_is_no_number_is_named(option, message, capsys):
+    parser = argparse.ArgumentParser()
+    fit.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["rows.jsonl", "--out", "x", *option])
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(run_fit, monkeypatch, tmp_path):
+    def full(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fit, "fit", full)
-    with pytest.raises(PosteriorError, match="disk of here is full"):
-        fit.run(argparse.Namespace(out="here"))
+    monkeypatch.setattr("posterior.fitting.artefact.save", full)
+    with pytest.raises(PosteriorError, match="disk of .*here is full"):
+        run_fit(tmp_path / "here", steps=1)
 
 
 def test_the_first_prompt_is_shown_as_it_is_read(run_fit, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from posterior.cli import imported
 from posterior.data.examples import collate
 from posterior.errors import PosteriorError
-from posterior.evaluation import evaluate
+from posterior.evaluation import predictions
 from posterior.likelihood.scores import scores
 from posterior.models import adalora, lora
 from posterior.storage import artefact
@@ -49,7 +49,7 @@ def collect(tiny_base, tmp_path) -> Callable[..., artefact.Posterior]:
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
         parser = argparse.ArgumentParser()
         imported.add_arguments(parser)
-        return imported.collect(parser.parse_args([str(word) for word in words]))
+        return imported.call(parser.parse_args([str(word) for word in words]))
 
     return call
 
@@ -231,7 +231,7 @@ def test_the_predictive_is_the_weighted_average(peft_folder, collect, tiny_base)
         model = lora.load_peft(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
         with torch.no_grad():
             probabilities.append(scores(model, collate(examples)).double().softmax(1))
-    found = evaluate.sampled(model, posterior, 2, examples)
+    found = predictions.sampled(model, posterior, 2, examples)
     torch.testing.assert_close(
         found.probability, 0.25 * probabilities[0] + 0.75 * probabilities[1], rtol=1e-5, atol=1e-6
     )

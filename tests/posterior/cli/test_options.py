@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 
 import pytest
 
-from posterior.cli import fit, options
+from posterior.cli import arguments, fit
 from posterior.errors import PosteriorError
 
 
 def check(*words: str) -> None:
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
-    options.check(options.with_defaults(parser.parse_args(["rows.jsonl", "--out", "x", *words])))
+    arguments.in_options(fit.method)(parser.parse_args(["rows.jsonl", "--out", "x", *words]))
 
 
 REFUSED = {
@@ -88,12 +89,13 @@ def test_what_a_diagonal_does_not_use(words):
         check("--structure", "diagonal", *words.split())
 
 
-def test_the_table_knows_the_parser_s_options_and_methods():
+def test_every_setting_of_every_method_is_an_option():
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
+    known = {action.dest for action in parser._actions}
+    assert {each.name for method in fit.METHODS.values() for each in fields(method)} <= known
     given = vars(parser.parse_args(["rows.jsonl", "--out", "x"]))
-    assert set(options.METHODS) <= set(given) and given["given"] == ("data", "out")
-    assert {method for methods in options.METHODS.values() for method in methods} == set(fit.METHODS)
+    assert not {each.name for method in fit.METHODS.values() for each in fields(method)} & set(given)
 
 
 def test_help_is_printed():

@@ -13,11 +13,11 @@ import torch
 
 from posterior.calibration import records
 from posterior.calibration.metrics import METRICS
-from posterior.cli import fit, inspect
+from posterior.cli import calibrate, fit, inspect
 from posterior.data.examples import data_hash, encode
 from posterior.errors import PosteriorError
-from posterior.evaluation import calibrate
-from posterior.evaluation.evaluate import linearized, map_scores, sampled
+from posterior.evaluation.calibrate import probabilities, served_dtype
+from posterior.evaluation.predictions import linearized, map_scores, sampled
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact
@@ -48,7 +48,7 @@ def fitted(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fitted")
     data = write(folder / "train.jsonl", [row(index) for index in range(1000, 1000 + ROWS)])
     options = ["--out", folder / "tiny", "--template", "{text}:", "--answers", "p", "n", "--base", tiny_base]
-    fit.fit(arguments(fit, data, *options, "--rank", 2, "--epochs", 1))
+    fit.call(arguments(fit, data, *options, "--rank", 2, "--epochs", 1))
     return folder
 
 
@@ -65,7 +65,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(tiny_base: Path) -> Any:
-    return lambda folder, data, *options: calibrate.calibrate(
+    return lambda folder, data, *options: calibrate.call(
         arguments(calibrate, folder, data, "--base", tiny_base, *options)
     )
 
@@ -142,19 +142,19 @@ def test_the_dtype_is_what_the_server_computes_in(
     tmp_path: Path, own: Any, predictive: Any, device: str, dtype: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(own))
-    assert calibrate.served_dtype(predictive, Base(tmp_path, "tiny", None, ""), device) == dtype
+    assert served_dtype(predictive, Base(tmp_path, "tiny", None, ""), device) == dtype
 
 
 def test_a_posterior_that_was_replaced_meanwhile_is_not_calibrated(
     fitted: Path, folder: Path, data: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = calibrate.probabilities
+    original = probabilities
 
     def replaced(*arguments: Any) -> torch.Tensor:
         edit(folder, width=0.5)
         return original(*arguments)
 
-    monkeypatch.setattr(calibrate, "probabilities", replaced)
+    monkeypatch.setattr("posterior.evaluation.calibrate.probabilities", replaced)
     with pytest.raises(PosteriorError, match="was replaced while its calibration was computed"):
         call(folder, data)
     assert artefact.load(folder).calibration == {}
@@ -191,10 +191,10 @@ def test_the_table_and_json(folder: Path, data: Path, tiny_base: Path, capsys: p
 def test_refusals_come_before_any_work(
     folder: Path, tmp_path: Path, rows: range, options: tuple[Any, ...], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "resolve", lambda _: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("posterior.evaluation.calibrate.resolve", lambda _: pytest.fail("the base was loaded"))
     data = write(tmp_path / "rows.jsonl", [row(index) for index in rows])
     with pytest.raises(PosteriorError, match=words) as error:
-        calibrate.calibrate(arguments(calibrate, folder, data, *options))
+        calibrate.call(arguments(calibrate, folder, data, *options))
     assert "\n" not in str(error.value) and not (folder / "calibration").exists()
 
 
@@ -225,7 +225,7 @@ def change_task(folder: Path, kind: str) -> None:
 def test_texts_are_refused(folder: Path, data: Path) -> None:
     change_task(folder, "text")
     with pytest.raises(PosteriorError, match="is a text posterior"):
-        calibrate.calibrate(arguments(calibrate, folder, data))
+        calibrate.call(arguments(calibrate, folder, data))
 
 
 @pytest.mark.parametrize(("predictive", "particles"), [("linearized", 1024), ("mixture", 8)])
@@ -243,7 +243,7 @@ def test_rows_with_answers_of_their_own(
     tokenizer: Any = load_tokenizer(base)
     examples = encode(posterior.task, tokenizer, rows)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
-    p = calibrate.probabilities(model, posterior, record.key.predictive, particles, examples)
+    p = probabilities(model, posterior, record.key.predictive, particles, examples)
     y = torch.tensor([one["label"] for one in rows])
     assert p.shape == (ROWS, 3) and record.calibrator == records.Platt.fit(p, y)
     assert record.conformal == records.Conformal.fit("lac", p, y)

@@ -10,10 +10,11 @@ import torch
 from scipy.stats import entropy
 
 from posterior.calibration import metrics
+from posterior.cli import evaluate
 from posterior.curvature import kfac
 from posterior.data.examples import batches, collate
 from posterior.errors import PosteriorError
-from posterior.evaluation import evaluate
+from posterior.evaluation import predictions
 from posterior.laplace import blockwise
 from posterior.laplace.linearized import moments
 from posterior.likelihood.scores import scores
@@ -28,7 +29,7 @@ FRESH = [{"text": f"a {'fine' if index % 3 else 'poor'} thing {index}", "label":
 
 def test_a_point_knows_of_no_epistemic_uncertainty():
     f = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = evaluate.point(f)
+    found = predictions.point(f)
     torch.testing.assert_close(found.probability, f.exp() / f.exp().sum(1, keepdim=True))
     assert found.epistemic.tolist() == [0.0] * 5
     torch.testing.assert_close(found.total, torch.from_numpy(entropy(found.probability.numpy(), axis=1)))
@@ -40,7 +41,7 @@ def test_linearized_is_the_predictive_of_each_row(model):
     matrices = lora.matrices(model)
     curvature = kfac.fit(model, matrices, (batch for _, batch in batches(examples, 4)))
     law = blockwise.Blocks(curvature, dict.fromkeys(curvature, 2.0))
-    found = evaluate.linearized(model, law, examples, batch_size=3)
+    found = predictions.linearized(model, law, examples, batch_size=3)
     for index, example in enumerate(examples):
         (mean,), ((covariance,),) = moments(model, matrices, law, collate([example]))
         expected = from_gaussian(mean, covariance)
@@ -52,7 +53,7 @@ def test_linearized_is_the_predictive_of_each_row(model):
 
 def test_long_rows_run_in_smaller_batches(model, monkeypatch):
     """With 32 rows of four long answers at once, the gradients once took all memory there was."""
-    monkeypatch.setattr(evaluate, "TOKENS", 64)
+    monkeypatch.setattr(predictions, "TOKENS", 64)
     examples = make_examples(9, answers=4, tokens=2, length=(2, 12))
     curvature = kfac.fit(model, lora.matrices(model), [collate(examples)])
     law = blockwise.Blocks(curvature, dict.fromkeys(curvature, 2.0))
@@ -60,8 +61,8 @@ def test_long_rows_run_in_smaller_batches(model, monkeypatch):
     model.register_forward_pre_hook(
         lambda _model, _args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    evaluate.map_scores(model, examples)
-    evaluate.linearized(model, law, examples)
+    predictions.map_scores(model, examples)
+    predictions.linearized(model, law, examples)
     assert len(sizes) > 4 and max(sizes) <= 64
 
 
@@ -86,7 +87,7 @@ def test_sampled_is_the_mixture_of_the_particles_there_are(gang, tiny_base, k, w
 
     model = lora.load_peft(load_model(resolve(str(tiny_base)), torch.float32, "cpu"), gang.map_dir).eval()
     examples, before = make_examples(5), lora.get(model)
-    found = evaluate.sampled(model, gang, k, examples, batch_size=2)
+    found = predictions.sampled(model, gang, k, examples, batch_size=2)
     assert all(torch.equal(before[name], value) for name, value in lora.get(model).items())
     members = []
     for folder in gang.adapters(len(weights), gang.path):
@@ -151,7 +152,7 @@ def test_particles_are_those_of_the_folder(gang, call, capsys):
 def test_what_is_undefined_or_infinite_is_null(gang, call, capsys, monkeypatch):
     """Every answer right and certain, then wrong and certain: no AUROC, and an infinite NLL."""
     certain = torch.tensor([[200.0, -1000.0]], dtype=torch.float64)
-    monkeypatch.setattr(evaluate, "map_scores", lambda model, examples, batch_size: certain.expand(len(examples), 2))
+    monkeypatch.setattr(predictions, "map_scores", lambda model, examples, batch_size: certain.expand(len(examples), 2))
     for label in (0, 1):
         call(gang.path, [row | {"label": label} for row in FRESH], "--json")
         found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["table"]["MAP"]
@@ -160,7 +161,7 @@ def test_what_is_undefined_or_infinite_is_null(gang, call, capsys, monkeypatch):
 
 
 def test_refusals(gang, run_fit, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("posterior.evaluation.evaluate.load_model", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(PosteriorError, match="there is no folder .*nowhere; make it first"):
         call(gang.path, FRESH, "--report", tmp_path / "nowhere" / "r.html")
     with pytest.raises(PosteriorError, match="row 1: field 'text' is missing"):
@@ -169,6 +170,6 @@ def test_refusals(gang, run_fit, call, tmp_path, monkeypatch):
 
 def test_a_predictive_that_is_not_finite(gang, call, monkeypatch):
     nan = torch.full((1, 2), float("nan"), dtype=torch.float64)
-    monkeypatch.setattr(evaluate, "map_scores", lambda model, examples, batch_size: nan.expand(len(examples), 2))
+    monkeypatch.setattr(predictions, "map_scores", lambda model, examples, batch_size: nan.expand(len(examples), 2))
     with pytest.raises(PosteriorError, match="not finite; try --dtype float32"):
         call(gang.path, FRESH)

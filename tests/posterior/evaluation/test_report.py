@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from posterior.calibration import metrics
+from posterior.cli import evaluate
 from posterior.errors import PosteriorError
-from posterior.evaluation import evaluate, plots
+from posterior.evaluation import plots
 from posterior.evaluation.report import MEANING, START, Report, Source
 from posterior.files import atomic
 

@@ -9,7 +9,7 @@ import torch
 from posterior.calibration.metrics import accuracy, nll
 from posterior.data.examples import encode
 from posterior.data.reading import read_rows
-from posterior.evaluation.evaluate import linearized, sampled
+from posterior.evaluation.predictions import linearized, sampled
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.storage import artefact

@@ -117,7 +117,7 @@ def test_who_waits_gets_the_lock_of_the_name(tmp_path: Path) -> None:
     held = atomic.locked(tmp_path / "it")
     held.__enter__()
     program = (
-        "import sys; from pathlib import Path; from posterior.storage import atomic\n"
+        "import sys; from pathlib import Path; from posterior.files import atomic\n"
         "with atomic.locked(Path(sys.argv[1])): print(Path(sys.argv[1]).read_text())"
     )
     waiting = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "it")], stdout=subprocess.PIPE, text=True)

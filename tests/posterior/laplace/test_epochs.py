@@ -10,6 +10,7 @@ import torch
 from posterior.cli import fit
 from posterior.errors import PosteriorError
 from posterior.laplace import gaussian
+from posterior.laplace.gaussian import Laplace
 from posterior.models import lora
 
 NOISE = torch.randint(0, 2, (48,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -61,16 +62,18 @@ def defaults(*words: str, tokens: int = 2) -> int | str:
     """--epochs of a fit to answers of so many tokens."""
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
-    args = parser.parse_args(["rows.jsonl", "--out", "x", *words])
-    row = argparse.Namespace(continuations=((1,) * tokens, (2,) * tokens))
-    return fit._by_evidence(args, [row]).epochs
+    method = fit.method(parser.parse_args(["rows.jsonl", "--out", "x", *words]))
+    if not isinstance(method, Laplace):
+        return method.training.epochs
+    found = method.for_answers(several_tokens=tokens > 1)
+    return found.epochs or found.training.epochs
 
 
 def test_where_it_is_the_default():
     """Where laplace trains an adapter for answers of several tokens."""
     assert defaults() == defaults("--epochs", "evidence", tokens=1) == "evidence"
     assert defaults(tokens=1) == defaults("--steps", "3") == defaults("--method", "swag") == 8
-    assert defaults("--adapter", "a") == defaults("--task", "text") == 8
+    assert defaults("--adapter", "a") == 8
     assert defaults("--epochs", "3") == 3
 
 
@@ -89,4 +92,4 @@ def test_what_does_not_go_together(run_fit, options, match):
 def test_another_word_is_refused(capsys):
     with pytest.raises(SystemExit):
         defaults("--epochs", "many")
-    assert "'many' is neither a number nor 'evidence'" in capsys.readouterr().err
+    assert "'many' is neither 'evidence' nor a whole number" in capsys.readouterr().err

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posterior.cli import inspect
+from posterior.cli import evaluate, inspect
 from posterior.data.examples import collate, encode
 from posterior.data.reading import read_rows
 from posterior.errors import PosteriorError
-from posterior.evaluation import evaluate
 from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
@@ -105,7 +104,7 @@ def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
     ("options", "match"),
     [
         ({"prior_precision": "evidence"}, "belongs to --method laplace; ensemble needs a number"),
-        ({"adapter": "/nowhere"}, "ensemble trains its own adapter"),
+        ({"adapter": "/nowhere"}, "--adapter belongs to --method laplace, tfb; ensemble"),
         ({"particles": 0}, "--particles is 0"),
         ({"learning_rate": 1e30}, "lower --learning-rate"),
     ],

@@ -58,7 +58,7 @@ def test_sigma_is_the_largest_within(limit):
 
 
 def test_a_tolerance_that_cannot_be_met_is_refused():
-    with pytest.raises(PosteriorError, match="costs more than --tolerance"):
+    with pytest.raises(PosteriorError, match="costs more than tolerance"):
         tfb.largest(lambda sigma: False)
     with pytest.raises(PosteriorError, match="no sigma up to 1000"):
         tfb.largest(lambda sigma: True)

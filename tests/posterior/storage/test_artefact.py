@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_rubbish(run_fit, folder, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(artefact, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PosteriorError, match="is full"):
         run_fit(folder, seed=5)
     assert artefact.load(folder).hash == before
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "data.jsonl") == [".tiny.checkpoint", "tiny"]

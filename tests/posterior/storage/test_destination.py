@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from posterior.cli import fit, imported
+from posterior import fitting, importing
+from posterior.cli import imported
 from posterior.errors import PosteriorError
 from posterior.models import lora
 from posterior.storage import artefact
 from tests.killing import leftovers, snapshot
 
-FORMAT_1 = Path(__file__).parent / "format1"
+FORMAT_1 = Path(__file__).parents[1] / "format1"
 
 
 def one(place: Path) -> None:
@@ -139,7 +140,7 @@ def test_fit_and_import_refuse_before_any_work(
 ) -> None:
     two(tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    for module in (fit, imported):
+    for module in (fitting, importing):
         monkeypatch.setattr(module, "resolve", lambda *_: pytest.fail("the base was looked for"))
     with pytest.raises(PosteriorError, match="choose another --out"):
         run_fit(tmp_path / "out")
@@ -149,7 +150,7 @@ def test_fit_and_import_refuse_before_any_work(
     imported.add_arguments(parser)
     words = [FORMAT_1 / "mood" / "map", "--out", tmp_path / "out", "--template", "{text}", "--answers", "a", "b"]
     with pytest.raises(PosteriorError, match="choose another --out"):
-        imported.collect(parser.parse_args(list(map(str, words))))
+        imported.call(parser.parse_args(list(map(str, words))))
     assert snapshot(tmp_path / "out") == before
 
 
