@@ -241,7 +241,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user"}]}, "'content'"),
-    ({"messages": [{"role": "user", "content": 3}]}, "messages"),
+    ({"messages": [{"role": "user", "content": 3}]}, "content"),
     ({"logit_bias": {"9999999": 1}}, "vocab"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
