@@ -245,7 +245,7 @@ class Cell:
             parser = argparse.ArgumentParser()
             fit.add_arguments(parser)
             start = time.process_time()
-            method = smoothing.fit if self.family == "label-smoothing" else fit.fit
+            method = smoothing.fit if self.family == "label-smoothing" else fit.call
             method(parser.parse_args([*words, *adapter, *training, "--seed", str(self.seed)]))
             spent.write_text(str(time.process_time() - start))
         return artefact.load(folder), before + float(spent.read_text())
