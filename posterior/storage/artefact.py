@@ -63,7 +63,7 @@ class Posterior:
     prior: dict[str, Any]
     fit: dict[str, Any]
     weights: tuple[float, ...]
-    records: Mapping[Key, Record] = field(default_factory=dict, repr=False)
+    calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
