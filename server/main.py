@@ -21,16 +21,17 @@ from posterior.data import base_check
 from posterior.errors import PosteriorError
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
-from server import auth, registry
 from server.console import quiet, say
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.linearized import Linearizer
-from server.lobby import Lobby
+from server.http import auth
+from server.http.lobby import Lobby
 from server.metrics import Metrics
-from server.registry import Registry
+from server.services import registry
+from server.services.registry import Registry
+from server.workers.linearized import Linearizer
 
 if TYPE_CHECKING:
-    from server.predictive import Service
+    from server.services.predictive import Service
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 DRAIN_SECONDS = 30
@@ -100,8 +101,8 @@ def _interrupt(*_: object) -> None:
 
 
 async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
-    from server.app import create_app
-    from server.predictive import Service
+    from server.http.app import create_app
+    from server.services.predictive import Service
 
     start = time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.mixture import Predictive
 from server.engine import Usage
-from server.registry import Registry
+from server.services.registry import Registry
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)

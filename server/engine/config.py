@@ -41,8 +41,8 @@ class EngineConfig:
         """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
         return [
             *self.stock_arguments(),
-            *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
-            *("--scheduler-cls", "server.engine.scheduler.GangScheduler"),
+            *("--worker-extension-cls", "server.engine.compat.patch.WorkerExtension"),
+            *("--scheduler-cls", "server.engine.compat.scheduler.GangScheduler"),
         ]
 
     def stock_arguments(self) -> list[str]:

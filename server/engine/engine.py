@@ -36,7 +36,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from posterior.data.candidates import Candidates
 from server.engine import Adapter, Usage
-from server.engine.client import MixingLLM
+from server.engine.compat.client import MixingLLM
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
 from server.engine.gang import CURRENT, Trace

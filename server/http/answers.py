@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import Request
 from pydantic import ValidationError
 
-from server import texts
-from server.choices import Reply, choose, event
 from server.errors import ApiError, as_api_error, bad_request, from_validation, unavailable
 from server.metrics import Observation
-from server.predictive import Service, check_messages
-from server.registry import Served
 from server.schemas import BODIES, Kind, Uncertainty
+from server.services import texts
+from server.services.choices import Reply, choose, event
+from server.services.predictive import Service, check_messages
+from server.services.registry import Served
 
 
 async def reply(

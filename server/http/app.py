@@ -16,15 +16,16 @@ from pydantic_core import from_json
 
 import posterior
 from posterior.data.reading import unique
-from server import answers, errors, openapi
-from server.auth import require_key
-from server.choices import Reply
+from server import errors
 from server.errors import ApiError, as_api_error, bad_request, unavailable
+from server.http import answers, openapi
+from server.http.auth import require_key
+from server.http.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
 from server.metrics import Observation
-from server.predictive import Service
-from server.registry import Served
-from server.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
 from server.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
+from server.services.choices import Reply
+from server.services.predictive import Service
+from server.services.registry import Served
 
 T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]

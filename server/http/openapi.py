@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 import posterior
 from server.errors import RETRY_SECONDS, ApiError
-from server.replies import Error
+from server.http.replies import Error
 from server.schemas import ChatRequest, CompletionRequest, PredictiveRequest
 
 REFERENCE = "#/components/schemas/{model}"
@@ -98,5 +98,5 @@ async def part(name: str) -> Response:
 
 
 def _file(name: str, kind: str) -> Response:
-    content = (files("server") / "docs" / name).read_bytes()
+    content = (files("server.http") / "docs" / name).read_bytes()
     return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)

@@ -13,9 +13,9 @@ from typing import Any
 from server.engine import Usage
 from server.errors import bad_request
 from server.metrics import Observation
-from server.predictive import Answer, Question, Service, usage_record
-from server.registry import Served
 from server.schemas import ChatRequest, CompletionRequest, Kind, Uncertainty
+from server.services.predictive import Answer, Question, Service, usage_record
+from server.services.registry import Served
 
 Reply = dict[str, Any] | AsyncIterator[str]
 

@@ -24,10 +24,10 @@ from posterior.predictive.mixture import Predictive, from_gaussian, from_particl
 from server.engine import Engine, Usage
 from server.engine.scoring import prefix_tree
 from server.errors import bad_request, from_validation, model_not_found
-from server.linearized import Linearizer
 from server.metrics import Metrics, Observation
-from server.registry import Registry, Served
 from server.schemas import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, PredictiveRequest, Uncertainty
+from server.services.registry import Registry, Served
+from server.workers.linearized import Linearizer
 
 
 @dataclass(frozen=True)

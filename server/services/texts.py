@@ -11,9 +11,9 @@ import torch
 from posterior.predictive.decoding import TextPredictive, text_predictive
 from server.engine.gang import Trace
 from server.errors import bad_request
-from server.predictive import Service
-from server.registry import Served
 from server.schemas import Uncertainty, check_size
+from server.services.predictive import Service
+from server.services.registry import Served
 
 
 @dataclass

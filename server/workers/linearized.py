@@ -32,9 +32,9 @@ from posterior.laplace.linearized import LinearizedModel, dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
 from posterior.storage import artefact
-from server import memory
 from server.errors import ApiError, bad_request, unavailable
 from server.metrics import Metrics
+from server.workers import memory
 
 MAX_BATCH = 32  # prompts
 MAX_WAITING = 4096  # prompts; a queue without bound would only grow older

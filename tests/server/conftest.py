@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from server.app import create_app
+from server.http.app import create_app
 from server.metrics import Metrics
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.server import fakes
 
 

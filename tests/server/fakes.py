@@ -19,8 +19,8 @@ from posterior.models.base import Base
 from server.engine import Adapter, Usage
 from server.engine.gang import Text, Trace
 from server.errors import bad_request
-from server.registry import Registry, Served
 from server.schemas import Kind
+from server.services.registry import Registry, Served
 
 BASE = Base(Path("/nowhere"), "tiny-base", None, "sha256:00")
 SPECIAL = "<|im_end|>"

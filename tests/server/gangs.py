@@ -30,10 +30,10 @@ from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
 from posterior.predictive.decoding import Mixing  # noqa: E402
 from server.engine import Adapter  # noqa: E402
-from server.engine.client import MixingLLM  # noqa: E402, F401
+from server.engine.compat.client import MixingLLM  # noqa: E402, F401
+from server.engine.compat.mixing import Mixer, token_seed  # noqa: E402, F401
+from server.engine.compat.scheduler import GangScheduler  # noqa: E402
 from server.engine.gang import NOTE, Trace  # noqa: E402
-from server.engine.mixing import Mixer, token_seed  # noqa: E402, F401
-from server.engine.scheduler import GangScheduler  # noqa: E402
 
 VOCABULARY = 23
 BLOCK = 4

@@ -18,11 +18,11 @@ PROGRAM = """
 import argparse, asyncio, signal, sys
 from posterior.errors import PosteriorError
 from server.errors import unavailable
-from server.app import create_app
-from server.lobby import Lobby
+from server.http.app import create_app
+from server.http.lobby import Lobby
 from server.main import _listen
 from server.metrics import Metrics
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.server import fakes
 
 class Engine(fakes.Engine):

@@ -11,7 +11,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.blocks import Group, longest, needed
+from server.engine.compat.blocks import Group, longest, needed
 from server.engine.gang import CURRENT, NOTE, Text, Trace
 from server.errors import bad_request
 from server.schemas import MAX_SCORED

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from server.engine.compat.prompts import PromptStates, score
 from server.engine.gang import LEADER, NOTE, SIBLING
 from server.engine.laws import mix
-from server.engine.prompts import PromptStates, score
 
 
 @dataclass

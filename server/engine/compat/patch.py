@@ -19,8 +19,8 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 from vllm.v1.sample.sampler import Sampler
 
-from server.engine import cpu_lora, mixing
-from server.engine.blocks import Group, groups_of
+from server.engine.compat import cpu_lora, mixing
+from server.engine.compat.blocks import Group, groups_of
 
 MENDED_VERSION = "0.32.0"
 COUNT = "batched_count_greater_than"  # the ranks of log-probabilities

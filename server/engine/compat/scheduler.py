@@ -27,7 +27,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from server.engine.blocks import groups_of, needed
+from server.engine.compat.blocks import groups_of, needed
 from server.engine.gang import LEADER, NOTE, SIBLING
 from server.engine.orphan import die_with_parent
 

@@ -17,7 +17,7 @@ import torch
 from posterior.models import base as base_models
 from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
-from server.engine.blocks import Group
+from server.engine.compat.blocks import Group
 from server.engine.gang import Trace
 from server.engine.laws import mix
 from server.errors import ApiError

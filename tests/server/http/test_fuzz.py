@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 
-from server.app import create_app
-from server.predictive import Service
+from server.http.app import create_app
+from server.services.predictive import Service
 from tests.server import fuzzing
 from tests.server.running import KEY, Running, free_port
 

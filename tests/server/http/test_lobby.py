@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from posterior.errors import PosteriorError
-from server.lobby import Lobby
+from server.http.lobby import Lobby
 
 
 def test_the_lobby_answers_that_the_server_is_loading_until_it_leaves() -> None:

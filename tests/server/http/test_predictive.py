@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 from posterior.data.task import Scores
 from posterior.predictive.mixture import from_particles
 from server.errors import unavailable
-from server.predictive import Service
 from server.schemas import MAX_BODY_BYTES
+from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
 

@@ -14,7 +14,7 @@ from posterior_client._uncertainty import predictive_response
 from posterior.calibration.metrics import Estimate
 from posterior.calibration.records import Calibrator, Conformal, Key, Platt, Record, Temperature, Vector, template_hash
 from posterior.data.task import Task
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.server import fakes
 
 INPUT = {"inputs": [{"text": "good"}]}

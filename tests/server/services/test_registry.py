@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from posterior.errors import PosteriorError
 from posterior.models.base import Base
-from server import registry
 from server.metrics import Metrics
+from server.services import registry
 from tests.sealed import edit, rehash
 from tests.server import folders
 

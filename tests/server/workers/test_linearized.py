@@ -20,8 +20,8 @@ from posterior.likelihood.footprint import MARGIN, Footprint
 from posterior.models.base import Base
 from posterior.storage.artefact import Posterior
 from server.errors import ApiError
-from server.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
 from server.metrics import Metrics
+from server.workers.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
 from tests.server import folders, workers
 
 CANDIDATES = ((3,), (5,), (7,))
@@ -56,7 +56,7 @@ def linearizer(tiny: tuple[Base, Posterior], metrics: Metrics) -> Iterator[Linea
 def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Linearizer]:
     """With a worker that computes nothing."""
     for name, function in (("_load", workers.load), ("_moments", workers.moments), ("memory.free", workers.free)):
-        monkeypatch.setattr(f"server.linearized.{name}", function)
+        monkeypatch.setattr(f"server.workers.linearized.{name}", function)
     (tmp_path / "mood").mkdir()
     (tmp_path / "mood" / "posterior.json").touch()
     linearizer = Linearizer(
@@ -122,7 +122,7 @@ async def test_batches_and_survives_the_loss_of_its_worker(
 async def test_an_idle_worker_that_dies_is_noticed_and_loaded_again_when_that_is_possible(
     light: Linearizer, metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.linearized.LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr("server.workers.linearized.LONGEST_PAUSE", 0.2)
     await light.start()
     (tmp_path / "mood").rename(tmp_path / "away")
     os.kill(worker(light), signal.SIGKILL)
@@ -180,7 +180,7 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
     await refused(ask(guilty), 400, "prompt 0 has ended the .* worker 2 times.*'mixture'")
     assert len(await ask(innocent)) == 1
     assert sample(metrics, "posterior_linearized_restarts_total") == 2
-    monkeypatch.setattr("server.linearized.FORGIVEN_SECONDS", 0.0)
+    monkeypatch.setattr("server.workers.linearized.FORGIVEN_SECONDS", 0.0)
     assert light._suspects.strikes("mood", tuple(guilty), CANDIDATES) == 0
 
 
@@ -215,8 +215,8 @@ def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest
     def end(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr("server.linearized._model", Model())
-    monkeypatch.setattr("server.linearized.os._exit", end)
+    monkeypatch.setattr("server.workers.linearized._model", Model())
+    monkeypatch.setattr("server.workers.linearized.os._exit", end)
     with pytest.raises(SystemExit):
         _moments("mood", [(1,)], [CANDIDATES], 1.0)
     monkeypatch.setattr(Model, "error", RuntimeError("a fault of one batch"))
@@ -227,7 +227,7 @@ def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest
 @pytest.mark.asyncio
 async def test_a_full_queue_refuses_at_once(light: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
     await light.start()
-    monkeypatch.setattr("server.linearized.MAX_WAITING", 2)
+    monkeypatch.setattr("server.workers.linearized.MAX_WAITING", 2)
     with pytest.raises(ApiError, match="already wait") as refusal:
         await light.moments("mood", PROMPTS, CANDIDATES)
     assert refusal.value.status == 503 and light._waiting == []

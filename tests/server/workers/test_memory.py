@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server import memory
+from server.workers import memory
 
 
 def test_a_limit_of_any_group_above_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's LoRA layers on CPU with the products of server/engine/cpu_lora.py, against a loop over tokens."""
+"""vLLM's LoRA layers on CPU with the products of server/engine/compat/cpu_lora.py, against a loop over tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA  # noqa: E
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
-from server.engine import cpu_lora  # noqa: E402
+from server.engine.compat import cpu_lora  # noqa: E402
 
 SLOTS, RANK, INPUTS, WIDTHS, VOCAB = 5, 8, 24, (24, 8, 8), 50
 METHODS = ("add_lora_linear", "add_lora_embedding", "add_lora_logits")
@@ -168,7 +168,9 @@ def test_stock_gives_tokens_without_adapter_the_last_slots(monkeypatch: pytest.M
     use_stock(monkeypatch)
     layer = qkv(wrapper([0, -1]), ADAPTERS)
     y, x = batch([0, -1])
-    assert not torch.equal(run(layer, y, x)[1], y[1]), "vLLM mended this itself: say so in server/engine/cpu_lora.py"
+    assert not torch.equal(run(layer, y, x)[1], y[1]), (
+        "vLLM mended this itself: say so in server/engine/compat/cpu_lora.py"
+    )
 
 
 def test_rows_at_even_distances_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The fault of vLLM's sampler that server/engine/patch.py mends: shown, and mended, on vLLM's own class."""
+"""The fault of vLLM's sampler that server/engine/compat/patch.py mends: shown, and mended, on vLLM's own class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors  # noqa: E402
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
 from vllm.v1.sample.sampler import Sampler  # noqa: E402
 
-from server.engine import patch  # noqa: E402
+from server.engine.compat import patch  # noqa: E402
 
 LOGITS = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
 
@@ -45,7 +45,7 @@ def test_stock_sampler_drops_plain_rows_and_the_mended_one_does_not() -> None:
     stock = Sampler.forward.__wrapped__  # type: ignore[attr-defined]
     specific = {1: [3, 4], 3: [7]}
     expected = rows(stock, None, 5)
-    assert len(rows(stock, specific, 5)[0]) == 1, "vLLM mended this itself: remove server/engine/patch.py"
+    assert len(rows(stock, specific, 5)[0]) == 1, "vLLM mended this itself: remove server/engine/compat/patch.py"
     mended = rows(Sampler.forward, specific, 5)
     assert mended[0] == pytest.approx(expected[0]) and mended[2] == pytest.approx(expected[2])
     logprobs = LOGITS.log_softmax(-1)
