@@ -8,8 +8,6 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.mixture import Predictive
-from server.engine import Usage
-from server.services.registry import Registry
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -83,11 +81,6 @@ class Metrics:
             "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
         )
 
-    def describe(self, registry: Registry) -> None:
-        self.refused.set(len(registry.refused))
-        for item in registry.posteriors:
-            self.info.labels(item.name, item.hash, item.family, registry.base.id).set(1)
-
     def count_answer(self, posterior: str, predictive: str, result: Predictive, confidence: float) -> None:
         self.answers.labels(posterior, predictive).inc()
         self.confidence.labels(posterior, predictive).observe(confidence)
@@ -101,9 +94,9 @@ class Metrics:
             after = text.log_weights[-1].exp()
             self.effective.labels(posterior).observe(1 / float(after.square().sum()) / len(after))
 
-    def count_tokens(self, posterior: str, usage: Usage) -> None:
-        self.prompt_tokens.labels(posterior).inc(usage.prompt_tokens)
-        self.generated_tokens.labels(posterior).inc(usage.completion_tokens)
+    def count_tokens(self, posterior: str, prompt: int, completion: int) -> None:
+        self.prompt_tokens.labels(posterior).inc(prompt)
+        self.generated_tokens.labels(posterior).inc(completion)
 
     def text(self) -> bytes:
         """Ours and vLLM's, in Prometheus' text format."""

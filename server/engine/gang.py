@@ -20,6 +20,7 @@ LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "a
 SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
 NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nobody else uses here:
 # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "prompt": such rows if it is scored, "resumed"}
+MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that are kept until all have read it
 
 
 @dataclass

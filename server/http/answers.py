@@ -9,21 +9,30 @@ from typing import Any
 from fastapi import Request
 from pydantic import ValidationError
 
-from server.errors import ApiError, as_api_error, bad_request, from_validation, unavailable
+from server.engine import Call, Kind
+from server.errors import EngineLost, Refused
+from server.http import choices
+from server.http.errors import ApiError, as_api_error
+from server.http.records import Reply, event, text_record
+from server.http.schemas import BODIES
 from server.metrics import Observation
-from server.schemas import BODIES, Kind, Uncertainty
 from server.services import texts
-from server.services.choices import Reply, choose, event
-from server.services.predictive import Service, check_messages
+from server.services.messages import check_messages
+from server.services.options import Uncertainty
+from server.services.predictive import Service
 from server.services.registry import Served
+from server.validation import from_validation
 
 
 async def reply(
     service: Service, kind: Kind, body: dict[str, Any], request: Request, observation: Observation
 ) -> Reply:
-    """The answer to a chat or completion request: a JSON object, or server-sent events. Raises ApiError."""
+    """The answer to a chat or completion request: a JSON object, or server-sent events.
+
+    Raises RequestError.
+    """
     served = service.find(body.get("model"))
-    observation.posterior = "none" if served.posterior is None else served.posterior.name
+    observation.posterior = served.owner
     try:
         checked = BODIES[kind].model_validate(body)
     except ValidationError as error:
@@ -31,9 +40,9 @@ async def reply(
     check_messages(body.get("messages"))
     body = {name: value for name, value in body.items() if name != "uncertainty"} | {"model": served.name}
     if checked.stream_options is not None and not checked.stream:
-        raise bad_request("'stream_options' belong to streams; set 'stream' or leave them out", "stream_options")
+        raise Refused("'stream_options' belong to streams; set 'stream' or leave them out", "stream_options")
     if checked.uncertainty is not None and checked.uncertainty.answers is not None:
-        return await choose(service, kind, served, checked, body, observation)
+        return await choices.reply(service, kind, served, checked, body, observation)
     return await _write(service, kind, served, checked.uncertainty or Uncertainty(), body, request, observation)
 
 
@@ -50,12 +59,13 @@ async def _write(
     writer = texts.writer(service, served, options, body)
     observation.predictive = writer.predictive
     generate = service.engine.chat if kind == "chat" else service.engine.complete
-    result = await generate(body, request, writer.trace)
+    call = Call(request.headers)
+    result = await generate(body, call, writer.trace)
 
     def count() -> None:
-        usage = service.engine.usage(request)
+        usage = service.engine.usage(call)
         if usage is not None:
-            service.metrics.count_tokens(observation.posterior, usage)
+            service.metrics.count_tokens(observation.posterior, usage.prompt_tokens, usage.completion_tokens)
 
     if not isinstance(result, dict):
         return _annotated(result, writer, count)
@@ -65,16 +75,14 @@ async def _write(
     return result | {"model": served.id}
 
 
-def _attach(choice: dict[str, Any], record: dict[str, Any] | None) -> None:
-    if record is not None:
-        choice["uncertainty"] = record
+def _attach(choice: dict[str, Any], written: texts.Written | None) -> None:
+    if written is not None:
+        choice["uncertainty"] = text_record(written)
 
 
 def _broken_off(service: Service, line: str) -> ApiError:
-    """vLLM's error in a stream as what its client is told."""
-    if not service.engine.alive():
-        return unavailable("the engine has stopped; the server needs a restart")
-    return as_api_error(RuntimeError(line))
+    """vLLM's error in a stream as the error that its client gets."""
+    return as_api_error(RuntimeError(line) if service.engine.alive() else EngineLost())
 
 
 async def _annotated(events: AsyncIterator[str], writer: texts.Writer, count: Callable[[], None]) -> AsyncIterator[str]:

@@ -16,14 +16,14 @@ from pydantic_core import from_json
 
 import posterior
 from posterior.data.reading import unique
-from server import errors
-from server.errors import ApiError, as_api_error, bad_request, unavailable
-from server.http import answers, openapi
+from server.errors import EngineLost, Refused, Unavailable
+from server.http import answers, errors, openapi, predictive
 from server.http.auth import require_key
+from server.http.errors import ApiError, as_api_error
+from server.http.records import Reply
 from server.http.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
+from server.http.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
 from server.metrics import Observation
-from server.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
-from server.services.choices import Reply
 from server.services.predictive import Service
 from server.services.registry import Served
 
@@ -85,7 +85,7 @@ def _service(request: Request) -> Service:
 
 async def _health(request: Request) -> Response:
     if not _service(request).engine.alive():
-        return unavailable("the engine has stopped; the server needs a restart").response()
+        raise EngineLost
     return JSONResponse({"status": "ok"})
 
 
@@ -139,7 +139,7 @@ STARTED = int(time.time())
 
 async def _predictive(request: Request) -> Response:
     return await _respond(
-        request, "predictive", lambda body, _, observation: _service(request).predict(body, observation)
+        request, "predictive", lambda body, _, observation: predictive.reply(_service(request), body, observation)
     )
 
 
@@ -174,8 +174,8 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
 async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
     status = CLIENT_LEFT
     try:
-        async for event in events:
-            yield event
+        async for line in events:
+            yield line
         status = 200
     except Exception as error:  # too late for a status: the stream says it
         failure = as_api_error(error)
@@ -187,13 +187,16 @@ async def _observed(events: AsyncIterator[str], observation: Observation) -> Asy
 
 def _check_ready(request: Request) -> None:
     if not request.app.state.ready:
-        raise unavailable("the server is warming up; try again shortly")
+        raise Unavailable("the server is warming up; try again shortly")
     if not _service(request).engine.alive():
-        raise unavailable("the engine has stopped; the server needs a restart")
+        raise EngineLost
 
 
 async def _read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object of at most MAX_BODY_BYTES. Raises ApiError 400 or 413."""
+    """The body as a JSON object of at most MAX_BODY_BYTES.
+
+    Raises Refused, and ApiError 413.
+    """
     chunks = bytearray()
     async for chunk in request.stream():
         chunks += chunk
@@ -208,9 +211,9 @@ async def _read_json(request: Request) -> dict[str, Any]:
         body = json.loads(chunks, object_pairs_hook=unique)
         json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"the body is not valid JSON in UTF-8: {str(error).splitlines()[0]}") from error
+        raise Refused(f"the body is not valid JSON in UTF-8: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):
-        raise bad_request("the body must be a JSON object")
+        raise Refused("the body must be a JSON object")
     return body
 
 

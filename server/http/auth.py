@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import Request
 
 from posterior.errors import PosteriorError
-from server.errors import ApiError
+from server.http.errors import ApiError
 
 
 def secret(given: str | None) -> str | None:

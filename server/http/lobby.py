@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from posterior.errors import PosteriorError
-from server.errors import RETRY_SECONDS, bad_request, unavailable
-from server.schemas import MAX_BODY_BYTES
+from server.errors import Refused, Unavailable
+from server.http.errors import RETRY_SECONDS, as_api_error
+from server.http.schemas import MAX_BODY_BYTES
 
 
 class _Loading(BaseHTTPRequestHandler):
@@ -19,14 +20,15 @@ class _Loading(BaseHTTPRequestHandler):
 
     timeout = 5.0  # seconds for a client to say what it wants
     error_content_type = "application/json"
-    error_message_format = json.dumps(bad_request("this is not HTTP").body())
+    error_message_format = json.dumps(as_api_error(Refused("this is not HTTP")).body())
 
     def _answer(self) -> None:
         length = self.headers.get("Content-Length", "")
         known = length.isdecimal() and len(length) < 10
         self.rfile.read(min(int(length), MAX_BODY_BYTES) if known else 0)  # what is not read becomes a reset
         living = self.path.partition("?")[0] == "/health"
-        answer = {"status": "ok"} if living else unavailable("the server is loading; try again shortly").body()
+        loading = as_api_error(Unavailable("the server is loading; try again shortly"))
+        answer = {"status": "ok"} if living else loading.body()
         content = json.dumps(answer).encode()
         self.send_response(200 if living else 503)
         self.send_header("Content-Type", "application/json")

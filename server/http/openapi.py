@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import posterior
-from server.errors import RETRY_SECONDS, ApiError
+from server.http.errors import RETRY_SECONDS, ApiError
 from server.http.replies import Error
-from server.schemas import ChatRequest, CompletionRequest, PredictiveRequest
+from server.http.schemas import ChatRequest, CompletionRequest, PredictiveRequest
 
 REFERENCE = "#/components/schemas/{model}"
 PARTS = {

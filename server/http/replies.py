@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from server.schemas import PredictiveName
+from server.services.options import PredictiveName
 
 
 class _Reply(BaseModel):

@@ -1,31 +1,27 @@
-"""From tokens to the posterior predictive distribution over candidate answers, and its record in JSON."""
+"""From tokens to the posterior predictive distribution over candidate answers."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 
 from posterior.calibration.records import Dtype, Key, Record, template_hash
 from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
-from posterior.data.chat import texts, tool_calls
 from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
 from posterior.models.base import Base
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
-from server.engine import Engine, Usage
+from server.engine import Engine
 from server.engine.scoring import prefix_tree
-from server.errors import bad_request, from_validation, model_not_found
-from server.metrics import Metrics, Observation
-from server.schemas import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, PredictiveRequest, Uncertainty
+from server.errors import NotFound, Refused
+from server.metrics import Metrics
+from server.services.messages import check_messages
+from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
 from server.services.registry import Registry, Served
 from server.workers.linearized import Linearizer
 
@@ -55,6 +51,40 @@ class Answer:
     particles: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An answer's distribution as its client gets it: about the candidate number `best`.
+
+    `probability` [C] are calibrated where there is a `calibration`; variances, intervals, entropies and the Monte-Carlo
+    error stay those of the posterior, `answer.predictive`.
+    """
+
+    question: Question
+    answer: Answer
+    calibration: Record | None
+    probability: torch.Tensor
+    best: int
+
+    @property
+    def text(self) -> str:
+        """The candidate itself."""
+        return self.question.answers[self.best]
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return float(self.probability[self.best])
+
+    @property
+    def prediction_set(self) -> list[str] | None:
+        """The candidates that hold the right one with the coverage asked for; None without a calibration."""
+        if self.calibration is None:
+            return None
+        p, coverage = self.answer.predictive.probability, self.question.options.coverage
+        within = self.calibration.prediction_set(p, coverage).tolist()
+        return [text for text, inside in zip(self.question.answers, within, strict=True) if inside]
+
+
 class Service:
     """Everything one server process answers with."""
 
@@ -72,10 +102,10 @@ class Service:
         return self.registry.base
 
     def find(self, name: object) -> Served:
-        """The model of that name or id. Raises ApiError 404."""
+        """The model of that name or id. Raises NotFound."""
         served = self.registry.find(name) if isinstance(name, str) else None
         if served is None:
-            raise model_not_found(name)
+            raise NotFound(name)
         return served
 
     def question(
@@ -89,12 +119,12 @@ class Service:
     ) -> Question:
         """Check everything that can be checked before any work is done; each record is sent `copies` times.
 
-        Raises ApiError 400.
+        Raises Refused.
         """
         try:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
-            raise bad_request(str(error), "answers") from error
+            raise Refused(str(error), "answers") from error
         predictive = _predictive(served, options)
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
@@ -109,13 +139,13 @@ class Service:
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
         if not prompt:
-            raise bad_request(f"prompt {index} is empty")
+            raise Refused(f"prompt {index} is empty")
         if len(prompt) + answer_tokens > limit:
-            raise bad_request(
+            raise Refused(
                 f"prompt {index} has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
-            raise bad_request(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
+            raise Refused(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
 
     async def answer(self, question: Question) -> list[Answer]:
         """The predictive of each prompt, in order."""
@@ -139,52 +169,18 @@ class Service:
         log_p = (scale * scores).log_softmax(-1)
         return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
 
-    def record(self, question: Question, answer: Answer, chosen: int | None = None) -> dict[str, Any]:
-        """The JSON of one answer, about candidate `chosen` (None: the most probable one). In nats.
+    def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
+        """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
 
-        A matching calibration gives the probabilities, and with them answer, confidence and logprob; variances,
-        intervals, entropies and the Monte-Carlo error stay those of the posterior, whose own probabilities are named
-        `uncalibrated`.
+        A matching calibration gives the probabilities, and with them the answer and its confidence.
         """
         p = answer.predictive
         calibration = self._calibration(question, p)
         probability = p.probability if calibration is None else calibration.apply(p.probability)
         best = int(probability.argmax()) if chosen is None else chosen
-        confidence = float(probability[best])
-        self.metrics.count_answer(_label(question.served), question.predictive, p, confidence)
-        record: dict[str, Any] = {
-            "posterior": question.served.label,
-            "predictive": question.predictive,
-            "particles": p.particles,
-            "answer": question.answers[best],
-            "confidence": confidence,
-            "calibrated": calibration is not None,
-            "calibration": None if calibration is None else calibration.summary(),
-            "logprob": math.log(max(confidence, 1e-300)),
-            "answers": [
-                {
-                    "answer": text,
-                    "probability": float(probability[c]),
-                    "variance": float(p.variance[c]),
-                    "std": float(p.std[c]),
-                    "interval": p.interval[c].tolist(),
-                }
-                for c, text in enumerate(question.answers)
-            ],
-            "covariance": p.covariance.tolist(),
-            "entropy": {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic},
-            "variance": {"epistemic": float(p.variance[best]), "total": float(p.total_variance[best])},
-            "effective_particles": p.effective_particles,
-            "mc_error": float(p.mc_error[best]),
-        }
-        if calibration is not None:
-            within = calibration.prediction_set(p.probability, question.options.coverage).tolist()
-            record["prediction_set"] = [text for text, inside in zip(question.answers, within, strict=True) if inside]
-            for item, own in zip(record["answers"], p.probability.tolist(), strict=True):
-                item["uncalibrated"] = own
-        if question.options.per_particle and answer.particles is not None:
-            record["per_particle"] = answer.particles.tolist()
-        return record
+        judged = Judged(question, answer, calibration, probability, best)
+        self.metrics.count_answer(question.served.owner, question.predictive, p, judged.confidence)
+        return judged
 
     def _calibration(self, question: Question, p: Predictive) -> Record | None:
         """The record made for exactly this base, posterior, template, predictive, number of particles and dtype, and
@@ -225,110 +221,60 @@ class Service:
                 )
         return lines
 
-    async def predict(self, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
-        """POST /v1/predictive."""
-        try:
-            request = PredictiveRequest.model_validate(body)
-        except ValidationError as error:
-            raise from_validation(error, body) from error
-        served = self.find(request.model)
-        observation.posterior = _label(served)
-        question = await self._question(served, request)
-        observation.predictive = question.predictive
-        answers = await self.answer(question)
-        usage = Usage(sum(map(len, question.prompts)), 0)
-        self.metrics.count_tokens(_label(served), usage)
-        data = [{"index": i, **self.record(question, answer)} for i, answer in enumerate(answers)]
-        return {
-            "id": f"pred-{uuid.uuid4().hex}",
-            "object": "predictive",
-            "created": int(time.time()),
-            "model": served.name,
-            "posterior": served.label,
-            "predictive": question.predictive,
-            "particles": answers[0].predictive.particles,
-            "data": data,
-            "usage": usage_record(usage),
-        }
+    async def read(
+        self,
+        served: Served,
+        options: Uncertainty,
+        *,
+        inputs: Sequence[Mapping[str, str]] | None = None,
+        prompts: Sequence[str] | None = None,
+        conversations: Sequence[list[dict[str, Any]]] = (),
+    ) -> Question:
+        """The question that one kind of prompts comes to; `inputs` are fields of the posterior's template.
 
-    async def _question(self, served: Served, request: PredictiveRequest) -> Question:
-        if request.mixing is not None or request.tokens is not None:
-            raise bad_request("'mixing' and 'tokens' belong to text; leave them out", "mixing")
+        Raises Refused.
+        """
+        if options.mixing is not None or options.tokens is not None:
+            raise Refused("'mixing' and 'tokens' belong to text; leave them out", "mixing")
         task = None if served.posterior is None else served.posterior.task
-        answers = request.answers or (task.answers if task is not None else None)
+        answers = options.answers or (task.answers if task is not None else None)
         if answers is None:
-            raise bad_request(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
+            raise Refused(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
         template = None
-        if request.inputs is not None:
+        if inputs is not None:
             if task is None:
-                raise bad_request("the base model has no template; give 'prompts' or 'messages'", "inputs")
-            prompts = await asyncio.to_thread(_rendered, task, self.tokenizer, request.inputs)
+                raise Refused("the base model has no template; give 'prompts' or 'messages'", "inputs")
+            ids = await asyncio.to_thread(_rendered, task, self.tokenizer, inputs)
             template = template_hash(task) if task.answers in (None, tuple(answers)) else None
+        elif prompts is not None:
+            body = {"model": served.name, "prompt": prompts, "max_tokens": 1}
+            ids = await self.engine.render("completion", body)
         else:
-            prompts = await self._read(served, request)
-        return self.question(served, prompts, answers, request, template=template)
+            ids = [each for messages in conversations for each in await self._chat(served, messages)]
+        return self.question(served, ids, answers, options, template=template)
 
-    async def _read(self, served: Served, request: PredictiveRequest) -> list[list[int]]:
-        """Token ids of prompts or conversations, read as completion and chat requests are."""
-        model = {"model": served.name}
-        if request.prompts is not None:
-            return await self.engine.render("completion", {**model, "prompt": request.prompts, "max_tokens": 1})
-        prompts = []
-        for messages in request.messages or ():
-            check_messages(messages)
-            prompts += await self.engine.render("chat", {**model, "messages": messages})
-        return prompts
-
-
-def check_messages(messages: Any) -> None:
-    """What vLLM lets pass, or says of other places than the one at fault: messages without content, media, which name
-    addresses that the server would fetch, and tool calls that a fit would refuse.
-
-    Raises ApiError 400.
-    """
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        where = f"message {index}"
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or (content is None and role != "assistant"):
-            raise bad_request(f"{where}: every message needs a 'role' and a 'content'", "messages")
-        calls = message.get("tool_calls")
-        try:
-            texts(where, content)
-            tool_calls(where, calls)
-        except PosteriorError as error:
-            raise bad_request(str(error), "messages") from error
-        if not all(isinstance(call.get("id"), str) and call.get("type") == "function" for call in calls or ()):
-            raise bad_request(
-                f"{where}: each of the 'tool_calls' needs an 'id' and the 'type' \"function\"", "messages"
-            )
-
-
-def usage_record(usage: Usage) -> dict[str, int]:
-    total = usage.prompt_tokens + usage.completion_tokens
-    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
-
-
-def _label(served: Served) -> str:
-    """The label `posterior` of metrics."""
-    return "none" if served.posterior is None else served.posterior.name
+    async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of a conversation, read as chat requests are."""
+        check_messages(messages)
+        return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
 def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
-    """The predictive to use. Raises ApiError 400 for one this model cannot give, or options it does not take."""
+    """The predictive to use. Raises Refused for one this model cannot give, or options it does not take."""
     name = options.predictive or served.predictives[0]
     if name not in served.predictives:
-        raise bad_request(
+        raise Refused(
             f"the model {served.name!r} has no {name!r} predictive; it has {list(served.predictives)}", "predictive"
         )
     if name != "mixture" and options.particles is not None:
-        raise bad_request(f"'particles' belongs to the predictive 'mixture'; this is {name!r}", "particles")
+        raise Refused(f"'particles' belongs to the predictive 'mixture'; this is {name!r}", "particles")
     if name == "mixture" and options.particles is not None and options.particles > len(served.particles):
-        raise bad_request(
+        raise Refused(
             f"particles is {options.particles}; this server holds {len(served.particles)} of {served.name!r}",
             "particles",
         )
     if name == "linearized" and options.per_particle:
-        raise bad_request(
+        raise Refused(
             "the linearised predictive has no particles; use the predictive 'mixture' for 'per_particle'",
             "per_particle",
         )
@@ -337,7 +283,7 @@ def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
 
 def _check_size(size: int, limit: int, what: str) -> None:
     if size > limit:
-        raise bad_request(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
+        raise Refused(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
 
 
 def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:
@@ -345,11 +291,11 @@ def _particles(served: Served, predictive: PredictiveName, options: Uncertainty)
 
 
 def _rendered(task: Task, tokenizer: Tokenizer, inputs: Sequence[Mapping[str, str]]) -> list[list[int]]:
-    """Token ids of the posterior's own template, filled in. Raises ApiError 400."""
+    """Token ids of the posterior's own template, filled in. Raises Refused."""
     prompts = []
     for index, row in enumerate(inputs):
         try:
             prompts.append(task.prompt_ids(tokenizer, row, exact=True))
         except PosteriorError as error:
-            raise bad_request(f"input {index}: {error}", "inputs") from error
+            raise Refused(f"input {index}: {error}", "inputs") from error
     return prompts

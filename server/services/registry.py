@@ -15,7 +15,8 @@ from posterior.models.base import Base
 from posterior.storage import artefact
 from posterior.storage.artefact import NAME, Posterior
 from server.engine import Adapter
-from server.schemas import PredictiveName
+from server.metrics import Metrics
+from server.services.options import PredictiveName
 
 HASH_DIGITS = 12
 
@@ -38,6 +39,11 @@ class Served:
     def label(self) -> str | None:
         """name@hash of the posterior."""
         return None if self.posterior is None else _label(self.posterior)
+
+    @property
+    def owner(self) -> str:
+        """The label `posterior` of metrics."""
+        return "none" if self.posterior is None else self.posterior.name
 
     @property
     def id(self) -> str:
@@ -102,6 +108,12 @@ class Registry:
     def rank(self) -> int:
         """The largest rank of all adapters."""
         return max(servable.rank(lora.read_config(posterior.map_dir)) for posterior in self.posteriors)
+
+    def describe(self, metrics: Metrics) -> None:
+        """Set the gauges that say what is served."""
+        metrics.refused.set(len(self.refused))
+        for item in self.posteriors:
+            metrics.info.labels(item.name, item.hash, item.family, self.base.id).set(1)
 
     def without(self, refused: Mapping[Adapter, str]) -> Registry:
         """The rest, when the engine has refused these adapters, for these reasons."""

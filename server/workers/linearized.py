@@ -32,7 +32,7 @@ from posterior.laplace.linearized import LinearizedModel, dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
 from posterior.storage import artefact
-from server.errors import ApiError, bad_request, unavailable
+from server.errors import Refused, RequestError, Unavailable, reason
 from server.metrics import Metrics
 from server.workers import memory
 
@@ -179,8 +179,8 @@ class Linearizer:
     async def _load(self) -> None:
         self._footprints, self._refused = await asyncio.wrap_future(self._loaded)
         self._metrics.unreadable.set(len(self._refused))
-        for name, reason in self._refused.items():
-            logger.error("the linearised predictive is without %s: %s", name, reason)
+        for name, why in self._refused.items():
+            logger.error("the linearised predictive is without %s: %s", name, why)
         free = await asyncio.get_running_loop().run_in_executor(self._pool, memory.free, self._parts[2])
         self._room = SHARE * free
         self._problem = None
@@ -200,14 +200,13 @@ class Linearizer:
                 try:
                     await self._load()
                 except Exception as error:
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     self._problem = "cannot be loaded again"
-                    logger.error("the linearised predictive cannot be loaded again: %s", reason)
+                    logger.error("the linearised predictive cannot be loaded again: %s", reason(error))
 
     def check(self) -> None:
-        """Raises ApiError 503 while no worker holds the models."""
+        """Raises Unavailable while no worker holds the models."""
         if self._problem is not None:
-            raise unavailable(
+            raise Unavailable(
                 f"the linearised predictive {self._problem}; try again later, or ask for the predictive 'mixture'"
             )
 
@@ -216,12 +215,13 @@ class Linearizer:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Mean [C] and covariance [C, C], float64, of the candidates' scores for each prompt.
 
-        Raises ApiError 400 for a prompt that there is not enough memory for, and 503 when there is no worker, it could
-        not read this posterior, or too many prompts wait.
+        Raises:
+            Refused: there is not enough memory for a prompt.
+            Unavailable: there is no worker, it could not read this posterior, or too many prompts wait.
         """
         self.check()
         if name in self._refused:
-            raise unavailable(
+            raise Unavailable(
                 f"the linearised predictive of {name!r} could not be loaded; the server's log says why: ask for the "
                 "predictive 'mixture'"
             )
@@ -230,7 +230,7 @@ class Linearizer:
         loop = asyncio.get_running_loop()
         self._waiting = [item for item in self._waiting if not item.result.done()]
         if len(self._waiting) + len(prompts) > MAX_WAITING:
-            raise unavailable(
+            raise Unavailable(
                 f"{len(self._waiting)} prompts already wait for the linearised predictive; try again later"
             )
         items = [_Item(name, tuple(prompt), candidates, loop.create_future(), time.monotonic()) for prompt in prompts]
@@ -245,14 +245,14 @@ class Linearizer:
         wanted = footprint.bytes(Example(prompt, candidates, 0))
         if wanted > self._room:
             longest = footprint.longest(candidates, self._room)
-            raise bad_request(
+            raise Refused(
                 f"prompt {index} has {len(prompt)} tokens: the linearised predictive of its {len(candidates)} answers "
                 f"takes {wanted / 1e9:.1f} GB, and {self._room / 1e9:.1f} GB are free for it: "
                 + (f"send at most {longest} tokens, or " if longest else "give fewer answers, or ")
                 + "ask for the predictive 'mixture'"
             )
         if self._suspects.strikes(name, prompt, candidates) >= STRIKES:
-            raise bad_request(
+            raise Refused(
                 f"prompt {index} has ended the linearised predictive's worker {STRIKES} times, most likely for lack of "
                 f"memory, and is not tried again for {FORGIVEN_SECONDS / 60:.0f} minutes: send fewer tokens or "
                 "answers, or ask for the predictive 'mixture'"
@@ -277,13 +277,13 @@ class Linearizer:
 
     def _fail(self, batch: list[_Item], error: Exception) -> None:
         """Tell those who wait. They may try again; nothing is tried again here."""
-        if not isinstance(error, ApiError):
+        if not isinstance(error, RequestError):
             logger.error("linearised batch failed", exc_info=error)
         if isinstance(error, BrokenProcessPool):
             self._suspects.blame(batch)
-            error = unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
+            error = Unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
         elif isinstance(error, MemoryError):
-            error = unavailable("there is no memory for the linearised predictive now; try again later, or 'mixture'")
+            error = Unavailable("there is no memory for the linearised predictive now; try again later, or 'mixture'")
         for item in batch:
             if not item.result.done():
                 item.result.set_exception(error)

@@ -25,7 +25,7 @@ def linearizer() -> fakes.Linearizer:
 @pytest.fixture
 def service(engine: fakes.Engine, linearizer: fakes.Linearizer) -> Service:
     metrics = Metrics()
-    metrics.describe(fakes.registry())
+    fakes.registry().describe(metrics)
     return Service(fakes.registry(), engine, linearizer, fakes.Tokenizer(), metrics)  # type: ignore[arg-type]
 
 

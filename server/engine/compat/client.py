@@ -12,9 +12,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.compat.blocks import Group, longest, needed
-from server.engine.gang import CURRENT, NOTE, Text, Trace
-from server.errors import bad_request
-from server.schemas import MAX_SCORED
+from server.engine.gang import CURRENT, MAX_SCORED, NOTE, Text, Trace
+from server.errors import Refused
 
 
 class MixingLLM(AsyncLLM):
@@ -36,7 +35,7 @@ class MixingLLM(AsyncLLM):
         lora_request: LoRARequest | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncLLM's, which it is for plain requests. Raises ApiError 400 for a gang that can never fit."""
+        """As AsyncLLM's, which it is for plain requests. Raises Refused for a gang that can never fit."""
         trace = CURRENT.get()
         if trace is None:
             return super().generate(prompt, sampling_params, request_id, lora_request=lora_request, **kwargs)
@@ -78,21 +77,21 @@ class MixingLLM(AsyncLLM):
         blocks = (self.vllm_config.cache_config.num_gpu_blocks or 1) - 1  # vLLM keeps one for itself
         room = longest(self.groups, blocks // k, self.vllm_config.model_config.max_model_len) - prompt_tokens
         if k > scheduler.max_num_seqs:
-            raise bad_request(
+            raise Refused(
                 f"{k} particles need {k} sequences in one batch; this server has {scheduler.max_num_seqs}: "
                 "ask for fewer 'particles', or start it with a larger --max-num-seqs",
                 "uncertainty.particles",
             )
         wanted = params.max_tokens or 1
         if room < 1 or (trace.explicit and wanted > room):
-            raise bad_request(
+            raise Refused(
                 f"{k} particles x ({prompt_tokens} prompt + {wanted} new tokens) need "
                 f"{k * needed(self.groups, prompt_tokens + wanted)} blocks; the KV cache has {blocks}: "
                 "ask for fewer tokens or 'particles'",
                 "max_tokens",
             )
         if params.prompt_logprobs is not None and k * prompt_tokens > MAX_SCORED:
-            raise bad_request(
+            raise Refused(
                 f"{k} particles x {prompt_tokens} tokens of an echoed prompt are {k * prompt_tokens}; at most "
                 f"{MAX_SCORED} are scored: send a shorter prompt, or ask for fewer 'particles'",
                 "echo",

@@ -18,10 +18,9 @@ from posterior.models import base as base_models
 from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 from server.engine.compat.blocks import Group
-from server.engine.gang import Trace
+from server.engine.gang import MAX_SCORED, Trace
 from server.engine.laws import mix
-from server.errors import ApiError
-from server.schemas import MAX_SCORED
+from server.errors import Refused
 from tests.server.gangs import (  # with what is vLLM's: its environment is prepared there
     VOCABULARY,
     Engine,
@@ -172,11 +171,11 @@ def cache(blocks: int, sequences: int, *more: Group) -> Any:
 
 def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
     explicit = replace(gang(4), explicit=True)
-    with pytest.raises(ApiError, match=r"4 particles x \(20 prompt \+ 30 new.* need 16 blocks; .*has 15"):
+    with pytest.raises(Refused, match=r"4 particles x \(20 prompt \+ 30 new.* need 16 blocks; .*has 15"):
         MixingLLM._fit(cache(15, 8), explicit, 20, SamplingParams(max_tokens=30))
-    with pytest.raises(ApiError, match="4 particles need 4 sequences in one batch; this server has 3"):
+    with pytest.raises(Refused, match="4 particles need 4 sequences in one batch; this server has 3"):
         MixingLLM._fit(cache(100, 3), explicit, 20, SamplingParams(max_tokens=30))
-    with pytest.raises(ApiError, match="need"):
+    with pytest.raises(Refused, match="need"):
         MixingLLM._fit(cache(4, 8), gang(4), 20, SamplingParams(max_tokens=30))
     params = SamplingParams(max_tokens=30)
     MixingLLM._fit(cache(16, 8), explicit, 20, params)
@@ -188,9 +187,9 @@ def test_a_gang_that_can_never_fit_is_refused_with_the_numbers() -> None:
 def test_every_group_of_the_cache_counts() -> None:
     """A second group of all tokens doubles what a text takes; one of a sliding window adds its bound."""
     explicit = replace(gang(4), explicit=True)
-    with pytest.raises(ApiError, match="need 32 blocks; .*has 31"):
+    with pytest.raises(Refused, match="need 32 blocks; .*has 31"):
         MixingLLM._fit(cache(31, 8, (16, None)), explicit, 20, SamplingParams(max_tokens=30))
-    with pytest.raises(ApiError, match="need 24 blocks; .*has 23"):
+    with pytest.raises(Refused, match="need 24 blocks; .*has 23"):
         MixingLLM._fit(cache(23, 8, (16, 2)), explicit, 20, SamplingParams(max_tokens=30))
     MixingLLM._fit(cache(24, 8, (16, 2)), explicit, 20, SamplingParams(max_tokens=30))
     params = SamplingParams(max_tokens=1000)
@@ -201,7 +200,7 @@ def test_every_group_of_the_cache_counts() -> None:
 def test_an_echo_keeps_a_bounded_number_of_hidden_states() -> None:
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     MixingLLM._fit(cache(2**16, 8), gang(4), MAX_SCORED // 4, params)
-    with pytest.raises(ApiError, match=f"4 particles x {MAX_SCORED // 4 + 1} tokens of an echoed prompt are"):
+    with pytest.raises(Refused, match=f"4 particles x {MAX_SCORED // 4 + 1} tokens of an echoed prompt are"):
         MixingLLM._fit(cache(2**16, 8), gang(4), MAX_SCORED // 4 + 1, params)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from server.errors import bad_request
+from server.errors import Refused
 from tests.server import fakes
 from tests.server.conftest import error_of
 
@@ -167,7 +167,7 @@ def test_bad_chat_input(client: TestClient) -> None:
 
 
 def test_errors_of_the_engine_before_and_within_a_stream(client: TestClient, engine: fakes.Engine) -> None:
-    engine.failure = bad_request("too long", "messages")
+    engine.failure = Refused("too long", "messages")
     assert error_of(chat(client, stream=True), 400)["message"] == "too long"
 
     async def broken(part: Any) -> Any:

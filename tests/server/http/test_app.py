@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from posterior.errors import PosteriorError
-from server.errors import unavailable
+from server.errors import Unavailable
 from server.http.app import create_app
 from server.http.auth import check_exposure
 from server.services.predictive import Service
@@ -79,7 +79,7 @@ def test_not_ready_until_warm_and_not_healthy_without_an_engine(
             assert error_of(response, 503) and "retry-after" in response.headers
         app.state.ready = True
         assert client.get("/ready").status_code == 200
-        linearizer.problem = unavailable("the linearised predictive is starting again")
+        linearizer.problem = Unavailable("the linearised predictive is starting again")
         response = client.get("/ready")
         assert "starting again" in error_of(response, 503)["message"] and "retry-after" in response.headers
         assert client.get("/health").status_code == 200

@@ -1,42 +1,42 @@
-"""Which of pydantic's complaints a client is told."""
+"""Each kind of error has its status code, OpenAI's type and code, and its headers."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
-from typing_extensions import TypedDict
 
-from server.errors import from_validation
-
-
-class System(TypedDict):
-    role: Literal["system"]
-    name: str
-
-
-class User(TypedDict):
-    role: Literal["user"]
-    name: str
-    content: str | list[dict[str, str]]
-
-
-class Body(BaseModel):
-    messages: list[System | User]
+from posterior.errors import PosteriorError
+from server.errors import EngineLost, Fault, NotFound, Refused, RequestError, Unavailable
+from server.http.errors import KINDS, ApiError, as_api_error
 
 
 @pytest.mark.parametrize(
-    ("message", "param"),
+    ("error", "status", "type_", "param", "code", "headers"),
     [
-        ({"role": "user", "name": 5, "content": "x"}, "messages.0.name"),  # and not that it is no system's
-        ({"role": "user", "name": "x", "content": [{"type": 1}]}, "messages.0.content.0.type"),
-        ({"role": "user", "name": "x"}, "messages.0.content"),
-        ({"role": "system"}, "messages.0.name"),
+        (Refused("n is 0", "n"), 400, "invalid_request_error", "n", None, {}),
+        (PosteriorError("no such field"), 400, "invalid_request_error", None, None, {}),
+        (ApiError(401, "no key", code="invalid_api_key"), 401, "authentication_error", None, "invalid_api_key",
+         {"www-authenticate": "Bearer"}),
+        (NotFound("x"), 404, "invalid_request_error", "model", "model_not_found", {}),
+        (Fault(), 500, "server_error", None, "internal_error", {}),
+        (KeyError("a secret"), 500, "server_error", None, "internal_error", {}),
+        (Unavailable("busy"), 503, "server_error", None, "unavailable", {"retry-after": "5"}),
+        (EngineLost(), 503, "server_error", None, "unavailable", {"retry-after": "5"}),
     ],
-)
-def test_the_form_that_fits_best_is_the_one_that_is_spoken_of(message: dict[str, Any], param: str) -> None:
-    body = {"messages": [message]}
-    with pytest.raises(ValidationError) as caught:
-        Body.model_validate(body)
-    assert from_validation(caught.value, body).param == param
+)  # fmt: skip
+def test_the_answer_of_each_kind(
+    error: Exception, status: int, type_: str, param: str | None, code: str | None, headers: dict[str, str]
+) -> None:
+    response = as_api_error(error).response()
+    said: dict[str, Any] = json.loads(bytes(response.body))["error"]
+    assert response.status_code == status and (said["type"], said["param"], said["code"]) == (type_, param, code)
+    assert "a secret" not in said["message"]
+    others = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    assert others == headers
+
+
+def test_every_kind_has_a_status() -> None:
+    kinds = set(RequestError.__subclasses__())
+    assert kinds == set(KINDS)

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 
 from posterior.data.task import Scores
 from posterior.predictive.mixture import from_particles
-from server.errors import unavailable
-from server.schemas import MAX_BODY_BYTES
+from server.errors import Unavailable
+from server.http.schemas import MAX_BODY_BYTES
 from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
@@ -163,6 +163,6 @@ def test_faults_of_ours_tell_nothing_of_our_inside(client: TestClient, engine: f
 
 
 def test_a_lost_worker_is_503_with_retry_after(client: TestClient, linearizer: fakes.Linearizer) -> None:
-    linearizer.failure = unavailable("starting again")
+    linearizer.failure = Unavailable("starting again")
     response = post(client, **INPUT)
     assert error_of(response, 503)["type"] == "server_error" and int(response.headers["retry-after"]) > 0

@@ -181,7 +181,7 @@ def test_names_that_cannot_be_models_are_refused(root: Path, base: Base) -> None
 def test_a_refused_folder_is_counted(root: Path, base: Base) -> None:
     (root / "mood" / "posterior.json").write_text("{")
     metrics = Metrics()
-    metrics.describe(load(root, base))
+    load(root, base).describe(metrics)
     assert metrics.registry.get_sample_value("posterior_refused") == 1
 
 

@@ -19,7 +19,7 @@ from posterior.laplace.linearized import LinearizedModel
 from posterior.likelihood.footprint import MARGIN, Footprint
 from posterior.models.base import Base
 from posterior.storage.artefact import Posterior
-from server.errors import ApiError
+from server.errors import Refused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
 from tests.server import folders, workers
@@ -72,17 +72,17 @@ def worker(linearizer: Linearizer) -> int:
 
 async def ready(linearizer: Linearizer) -> None:
     for _ in range(600):
-        with contextlib.suppress(ApiError):
+        with contextlib.suppress(RequestError):
             linearizer.check()
             return
         await asyncio.sleep(0.1)
     linearizer.check()
 
 
-async def refused(awaitable: Any, status: int, words: str) -> None:
-    with pytest.raises(ApiError, match=words) as caught:
+async def refused(awaitable: Any, kind: type[RequestError], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
         await asyncio.wait_for(awaitable, 60)
-    assert caught.value.status == status and "\n" not in caught.value.message
+    assert "\n" not in caught.value.message
 
 
 def sample(metrics: Metrics, name: str) -> float:
@@ -111,8 +111,8 @@ async def test_batches_and_survives_the_loss_of_its_worker(
     await asyncio.sleep(0.05)
     before = worker(linearizer)
     os.kill(before, signal.SIGKILL)
-    await refused(lost, 503, "linearised predictive")
-    await refused(linearizer.moments("mood", [PROMPTS[0]], CANDIDATES), 503, "starting again.*'mixture'")
+    await refused(lost, Unavailable, "linearised predictive")
+    await refused(linearizer.moments("mood", [PROMPTS[0]], CANDIDATES), Unavailable, "starting again.*'mixture'")
     await ready(linearizer)
     assert worker(linearizer) != before and sample(metrics, "posterior_linearized_restarts_total") == 1
     await asyncio.wait_for(check(), 60)
@@ -130,7 +130,7 @@ async def test_an_idle_worker_that_dies_is_noticed_and_loaded_again_when_that_is
         await asyncio.sleep(0.05)
         if light._problem == "cannot be loaded again":
             break
-    await refused(light.moments("mood", PROMPTS, CANDIDATES), 503, "cannot be loaded again.*'mixture'")
+    await refused(light.moments("mood", PROMPTS, CANDIDATES), Unavailable, "cannot be loaded again.*'mixture'")
     (tmp_path / "away").rename(tmp_path / "mood")
     await ready(light)
     assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
@@ -155,7 +155,7 @@ async def test_what_a_worker_could_not_read_is_said_and_counted(
     await light.start()
     light.check()
     assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
-    await refused(light.moments("gone", PROMPTS, CANDIDATES), 503, "of 'gone' could not be loaded; .*'mixture'")
+    await refused(light.moments("gone", PROMPTS, CANDIDATES), Unavailable, "of 'gone' could not be loaded; .*'mixture'")
     assert sample(metrics, "posterior_linearized_refused") == 1
     assert "the linearised predictive is without gone: " in caplog.text
 
@@ -171,13 +171,13 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
 
     guilty, innocent = [1, workers.KILLER], [4, 4, 8]
     both = await asyncio.gather(ask(guilty), ask(innocent), return_exceptions=True)
-    assert [error.status for error in both if isinstance(error, ApiError)] == [503, 503]
+    assert [type(error) for error in both] == [Unavailable, Unavailable]
     await ready(light)
     again = await asyncio.gather(ask(innocent), ask(guilty), return_exceptions=True)
     assert isinstance(again[0], list), "alone, it is answered"
-    assert isinstance(again[1], ApiError) and again[1].status == 503
+    assert isinstance(again[1], Unavailable)
     await ready(light)
-    await refused(ask(guilty), 400, "prompt 0 has ended the .* worker 2 times.*'mixture'")
+    await refused(ask(guilty), Refused, "prompt 0 has ended the .* worker 2 times.*'mixture'")
     assert len(await ask(innocent)) == 1
     assert sample(metrics, "posterior_linearized_restarts_total") == 2
     monkeypatch.setattr("server.workers.linearized.FORGIVEN_SECONDS", 0.0)
@@ -192,9 +192,9 @@ async def test_a_prompt_that_memory_cannot_hold_is_refused_with_the_arithmetic(l
     light._room = 50 * MARGIN * 1e7
     assert len(await light.moments("mood", [[1] * 50], CANDIDATES)) == 1
     words = r"prompt 1 has 60 tokens: .* 3 answers takes 1.0 GB, and 0.8 GB are free .* at most 50 tokens, or .*mixture"
-    await refused(light.moments("mood", [[1], [1] * 60], CANDIDATES), 400, words)
+    await refused(light.moments("mood", [[1], [1] * 60], CANDIDATES), Refused, words)
     light._room = 1.0
-    await refused(light.moments("mood", [[1]], CANDIDATES), 400, "give fewer answers, or ask for")
+    await refused(light.moments("mood", [[1]], CANDIDATES), Refused, "give fewer answers, or ask for")
 
 
 def test_another_posterior_is_not_loaded_under_the_same_name(tiny: tuple[Base, Posterior]) -> None:
@@ -228,9 +228,9 @@ def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest
 async def test_a_full_queue_refuses_at_once(light: Linearizer, monkeypatch: pytest.MonkeyPatch) -> None:
     await light.start()
     monkeypatch.setattr("server.workers.linearized.MAX_WAITING", 2)
-    with pytest.raises(ApiError, match="already wait") as refusal:
+    with pytest.raises(Unavailable, match="already wait"):
         await light.moments("mood", PROMPTS, CANDIDATES)
-    assert refusal.value.status == 503 and light._waiting == []
+    assert light._waiting == []
     assert len(await light.moments("mood", PROMPTS[:2], CANDIDATES)) == 2
 
 

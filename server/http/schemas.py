@@ -7,66 +7,24 @@ only spells out vLLM's default (server/engine/fields.py). vLLM checks the fields
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from posterior.predictive.decoding import Mixing
-from server.errors import bad_request
+from server.engine import Kind
+from server.services.options import MAX_INTEGER, Uncertainty
 
-MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
-MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x candidate prefixes, or x n for text
-MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that are kept until all have read it
-MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_BODY_BYTES = 4 * 2**20
 MAX_TEMPERATURE = 100.0
-MAX_INTEGER = 2**63 - 1
 
-Kind = Literal["chat", "completion"]
-PredictiveName = Literal["mixture", "linearized", "map"]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 TokenIds = Annotated[list[Token], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-
-
-def check_size(prompts: int, n: int, particles: int) -> None:
-    """Raises ApiError 400 for a request of more texts than are written at a time."""
-    sequences = prompts * n * particles
-    if sequences > MAX_SEQUENCES:
-        raise bad_request(
-            f"{prompts} prompts x n = {n} x {particles} particles are {sequences} sequences; one request may have "
-            f"{MAX_SEQUENCES}: send fewer prompts, or ask for fewer choices or 'particles'",
-            "n",
-        )
-
-
-class Uncertainty(BaseModel):
-    """The object `uncertainty` of chat and completion requests."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    predictive: PredictiveName | None = Field(
-        default=None, description="how the posterior is averaged; the model's first"
-    )
-    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = Field(
-        default=None, description="of the mixture; all"
-    )
-    answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = Field(
-        default=None, description="candidate answers, each with its leading space if it has one"
-    )
-    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.9, description="of intervals and prediction sets"
-    )
-    per_particle: bool = Field(default=False, description="also what each particle says")
-    mixing: Mixing | None = Field(default=None, description="of text: 'sequence' (exact, the default) or 'token'")
-    tokens: bool | None = Field(
-        default=None, description="of text: a record for each token; by default on streams only"
-    )
 
 
 class PredictiveRequest(Uncertainty):
@@ -176,3 +134,4 @@ class CompletionRequest(TextRequest):
 
 
 BODIES: dict[Kind, type[ChatRequest] | type[CompletionRequest]] = {"chat": ChatRequest, "completion": CompletionRequest}
+FIELDS: Mapping[Kind, frozenset[str]] = {kind: frozenset(model.model_fields) for kind, model in BODIES.items()}
