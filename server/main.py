@@ -21,6 +21,7 @@ from posterior.errors import PosteriorError
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from server.console import quiet, say
+from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.errors import reason
 from server.http import auth
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can fix."""
     check_numbers(args, NUMBERS)
+    contract.check_version()
     if args.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
     args.api_key = auth.secret(args.api_key)
@@ -129,6 +131,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
 
 
 async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
+    contract.check()  # before the names are imported
     from server.engine.engine import VllmEngine
     from server.http.schemas import FIELDS
 

@@ -31,7 +31,8 @@ from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 from posterior.predictive.decoding import Mixing  # noqa: E402
 from server.engine import Adapter  # noqa: E402
 from server.engine.compat.client import MixingLLM  # noqa: E402, F401
-from server.engine.compat.mixing import Mixer, token_seed  # noqa: E402, F401
+from server.engine.compat.mixing import Mixer  # noqa: E402
+from server.engine.compat.runner import token_seed  # noqa: E402, F401
 from server.engine.compat.scheduler import GangScheduler  # noqa: E402
 from server.engine.gang import NOTE, Trace  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""vLLM 0.32.0's LoRA products on CPU, replaced from outside, in the process that runs the model.
+"""vLLM's LoRA products on CPU, replaced from outside, in the process that runs the model.
 
 `PunicaWrapperCPU` copies the adapter's matrices once for every token, in every layer, whether or not an adapter touches
 it, and gives a token without adapter (slot -1) the last slot's. Here
@@ -19,21 +19,17 @@ To torch.compile, a layer's LoRA is one opaque operator.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-MENDED_VERSION = "0.32.0"
 ONE_THREAD = 2**17  # elements of a layer's input, at most: some 20 us of work, where waking a thread takes 50 to 100
-logger = logging.getLogger("posterior.server")
 T = TypeVar("T")
 
 
@@ -194,7 +190,7 @@ def dispatch(
     add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), list(a), list(b), list(widths), slots, scale)
 
 
-class Mended(PunicaWrapperCPU):
+class Replaced(PunicaWrapperCPU):
     """The methods that replace those of PunicaWrapperCPU; arguments as there, `buffer` being scratch we do not need."""
 
     def add_lora_linear(
@@ -234,11 +230,9 @@ class Mended(PunicaWrapperCPU):
 
 
 def install() -> None:
-    """Replace the products of this process's PunicaWrapperCPU, if it is a process on CPU and the version we know."""
-    if vllm.__version__ != MENDED_VERSION:
-        logger.warning("vLLM %s is not %s: its LoRA on CPU is left as it is", vllm.__version__, MENDED_VERSION)
-    elif current_platform.is_cpu():
+    """Replace the products of this process's PunicaWrapperCPU, if it is a process on CPU."""
+    if current_platform.is_cpu():
         if not hasattr(torch.ops.vllm, "posterior_add_lora"):  # an operator can be registered only once
             direct_register_custom_op("posterior_add_lora", add_lora, ["y"], lambda *_: None)
         for name in ("add_lora_linear", "add_lora_embedding", "add_lora_logits"):
-            setattr(PunicaWrapperCPU, name, Mended.__dict__[name])
+            setattr(PunicaWrapperCPU, name, Replaced.__dict__[name])

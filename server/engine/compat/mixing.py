@@ -7,24 +7,19 @@ For each gang whose K rows all stand at the same position:
 - after it every sibling's row is given the leader's token, and the particles' weights are updated (posterior.decoding).
 Rows of a gang that is not complete in this step are discarded, as vLLM discards those of a prompt read in part.
 
-State: K numbers a gang, dropped with the leader; logits [gangs, K, vocabulary] only within a step.
-
-Seeded requests draw from a generator that is set anew for each token from (seed, position): the noise does not depend
-on how the prompt was cut, on preemption, or on what else is in the batch."""
+State: K numbers a gang, dropped with the leader; logits [gangs, K, vocabulary] only within a step."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine.compat.prompts import PromptStates, score
-from server.engine.gang import LEADER, NOTE, SIBLING
+from server.engine.gang import LEADER, SIBLING
 from server.engine.laws import mix
 
 
@@ -163,92 +158,3 @@ def _copied(logits: Tensor, rows: list[list[int]]) -> Tensor:
     if [row for members in rows for row in members] == list(range(len(logits))):
         return logits.view(len(rows), -1, logits.shape[1]).to(torch.float32, copy=True)
     return logits[torch.tensor(rows, device=logits.device)].float()
-
-
-class PositionedGenerator(torch.Generator):
-    """A generator that is set anew for every token: nothing to rewind when vLLM discards a draw (on a CPU it could
-    not)."""
-
-    def get_offset(self) -> int:
-        return 0
-
-    def set_offset(self, offset: int) -> torch.Generator:
-        return self
-
-
-def _seed_rows(runner: Any) -> None:
-    """Set the generator of every seeded row from its seed and its position in the output."""
-    batch = runner.input_batch
-    for row, generator in batch.generators.items():
-        request = runner.requests[batch.req_ids[row]]
-        if not isinstance(generator, PositionedGenerator):
-            generator = batch.generators[row] = request.generator = PositionedGenerator(device=generator.device)
-        generator.manual_seed(token_seed(request.sampling_params.seed, len(request.output_token_ids)))
-
-
-def token_seed(seed: int, position: int) -> int:
-    """A 63-bit hash (SplitMix64's finaliser) of a request's seed and a position in its output."""
-    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 1) % 2**64
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
-    return (x ^ x >> 31) >> 1
-
-
-def install() -> None:
-    """Let every GPUModelRunner (the CPU's is one) of this process mix gangs."""
-
-    def mixer(runner: Any) -> Mixer:
-        if not hasattr(runner, "posterior_mixer"):
-            runner.posterior_mixer = Mixer()
-        found: Mixer = runner.posterior_mixer
-        return found
-
-    def replace(name: str, make: Callable[[Any], Any]) -> None:
-        original = getattr(GPUModelRunner, name)
-        setattr(GPUModelRunner, name, functools.wraps(original)(make(original)))
-
-    def sample_tokens(original: Any) -> Any:
-        def mixed(self: Any, grammar_output: Any) -> Any:
-            state = self.execute_model_state
-            if state is None or state.logits is None:
-                return original(self, grammar_output)
-            self.execute_model_state = state._replace(logits=mixer(self).before(self, state.logits))
-            output = original(self, grammar_output)
-            if mixer(self).notes:
-                setattr(output, NOTE, mixer(self).notes)
-            return output
-
-        return mixed
-
-    def sample(original: Any) -> Any:
-        def shared(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-            _seed_rows(self)
-            output = original(self, logits, spec_decode_metadata)
-            mixer(self).after(output.sampled_token_ids)
-            return output
-
-        return shared
-
-    def removed(original: Any) -> Any:
-        def forgotten(self: Any, req_id: str, req_state: Any) -> None:
-            original(self, req_id, req_state)
-            mixer(self).forget(req_id)
-
-        return forgotten
-
-    def prompt_scores(original: Any) -> Any:
-        def scored(self: Any, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-            results = mixer(self).score_prompts(self, hidden_states, num_scheduled_tokens)
-            waiting = {k: v for k, v in self.num_prompt_logprobs.items() if k in mixer(self).gangs}
-            for leader in waiting:
-                del self.num_prompt_logprobs[leader]
-            results |= original(self, hidden_states, num_scheduled_tokens)
-            self.num_prompt_logprobs |= waiting
-            return results
-
-        return scored
-
-    replace("sample_tokens", sample_tokens)
-    replace("_get_prompt_logprobs_dict", prompt_scores)
-    replace("_sample", sample)
-    replace("_on_request_state_removed", removed)

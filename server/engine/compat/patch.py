@@ -1,4 +1,4 @@
-"""What is changed in vLLM 0.32.0, from outside, in the process that samples: gangs are mixed, and a fault is mended.
+"""What is changed in vLLM, from outside, in the process that samples: gangs are mixed, and a fault is fixed.
 
 When a batch holds a row that asks for `logprob_token_ids` (a candidate score of ours) and a row that asks for plain
 `logprobs`, `Sampler.forward` returns only the tensors of the first kind: the plain row receives padding. Here every
@@ -10,19 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 from typing import Any
 
 import torch
-import vllm
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 from vllm.v1.sample.sampler import Sampler
 
-from server.engine.compat import cpu_lora, mixing
+from server.engine.compat import contract, cpu_lora, runner
 from server.engine.compat.blocks import Group, groups_of
 
-MENDED_VERSION = "0.32.0"
 COUNT = "batched_count_greater_than"  # the ranks of log-probabilities
 
 
@@ -35,7 +32,7 @@ def with_plain_rows(
     return {**logprob_token_ids, **dict(zip(plain, top, strict=True))}
 
 
-def _mended(original: Any) -> Any:
+def _fixed(original: Any) -> Any:
     @functools.wraps(original)
     def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         specific, plain = sampling_metadata.logprob_token_ids, sampling_metadata.max_num_logprobs
@@ -48,26 +45,26 @@ def _mended(original: Any) -> Any:
 
 
 def install() -> None:
-    """Mend `Sampler` of this process, if it is the version we know."""
-    mixing.install()
+    """Change vLLM in this process: gangs are mixed, LoRA on a CPU has our products, the sampler is fixed.
+
+    Raises PosteriorError for a vLLM that was not tested.
+    """
+    contract.check_version()
+    runner.install()
     cpu_lora.install()
-    if vllm.__version__ == MENDED_VERSION:
-        Sampler.forward = _mended(Sampler.forward)  # type: ignore[method-assign]
-        if current_platform.is_cpu():  # compiled, it makes the first log-probabilities wait 23 s for a C++ compiler
-            setattr(sampler, COUNT, inspect.unwrap(getattr(sampler, COUNT)))
-    else:
-        logger = logging.getLogger("posterior.server")
-        logger.warning("vLLM %s is not %s: its sampler is left as it is", vllm.__version__, MENDED_VERSION)
+    Sampler.forward = _fixed(Sampler.forward)  # type: ignore[method-assign]
+    if current_platform.is_cpu():  # compiled, it makes the first log-probabilities wait 23 s for a C++ compiler
+        setattr(sampler, COUNT, inspect.unwrap(getattr(sampler, COUNT)))
 
 
 class WorkerExtension:
-    """Named in vLLM's `worker_extension_cls`: importing this module in a worker installs the mend."""
+    """Named in vLLM's `worker_extension_cls`: importing this module in a worker installs the changes."""
 
     model_runner: Any
     vllm_config: Any
 
     def kv_groups(self) -> list[Group]:
-        """For the front end, which vLLM tells nothing of the cache's groups."""
+        """The groups of the KV cache, which vLLM does not send to the front end."""
         return groups_of(self.model_runner.kv_cache_config, self.vllm_config)
 
 

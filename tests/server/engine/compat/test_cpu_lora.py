@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from server.engine.config import set_environment
 
 set_environment("cpu")  # before vLLM, as the server does
 
-import vllm  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.layers.column_parallel_linear import MergedQKVParallelLinearWithLoRA  # noqa: E402
@@ -275,12 +273,3 @@ def test_compiled_code_calls_an_operator(monkeypatch: pytest.MonkeyPatch) -> Non
     (arguments,) = calls
     monkeypatch.undo()
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_another_version_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    use_stock(monkeypatch)
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with caplog.at_level(logging.WARNING, "posterior.server"):
-        cpu_lora.install()
-    assert [r.levelname for r in caplog.records] == ["WARNING"] and "0.33.0" in caplog.text
-    assert all(PunicaWrapperCPU.__dict__[name] is STOCK[name] for name in METHODS)
