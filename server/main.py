@@ -44,6 +44,7 @@ LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `posterior serve`."""
     add = parser.add_argument
     text = "base model: a local HF folder, a .gguf file, or a Hugging Face id@revision (default: SmolLM2-135M-Instruct)"
     add("--base", help=text)

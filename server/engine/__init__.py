@@ -1,6 +1,11 @@
-"""The engine: everything that touches vLLM, and nothing else does.
+"""The engine: everything that touches vLLM, and nothing else does. What is private to vLLM is touched in compat/ only.
 
 The rest of the server sees the protocol below; tests put a fake behind it.
+
+A *gang* is one request that K particles decode in lockstep. To vLLM's front end it is one request, its *leader*, who
+runs the first particle. The scheduler (compat/scheduler.py) adds K - 1 *siblings* that the front end never sees. The
+sampler (compat/mixing.py) mixes the K rows of a step, lets the leader's row draw the token as vLLM always does, and
+makes every sibling append it.
 """
 
 from __future__ import annotations
@@ -88,6 +93,10 @@ class Engine(Protocol):
         """Tokens of a chat or completion request that has ended; None if it never reached the engine."""
         ...
 
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether the engine's processes run."""
+        ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End the engine's processes."""
+        ...

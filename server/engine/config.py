@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posterior.models.servable import RANKS
 
-CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
+CPU_KV_CACHE_BYTES = 2**30  # unless the user gives another size
 FEW_CORES = 4
 
 
@@ -98,7 +98,7 @@ def set_environment(device: str, compile_cache: Path | None = None) -> None:
         "GOMP_SPINCOUNT": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # of the lock of tqdm's bars, which a process that is told to stop leaves to Python's tracker to remove
+        # of the lock of tqdm's bars, which a process that gets SIGTERM leaves to Python's tracker to remove
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
     }.items():
         os.environ.setdefault(name, value)

@@ -84,6 +84,7 @@ class VllmEngine:
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
     ) -> torch.Tensor:
+        """As Engine.score: a request for each prompt, adapter and prefix, all at once."""
         tree = prefix_tree(candidates)
         try:
             async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings

@@ -1,9 +1,4 @@
-"""A gang: one request that K particles decode in lockstep; what its HTTP side, scheduler and sampler tell each other.
-
-To vLLM's front end a gang is one request, its leader, who runs the first particle. The scheduler
-(server.engine.compat.scheduler) adds K - 1 siblings that the front end never sees; the sampler
-(server.engine.compat.mixing) mixes the K rows, lets the leader's row draw the token as vLLM always does, and makes
-every sibling append it."""
+"""What the front end, the scheduler and the sampler send each other about a gang."""
 
 from __future__ import annotations
 

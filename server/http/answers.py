@@ -14,7 +14,7 @@ from server.errors import EngineLost, Refused
 from server.http import choices
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply, event, text_record
-from server.http.schemas import BODIES
+from server.http.schemas import BODIES, ChatRequest, CompletionRequest
 from server.metrics import Observation
 from server.services import texts
 from server.services.messages import check_messages
@@ -43,20 +43,21 @@ async def reply(
         raise Refused("'stream_options' belong to streams; set 'stream' or leave them out", "stream_options")
     if checked.uncertainty is not None and checked.uncertainty.answers is not None:
         return await choices.reply(service, kind, served, checked, body, observation)
-    return await _write(service, kind, served, checked.uncertainty or Uncertainty(), body, request, observation)
+    return await _write(service, kind, served, checked, body, request, observation)
 
 
 async def _write(
     service: Service,
     kind: Kind,
     served: Served,
-    options: Uncertainty,
+    checked: ChatRequest | CompletionRequest,
     body: dict[str, Any],
     request: Request,
     observation: Observation,
 ) -> Reply:
     """Text under the mixture of the posterior's particles, or by the MAP or the base alone."""
-    writer = texts.writer(service, served, options, body)
+    wanted = texts.Wanted(checked.prompts, checked.n or 1, explicit=bool(checked.limits))
+    writer = texts.writer(service, served, checked.uncertainty or Uncertainty(), wanted)
     observation.predictive = writer.predictive
     generate = service.engine.chat if kind == "chat" else service.engine.complete
     call = Call(request.headers)

@@ -51,9 +51,7 @@ async def reply(
     """
     options = request.uncertainty or Uncertainty()
     _check(request, options)
-    given = {name: getattr(request, name, None) for name in ("max_completion_tokens", "max_tokens")}
-    limits = {name: limit for name, limit in given.items() if limit is not None}
-    draw = Draw(request.n or 1, request.temperature or 0.0, request.seed, limits)
+    draw = Draw(request.n or 1, request.temperature or 0.0, request.seed, request.limits)
     read = {name: value for name, value in body.items() if name not in DRAWING | STREAMING}
     choices, usage = await choose(service, served, kind, read, options, draw, observation)
     head = {"id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}

@@ -90,6 +90,17 @@ class TextRequest(BaseModel):
     return_tokens_as_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
 
+    @property
+    def prompts(self) -> int:
+        """How many texts are continued."""
+        return 1
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most tokens that a text may have, by the field that says so."""
+        given = {name: getattr(self, name, None) for name in ("max_completion_tokens", "max_tokens")}
+        return {name: limit for name, limit in given.items() if limit is not None}
+
 
 class ChatRequest(TextRequest):
     """The body of POST /v1/chat/completions."""
@@ -120,6 +131,11 @@ class CompletionRequest(TextRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
+
+    @property
+    def prompts(self) -> int:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return len(self.prompt) if several else 1
 
     @field_validator("prompt", mode="wrap")
     @classmethod

@@ -99,6 +99,7 @@ class Service:
 
     @property
     def base(self) -> Base:
+        """The base of all that is served."""
         return self.registry.base
 
     def find(self, name: object) -> Served:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -14,6 +12,15 @@ from server.errors import Refused
 from server.services.options import MAX_SEQUENCES, Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be."""
+
+    prompts: int
+    n: int
+    explicit: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Writer:
 
     @property
     def predictive(self) -> str:
+        """What writes: the mixture, or one adapter or the base ("map")."""
         return "map" if self.trace is None else "mixture"
 
     @property
@@ -100,7 +108,7 @@ class Writer:
         )
 
 
-def writer(service: Service, served: Served, options: Uncertainty, body: Mapping[str, Any]) -> Writer:
+def writer(service: Service, served: Served, options: Uncertainty, wanted: Wanted) -> Writer:
     """Which particles write the text. Raises Refused for what this model cannot give."""
     if options.predictive == "linearized":
         raise Refused(
@@ -117,35 +125,27 @@ def writer(service: Service, served: Served, options: Uncertainty, body: Mapping
                 "'mixture' of a posterior",
                 "uncertainty.predictive",
             )
-        _check_size(*_asked(body), 1)
+        _check_size(wanted, 1)
         return Writer(service, served, options, None)
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise Refused(
             f"particles is {k}; this server holds {len(served.particles)} of {served.name!r}", "uncertainty.particles"
         )
-    _check_size(*_asked(body), k)
-    explicit = body.get("max_tokens") is not None or body.get("max_completion_tokens") is not None
-    trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", explicit)
+    _check_size(wanted, k)
+    trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", wanted.explicit)
     return Writer(service, served, options, trace)
 
 
-def _check_size(prompts: int, n: int, particles: int) -> None:
+def _check_size(wanted: Wanted, particles: int) -> None:
     """Raises Refused for a request of more texts than are written at a time."""
-    sequences = prompts * n * particles
+    sequences = wanted.prompts * wanted.n * particles
     if sequences > MAX_SEQUENCES:
         raise Refused(
-            f"{prompts} prompts x n = {n} x {particles} particles are {sequences} sequences; one request may have "
-            f"{MAX_SEQUENCES}: send fewer prompts, or ask for fewer choices or 'particles'",
+            f"{wanted.prompts} prompts x n = {wanted.n} x {particles} particles are {sequences} sequences; one request "
+            f"may have {MAX_SEQUENCES}: send fewer prompts, or ask for fewer choices or 'particles'",
             "n",
         )
-
-
-def _asked(body: Mapping[str, Any]) -> tuple[int, int]:
-    """How many prompts a body holds, and how many choices it asks of each; vLLM checks their forms."""
-    prompt, n = body.get("prompt"), body.get("n")
-    several = isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt)
-    return len(prompt) if several and prompt else 1, n if isinstance(n, int) else 1
 
 
 def predictive_of(trace: Trace, rows: list[list[float]], log_weights: torch.Tensor | None = None) -> TextPredictive:

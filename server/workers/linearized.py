@@ -135,16 +135,19 @@ class _Suspects:
         self._times: dict[tuple[str, tuple[int, ...], Candidates], list[float]] = {}
 
     def blame(self, batch: Sequence[_Item]) -> None:
+        """Note that these prompts were in the batch that ended a worker."""
         now = time.monotonic()
         for item in batch:
             self._times.setdefault((item.name, item.prompt, item.candidates), []).append(now)
         self._times = {key: times for key, times in self._times.items() if now - times[-1] < FORGIVEN_SECONDS}
 
     def acquit(self, batch: Sequence[_Item]) -> None:
+        """Forget prompts that have been answered."""
         for item in batch:
             self._times.pop((item.name, item.prompt, item.candidates), None)
 
     def strikes(self, name: str, prompt: tuple[int, ...], candidates: Candidates) -> int:
+        """How many workers this prompt may have ended within FORGIVEN_SECONDS."""
         times = self._times.get((name, prompt, candidates), [])
         return sum(time.monotonic() - each < FORGIVEN_SECONDS for each in times)
 

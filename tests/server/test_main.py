@@ -27,7 +27,7 @@ from server.services.predictive import Service
 from tests.server import fakes
 
 class Engine(fakes.Engine):
-    # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits is told.
+    # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits gets an error.
     async def score(self, *args):
         if len(self.scored) < 6:
             return await super().score(*args)  # the warm-up: five models, and a sentence of the base

@@ -1,4 +1,4 @@
-"""Which of pydantic's complaints a client is told."""
+"""Which of pydantic's complaints a client gets to read."""
 
 from __future__ import annotations
 

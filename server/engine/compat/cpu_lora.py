@@ -61,6 +61,7 @@ class Blocks:
 
     @classmethod
     def of(cls, slot_of_row: Sequence[int]) -> Blocks:
+        """The blocks of a batch whose rows have these slots; -1: no adapter."""
         by_slot: dict[int, list[int]] = {}
         for row, slot in enumerate(slot_of_row):
             if slot >= 0:
@@ -133,10 +134,12 @@ class Layer:
 
     @classmethod
     def of(cls, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int], scale: float) -> Layer:
+        """The layer of these matrices, scanned for the slots that are not zero."""
         adapted = [frozenset(m.detach().flatten(1).any(1).nonzero().flatten().tolist()) for m in b]
         return cls([m.detach() for m in a], [m.detach() for m in b], widths, scale, adapted)
 
     def ask(self, slots: tuple[int, ...]) -> None:
+        """Make `down` and `ups` those of these slots."""
         if slots == self.slots:
             return
         index, downs, end, ranks = list(slots), [], 0, 0

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from server.engine.compat.prompts import PromptStates, score
+from server.engine.distributions import mix
 from server.engine.gang import LEADER, SIBLING
-from server.engine.laws import mix
 
 
 @dataclass
 class Gang:
-    """log_weights: [K] float64 on the CPU, normalised, of the next token, `start` of the first; sequence: whether
-    tokens update them."""
+    """The weights of a gang: `log_weights` [K] float64 on the CPU, normalised, of the next token, `start` of the first;
+    `sequence`: whether tokens update them."""
 
     start: Tensor
     log_weights: Tensor
@@ -77,10 +77,10 @@ class Mixer:
             leaders, members = [leader for leader, _ in group], [each for _, each in group]
             index = torch.tensor(members, device=logits.device)
             log_weights = torch.stack([self.gangs[leader].log_weights for leader in leaders])
-            laws = _copied(given, members)
-            mixture, log_z, entropies = mix(laws, log_weights)
+            particles = _copied(given, members)
+            mixture, log_z, entropies = mix(particles, log_weights)
             logits[index[:, 0]] = mixture
-            self._steps.append(Step(leaders, index, laws, log_z, entropies))
+            self._steps.append(Step(leaders, index, particles, log_z, entropies))
         return logits
 
     def _member(self, runner: Any, request_id: str) -> tuple[str, int] | None:
@@ -124,20 +124,20 @@ class Mixer:
     def score_prompts(self, runner: Any, hidden: Tensor, scheduled: Mapping[str, int]) -> dict[str, Any]:
         """Prompt log-probabilities of the gangs whose prompt has been read by all; keeps the states of the others.
 
-        hidden [tokens of the step, d]. Takes those gangs' wishes out of `runner.num_prompt_logprobs` for good.
+        hidden [tokens of the step, d]. Takes those gangs out of `runner.num_prompt_logprobs` for good.
         """
-        wishes = {leader: top for leader, top in runner.num_prompt_logprobs.items() if leader in self.gangs}
+        asked = {leader: top for leader, top in runner.num_prompt_logprobs.items() if leader in self.gangs}
         for row, request_id in enumerate(runner.input_batch.req_ids):
             leader, particle = self._members.get(request_id) or ("", 0)
-            if leader in wishes:
+            if leader in asked:
                 start = runner.requests[request_id].num_computed_tokens
-                last = len(runner.requests[leader].prompt_token_ids) - 1  # its law is the first new token's
+                last = len(runner.requests[leader].prompt_token_ids) - 1  # after it comes the first new token
                 count = min(scheduled[request_id], last - start)
                 if count > 0:
                     offset = int(runner.query_start_loc.np[row])
                     self.prompts.take(leader, particle, start, hidden[offset : offset + count])
         results = {}
-        for leader, top in wishes.items():
+        for leader, top in asked.items():
             if leader in self.notes:
                 del runner.num_prompt_logprobs[leader]
                 gang, tokens = self.gangs[leader], runner.requests[leader].prompt_token_ids
@@ -147,6 +147,7 @@ class Mixer:
         return results
 
     def forget(self, request_id: str) -> None:
+        """Drop what is kept of a request that has ended."""
         self.prompts.forget(request_id)
         self._members.pop(request_id, None)
         self.gangs.pop(request_id, None)

@@ -1,10 +1,11 @@
 """Prompts scored under the mixture: `echo` with `logprobs`, teacher forcing by all particles at once.
 
 vLLM scores a prompt while it reads it, request by request, so it cannot mix. Here the hidden states [T, d] of the K
-members are kept until all have read the prompt; then, some positions at a time, the K laws are computed, mixed, and
-only what was asked for is kept. The text counts as drawn from the mixture from its first token on: under sequence
-mixing the weights start as the posterior's and follow it. Generation then starts from the posterior's weights again:
-the prompt is given, not drawn."""
+members are kept until all have read the prompt. Then, some positions at a time, the K distributions are computed and
+mixed, and only what was asked for is kept. The text counts as drawn from the mixture from its first token on: under
+sequence mixing the weights start as the posterior's and follow it. Generation then starts from the posterior's weights
+again: the prompt is given, not drawn.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 
-from server.engine.laws import mix
+from server.engine.distributions import mix
 
-NUMBERS = 2**24  # of the particles' laws held at a time: positions x particles x vocabulary
+NUMBERS = 2**24  # of the particles' logits held at a time: positions x particles x vocabulary
 
 
 class PromptStates:
@@ -40,6 +41,7 @@ class PromptStates:
         return [torch.cat(found[k]) for k in sorted(found)]
 
     def forget(self, leader: str) -> None:
+        """Drop the states of a gang that has ended."""
         self._pieces.pop(leader, None)
 
 
@@ -52,7 +54,7 @@ def score(
     count = len(tokens) - 1
     result = LogprobsTensors.empty_cpu(count, top + 1)
     rows: list[list[float]] = []
-    if count == 0:  # the first token of a text has no law to be scored under
+    if count == 0:  # the first token of a text has no distribution to be scored under
         return result, rows
     target = torch.tensor(tokens[1:], device=log_weights.device)
     chunk = max(1, NUMBERS // (len(hidden) * runner.model_config.get_vocab_size()))

@@ -49,6 +49,7 @@ class GangScheduler(Scheduler):
     # Joining and leaving
 
     def add_request(self, request: Request) -> None:
+        """Take a request in; with a leader come its siblings."""
         super().add_request(request)
         gang = _gang(request)
         if gang:
@@ -104,6 +105,7 @@ class GangScheduler(Scheduler):
     # Before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """The next step, in which gangs are admitted whole and what is left of a broken one is preempted."""
         if not self.gangs:
             return super().schedule(throttle_prefills)
         self._preempt_broken()
@@ -167,6 +169,7 @@ class GangScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        """What clients get of a step: nothing of siblings, and the gangs' notes on the outputs of leaders."""
         stepped = {self._leaders[i] for i in scheduler_output.num_scheduled_tokens if i in self._leaders}
         keys = {leader: _gang(self.gangs[leader][0])["key"] for leader in stepped}
         outputs = super().update_from_output(scheduler_output, model_runner_output)

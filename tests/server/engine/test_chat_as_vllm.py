@@ -22,14 +22,14 @@ CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments":
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}, "strict": True}}]
 USER = {"role": "user", "content": "hi"}
 TWO = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}
-TOLD = {"role": "developer", "content": "be brief"}
+DEVELOPER = {"role": "developer", "content": "be brief"}
 CHATS = {
     "user": [USER],
     "system": [{"role": "system", "content": "be kind"}, USER],
     "turns": [USER, {"role": "assistant", "content": "yes"}, USER],
     "parts": [TWO],
-    "developer": [TOLD, USER],
-    "developer later": [{"role": "system", "content": "be kind"}, USER, TOLD, TWO],
+    "developer": [DEVELOPER, USER],
+    "developer later": [{"role": "system", "content": "be kind"}, USER, DEVELOPER, TWO],
     "tools": [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL]},

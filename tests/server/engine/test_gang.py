@@ -18,8 +18,8 @@ from posterior.models import base as base_models
 from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 from server.engine.compat.blocks import Group
+from server.engine.distributions import mix
 from server.engine.gang import MAX_SCORED, Trace
-from server.engine.laws import mix
 from server.errors import Refused
 from tests.server.gangs import (  # with what is vLLM's: its environment is prepared there
     VOCABULARY,
@@ -29,7 +29,7 @@ from tests.server.gangs import (  # with what is vLLM's: its environment is prep
     Runner,
     SamplingParams,
     alone,
-    law,
+    logits_of,
     make_scheduler,
     token_seed,
 )
@@ -269,11 +269,11 @@ def test_a_client_that_leaves_while_its_grammar_is_compiled_leaves_nothing(model
 
 
 def test_mixing_is_the_weighted_average_of_probabilities() -> None:
-    logits = torch.stack([torch.stack([law(f"p{k}", [g]) for k in range(3)]) for g in range(2)])
+    logits = torch.stack([torch.stack([logits_of(f"p{k}", [g]) for k in range(3)]) for g in range(2)])
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.9, 0.1]], dtype=torch.float64)
-    laws = [logits[g].double().softmax(1) for g in range(2)]
+    distributions = [logits[g].double().softmax(1) for g in range(2)]
     mixture, log_z, entropies = mix(logits, weights.log())
-    for g, p in enumerate(laws):
+    for g, p in enumerate(distributions):
         law_ = weights[g] @ p
         assert torch.allclose(mixture[g].double().exp(), law_, atol=1e-7)
         assert torch.allclose((logits[g] - log_z[g][:, None]).double(), p.log(), atol=1e-5)

@@ -1,4 +1,4 @@
-"""The plan for candidates of several tokens, and the mend of vLLM's sampler, on tensors."""
+"""The plan for candidates of several tokens, and the fix of vLLM's sampler, on tensors."""
 
 from __future__ import annotations
 

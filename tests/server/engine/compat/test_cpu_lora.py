@@ -167,7 +167,7 @@ def test_stock_gives_tokens_without_adapter_the_last_slots(monkeypatch: pytest.M
     layer = qkv(wrapper([0, -1]), ADAPTERS)
     y, x = batch([0, -1])
     assert not torch.equal(run(layer, y, x)[1], y[1]), (
-        "vLLM mended this itself: say so in server/engine/compat/cpu_lora.py"
+        "vLLM fixed this itself: say so in server/engine/compat/cpu_lora.py"
     )
 
 

@@ -1,4 +1,4 @@
-"""The posterior predictive of one token: K laws over the vocabulary, one mixture, and its entropies.
+"""The posterior predictive of one token: K distributions over the vocabulary, one mixture, and its entropies.
 
 On a CPU the passes over [G, K, V] numbers are what mixing costs, so there are as few as possible: probabilities are
 formed once, their mixture is a product with the weights, and only the mixture's logarithm is taken.
