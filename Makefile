@@ -48,12 +48,12 @@ grid: setup
 
 soak: setup
 	$(BIN)/python -m benchmarks.exact
-	SEEDS=1000 $(BIN)/python -m pytest tests/server/test_gang.py
+	SEEDS=1000 $(BIN)/python -m pytest tests/server/engine/test_gang.py
 	$(BIN)/python -m benchmarks.load --seeds 3
 	$(BIN)/python -m benchmarks.soak
 
 fuzz: setup
-	CASES=2000 $(BIN)/python -m pytest tests/server/test_fuzz.py
+	CASES=2000 $(BIN)/python -m pytest tests/server/http/test_fuzz.py
 
 clean:
 	rm -rf .venv

@@ -1,4 +1,5 @@
-"""Tokens per second on CPU of rows that each have an adapter of their own: vLLM's LoRA, and server/engine/cpu_lora.py.
+"""Tokens per second on CPU of rows that each have an adapter of their own: vLLM's LoRA, and ours
+(server/engine/compat/cpu_lora.py).
 
 Every way is one engine in a process of its own, all alive at once and taking turns, so that what else the machine does
 hits all alike: compare the ratios, not the rates. Adapters are random, on q_proj and v_proj; requests are one prompt,
@@ -170,7 +171,7 @@ def answer(args: argparse.Namespace, way: Way) -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from server.engine import cpu_lora
+    from server.engine.compat import cpu_lora
 
     settings: dict[str, Any] = {
         "enforce_eager": not way.compiled,

@@ -16,6 +16,7 @@ from posterior.models import base
 from posterior.models.lora import DEFAULT_TARGETS
 from server.engine import Adapter
 from server.engine.config import EngineConfig
+from server.http.schemas import FIELDS
 
 if TYPE_CHECKING:
     from server.engine.engine import VllmEngine
@@ -63,7 +64,7 @@ async def running_engine(
 
     with tempfile.TemporaryDirectory() as folder:
         adapters = random_adapters(spec, particles, Path(folder))
-        engine = await VllmEngine.start(config, {adapter.name: adapter for adapter in adapters}, adapters)
+        engine = await VllmEngine.start(config, {adapter.name: adapter for adapter in adapters}, adapters, FIELDS)
         try:
             yield engine, adapters
         finally:

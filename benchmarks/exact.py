@@ -25,7 +25,7 @@ from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 from server.engine.config import set_environment
 from server.engine.gang import Trace
-from server.texts import predictive_of
+from server.services.texts import predictive_of
 from tests.server.mixture import Reference, mixture
 
 WANTED = 1e-4

@@ -11,31 +11,28 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import posterior
 from posterior.cli.arguments import check_numbers
-from posterior.data import base_check
 from posterior.errors import PosteriorError
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.settings import Range
-from server import auth, registry
 from server.console import quiet, say
+from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.linearized import Linearizer
-from server.lobby import Lobby
+from server.errors import reason
+from server.http import auth
+from server.http.lobby import Lobby
 from server.metrics import Metrics
-from server.registry import Registry
-
-if TYPE_CHECKING:
-    from server.predictive import Service
+from server.services import registry
+from server.services.registry import Registry
+from server.workers.linearized import Linearizer
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
-DRAIN_SECONDS = 30
-WATCH_SECONDS = 0.5  # between looks at the engine
 NUMBERS = {
     "port": Range(0, 65535),
     "particles": Range(2, 1000),  # one sample has no spread
@@ -48,6 +45,7 @@ LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `posterior serve`."""
     add = parser.add_argument
     text = "base model: a local HF folder, a .gguf file, or a Hugging Face id@revision (default: SmolLM2-135M-Instruct)"
     add("--base", help=text)
@@ -81,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can mend."""
+    """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can fix."""
     check_numbers(args, NUMBERS)
+    contract.check_version()
     if args.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
     args.api_key = auth.secret(args.api_key)
@@ -93,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
+    """What puts everything but our own lines into the port's log."""
     return quiet(cache_folder() / "logs" / f"serve-{lobby.port}.log", args.verbose)
 
 
@@ -101,8 +101,9 @@ def _interrupt(*_: object) -> None:
 
 
 async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
-    from server.app import create_app
-    from server.predictive import Service
+    from server.http.app import create_app
+    from server.http.listening import listen
+    from server.services.predictive import Service
 
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -124,16 +125,19 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         known, served = served.refused, served.without(engine.refused)
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
         served.check(args.posteriors)
-        metrics.describe(served)
+        served.describe(metrics)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
         for line in service.unapplied():
             say(line)
         app = create_app(service, args.api_key)
-        await _listen(app, lobby, service, args, start)
+        await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
 
 
 async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
+    """The engine with all that is served. Raises PosteriorError for what vLLM cannot start with."""
+    contract.check()  # before the names are imported
     from server.engine.engine import VllmEngine
+    from server.http.schemas import FIELDS
 
     config = EngineConfig(
         model=base.path,
@@ -152,76 +156,13 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         tool_call_parser=args.tool_call_parser,
     )
     try:
-        return await VllmEngine.start(config, served.public, served.adapters)
+        return await VllmEngine.start(config, served.public, served.adapters, FIELDS)
     except (RuntimeError, ValueError) as error:
-        raise PosteriorError(f"vLLM did not start: {_line(error)}") from error
-
-
-async def _listen(app: Any, lobby: Lobby, service: Service, args: argparse.Namespace, start: float) -> None:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # uvicorn would raise the signal again after the drain; the loop's handlers below do not
-
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS)
-    server = Server(config)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
-    serving = asyncio.create_task(server.serve(sockets=[lobby.leave()]))
-    warming = asyncio.create_task(_warm_up(service))
-    await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
-    if warming.done() and not serving.done():
-        if (error := warming.exception()) is not None:
-            server.should_exit = True
-            await serving
-            raise PosteriorError(f"the warm-up failed: {_line(error)}") from error
-        app.state.ready = True
-        service.metrics.ready.set(1)
-        say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(service.registry, lobby.port, args)}\n")
-    while service.engine.alive() and not serving.done():
-        await asyncio.wait((serving,), timeout=WATCH_SECONDS)
-    lost = not service.engine.alive() and not server.should_exit  # Ctrl-C may end the engine first
-    server.should_exit = True
-    await serving  # which answers what waits: a request whose engine is lost gets a 503
-    warming.cancel()
-    if lost:  # whoever started the server starts it again
-        raise PosteriorError("the engine has stopped, and the server with it; the log says why. Start it again")
-
-
-async def _warm_up(service: Service) -> None:
-    """What the first requests would otherwise wait for: the worker loads the base, vLLM pages its adapters in."""
-    from posterior.data.candidates import encode
-
-    if service.linearizer is not None:
-        await service.linearizer.start()
-    prompt = service.tokenizer.encode("Warm up.")
-    for name, served in service.registry.served.items():
-        task = served.posterior.task if served.posterior is not None else None
-        candidates = encode(service.tokenizer, (task and task.answers) or (" no", " yes"))
-        await service.engine.score([prompt], candidates, served.particles or [served.map])
-        if service.linearizer is not None and served.predictives[0] == "linearized":
-            await service.linearizer.moments(name, [prompt], candidates)
-    await service.engine.warm_up(prompt)
-    for line in [line async for line in _odd(service)]:
-        say(f"warning: {line}")
-
-
-async def _odd(service: Service) -> AsyncIterator[str]:
-    """What is odd about the base as vLLM serves it, and about each posterior's prompts on it."""
-    probes = base_check.probes(service.tokenizer)
-    totals = {name: await service.engine.score([ids[:1]], (ids[1:],), [None]) for name, ids in probes.items()}
-    means = {name: float(total) / (len(probes[name]) - 1) for name, total in totals.items()}
-    for line in base_check.judge(probes, means, service.engine.vocab_size):
-        yield line
-    for item in service.registry.posteriors:
-        for line in base_check.joints(service.tokenizer, item.task):
-            yield f"{item.name}: {line}"
+        raise PosteriorError(f"vLLM did not start: {reason(error)}") from error
 
 
 def _device(wanted: str) -> str:
+    """ "cpu" or "cuda". Raises PosteriorError for one that is not there."""
     import torch
 
     if wanted == "auto":
@@ -237,7 +178,12 @@ def _own_length(base: Base) -> int:
     return length if isinstance(length, int) else LONGEST_DEFAULT
 
 
+def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: float) -> None:
+    say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(served, port, args)}\n")
+
+
 def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
+    """A command that asks the first posterior."""
     item = served.posteriors[0]
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key else ""
     fields = {field: "The food was good, the service was slow." for field in item.task.fields}
@@ -249,10 +195,6 @@ def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
     return f"  curl http://{host}:{port}/v1/predictive{key} -H 'Content-Type: application/json' -d {data}"
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _say_refused(refused: Mapping[str, str]) -> None:
-    for name, reason in refused.items():
-        say(f"warning: {name} is not served: {reason}")
+    for name, why in refused.items():
+        say(f"warning: {name} is not served: {why}")

@@ -8,8 +8,6 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.mixture import Predictive
-from server.engine import Usage
-from server.registry import Registry
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -22,13 +20,29 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
-        request, answer = ("posterior", "endpoint", "predictive"), ("posterior", "predictive")
+        self.ready = Gauge("posterior_ready", "1 after the warm-up.", registry=own)
+        self.info = Gauge(
+            "posterior_info", "The posteriors served.", ("posterior", "hash", "family", "base"), registry=own
+        )
+        self.refused = Gauge(
+            "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
+        )
+        self._of_requests(own)
+        self._of_answers(own)
+        self._of_texts(own)
+        self._of_the_linearized_predictive(own)
+
+    def _of_requests(self, own: CollectorRegistry) -> None:
+        request = ("posterior", "endpoint", "predictive")
         self.requests = Counter("posterior_requests", "Requests by outcome.", (*request, "status"), registry=own)
         self.duration = Histogram(
             "posterior_request_duration_seconds", "From request to last byte.", request, registry=own, buckets=SECONDS
         )
         self.prompt_tokens = Counter("posterior_prompt_tokens", "Prompt tokens read.", ("posterior",), registry=own)
         self.generated_tokens = Counter("posterior_generated_tokens", "Tokens written.", ("posterior",), registry=own)
+
+    def _of_answers(self, own: CollectorRegistry) -> None:
+        answer = ("posterior", "predictive")
         self.answers = Counter("posterior_answers", "Answers with a distribution.", answer, registry=own)
         self.confidence = Histogram(
             "posterior_confidence", "Probability of the answer.", answer, registry=own, buckets=SHARES
@@ -43,6 +57,8 @@ class Metrics:
         self.total = Histogram(
             "posterior_total_entropy_nats", "Entropy of the predictive.", answer, registry=own, buckets=NATS
         )
+
+    def _of_texts(self, own: CollectorRegistry) -> None:
         self.token_epistemic = Histogram(
             "posterior_token_epistemic_entropy_nats",
             "Mutual information of token and weights, mean of a text.",
@@ -60,19 +76,13 @@ class Metrics:
         self.resumes = Counter(
             "posterior_gang_resumes", "Siblings that disagreed and began again.", ("posterior",), registry=own
         )
+
+    def _of_the_linearized_predictive(self, own: CollectorRegistry) -> None:
         self.batch_size = Histogram(
             "posterior_linearized_batch_size", "Prompts in one linearised batch.", registry=own, buckets=BATCH
         )
         self.queue = Histogram(
             "posterior_linearized_queue_seconds", "Wait before a linearised batch.", registry=own, buckets=SECONDS
-        )
-        self.ready = Gauge("posterior_ready", "1 after the warm-up.", registry=own)
-        self.info = Gauge(
-            "posterior_info", "The posteriors served.", ("posterior", "hash", "family", "base"), registry=own
-        )
-
-        self.refused = Gauge(
-            "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
         )
         self.unreadable = Gauge(
             "posterior_linearized_refused",
@@ -83,27 +93,25 @@ class Metrics:
             "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
         )
 
-    def describe(self, registry: Registry) -> None:
-        self.refused.set(len(registry.refused))
-        for item in registry.posteriors:
-            self.info.labels(item.name, item.hash, item.family, registry.base.id).set(1)
-
     def count_answer(self, posterior: str, predictive: str, result: Predictive, confidence: float) -> None:
+        """Count one answer with a distribution."""
         self.answers.labels(posterior, predictive).inc()
         self.confidence.labels(posterior, predictive).observe(confidence)
         self.epistemic.labels(posterior, predictive).observe(result.epistemic)
         self.total.labels(posterior, predictive).observe(result.total)
 
     def count_text(self, posterior: str, text: TextPredictive, resumed: int) -> None:
+        """Count one text, and how often its siblings began again."""
         self.resumes.labels(posterior).inc(resumed)
         if len(text.logprob):
             self.token_epistemic.labels(posterior).observe(float(text.epistemic.mean()))
             after = text.log_weights[-1].exp()
             self.effective.labels(posterior).observe(1 / float(after.square().sum()) / len(after))
 
-    def count_tokens(self, posterior: str, usage: Usage) -> None:
-        self.prompt_tokens.labels(posterior).inc(usage.prompt_tokens)
-        self.generated_tokens.labels(posterior).inc(usage.completion_tokens)
+    def count_tokens(self, posterior: str, prompt: int, completion: int) -> None:
+        """Count what a request read and wrote."""
+        self.prompt_tokens.labels(posterior).inc(prompt)
+        self.generated_tokens.labels(posterior).inc(completion)
 
     def text(self) -> bytes:
         """Ours and vLLM's, in Prometheus' text format."""
@@ -122,6 +130,7 @@ class Observation:
         self.predictive = "none"
 
     def end(self, status: int) -> None:
+        """Count the request, with the status that it ended with."""
         if self._ended:
             return
         self._ended = True

@@ -33,7 +33,7 @@ from posterior.cli import calibrate, fit, imported
 from posterior.errors import PosteriorError
 from posterior.models.base import Base, resolve
 from posterior.storage import artefact, draws
-from server import registry
+from server.services import registry
 from tests.killing import killed_at, leftovers, snapshot
 from tests.posterior.conftest import save_tiny_base
 

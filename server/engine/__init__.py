@@ -1,23 +1,30 @@
-"""The engine: everything that touches vLLM, and nothing else does.
+"""The engine: everything that touches vLLM, and nothing else does. What is private to vLLM is touched in compat/ only.
 
 The rest of the server sees the protocol below; tests put a fake behind it.
+
+A *gang* is one request that K particles decode in lockstep. To vLLM's front end it is one request, its *leader*, who
+runs the first particle. The scheduler (compat/scheduler.py) adds K - 1 *siblings* that the front end never sees. The
+sampler (compat/mixing.py) mixes the K rows of a step, lets the leader's row draw the token as vLLM always does, and
+makes every sibling append it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from fastapi import Request
 
 from posterior.data.candidates import Candidates
-from server.schemas import Kind
 
 if TYPE_CHECKING:
     from server.engine.gang import Trace
+
+
+Kind = Literal["chat", "completion"]  # of OpenAI's requests for text
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,15 @@ class Usage:
     completion_tokens: int
 
 
+@dataclass
+class Call:
+    """One request for text on its way through vLLM's serving classes: the `headers` they read, without regard to case,
+    and the `state` in which they leave what they counted."""
+
+    headers: Mapping[str, str]
+    state: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+
 class Engine(Protocol):
     """Scores candidates under many adapters at once, and generates text as vLLM's OpenAI server does."""
 
@@ -53,18 +69,18 @@ class Engine(Protocol):
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """Token ids of each prompt of a chat or completion request, as `chat` and `complete` read it.
 
-        Raises ApiError 400.
+        Raises Refused.
         """
         ...
 
     async def chat(
-        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
+        self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI chat completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...
 
     async def complete(
-        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
+        self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
         ...
@@ -73,10 +89,14 @@ class Engine(Protocol):
         """Generate a little, so that nobody waits for what the first request compiles."""
         ...
 
-    def usage(self, request: Request) -> Usage | None:
+    def usage(self, call: Call) -> Usage | None:
         """Tokens of a chat or completion request that has ended; None if it never reached the engine."""
         ...
 
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether the engine's processes run."""
+        ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End the engine's processes."""
+        ...

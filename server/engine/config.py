@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posterior.models.servable import RANKS
 
-CPU_KV_CACHE_BYTES = 2**30  # unless told otherwise
+CPU_KV_CACHE_BYTES = 2**30  # unless the user gives another size
 FEW_CORES = 4
 
 
@@ -41,8 +41,8 @@ class EngineConfig:
         """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
         return [
             *self.stock_arguments(),
-            *("--worker-extension-cls", "server.engine.patch.WorkerExtension"),
-            *("--scheduler-cls", "server.engine.scheduler.GangScheduler"),
+            *("--worker-extension-cls", "server.engine.compat.patch.WorkerExtension"),
+            *("--scheduler-cls", "server.engine.compat.scheduler.GangScheduler"),
         ]
 
     def stock_arguments(self) -> list[str]:
@@ -98,7 +98,7 @@ def set_environment(device: str, compile_cache: Path | None = None) -> None:
         "GOMP_SPINCOUNT": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # of the lock of tqdm's bars, which a process that is told to stop leaves to Python's tracker to remove
+        # of the lock of tqdm's bars, which a process that gets SIGTERM leaves to Python's tracker to remove
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
     }.items():
         os.environ.setdefault(name, value)

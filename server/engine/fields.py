@@ -1,16 +1,16 @@
-"""Which fields of vLLM's request models are open to clients: those that server/schemas.py lists."""
+"""Which fields of vLLM's request models are open to clients: those of our own request models."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from typing import Any
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 from vllm.renderers.hf import safe_apply_chat_template
 
-from server.errors import bad_request
-from server.schemas import BODIES, Kind
+from server.errors import Refused
 
 CONTROLS = {  # of a rendering, by vLLM or by transformers: no values of a template
     "messages",
@@ -24,21 +24,21 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def check_fields(kind: Kind, body: dict[str, Any], vllms: type[BaseModel]) -> None:
-    """Raises ApiError 400 for a field of vLLM's request model that is not served here.
+def check_fields(body: dict[str, Any], vllms: type[BaseModel], served: Set[str]) -> None:
+    """Raises Refused for a field of vLLM's request model that is not among the `served` ones.
 
     Not served are those that reach into the server (templates, media, transfer parameters) or cost without bound (beam
     search). A value that changes nothing passes: clients may spell out a default. Fields unknown to vLLM are ignored.
     """
-    for name in body.keys() & vllms.model_fields.keys() - BODIES[kind].model_fields.keys():
+    for name in body.keys() & vllms.model_fields.keys() - served:
         if body[name] is not None and not changes_nothing(name, body[name], vllms):
-            raise bad_request(f"the field {name!r} is not served here", name)
+            raise Refused(f"the field {name!r} is not served here", name)
     for name in body.keys() & UNKNOWN.keys():
         if body[name] is not None and body[name] not in UNKNOWN[name]:
-            raise bad_request(f"the field {name!r} is not served here", name)
+            raise Refused(f"the field {name!r} is not served here", name)
     for name in body.get("chat_template_kwargs") or ():
         if name in CONTROLS:
-            raise bad_request(f"chat_template_kwargs may not hold {name!r}", "chat_template_kwargs")
+            raise Refused(f"chat_template_kwargs may not hold {name!r}", "chat_template_kwargs")
 
 
 def changes_nothing(name: str, value: Any, vllms: type[BaseModel]) -> bool:

@@ -1,8 +1,4 @@
-"""A gang: one request that K particles decode in lockstep; what its HTTP side, scheduler and sampler tell each other.
-
-To vLLM's front end a gang is one request, its leader, who runs the first particle. The scheduler
-(server.engine.scheduler) adds K - 1 siblings that the front end never sees; the sampler (server.engine.mixing) mixes
-the K rows, lets the leader's row draw the token as vLLM always does, and makes every sibling append it."""
+"""What the front end, the scheduler and the sampler send each other about a gang."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "a
 SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
 NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nobody else uses here:
 # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "prompt": such rows if it is scored, "resumed"}
+MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that are kept until all have read it
 
 
 @dataclass

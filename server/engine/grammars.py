@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from server.errors import bad_request
+from server.errors import Refused
 
 MAX_CHOICES = 256
 MAX_COUNT = 1024  # of a repetition: characters, items, properties, or what a regular expression repeats
@@ -19,30 +19,30 @@ FIELDS = {"structured_outputs": 2**15, "response_format": 2**15, "tools": 2**18}
 
 
 def check_grammars(body: dict[str, Any]) -> None:
-    """Raises ApiError 400 for a grammar that may take very long to compile, or refers to another document."""
+    """Raises Refused for a grammar that may take very long to compile, or refers to another document."""
     for name, characters in FIELDS.items():
         given = body.get(name)
         if not given:
             continue
         if len(json.dumps(given)) > characters:
-            raise bad_request(f"{name} has more than {characters} characters; make it smaller", name)
+            raise Refused(f"{name} has more than {characters} characters; make it smaller", name)
         for key, value, depth in _walk(given):
             _check(name, key, value)
             if depth > MAX_DEPTH:
-                raise bad_request(f"{name} is nested deeper than {MAX_DEPTH}; make it flatter", name)
+                raise Refused(f"{name} is nested deeper than {MAX_DEPTH}; make it flatter", name)
 
 
 def _check(name: str, key: str, value: Any) -> None:
     if isinstance(value, list) and key in ("choice", "enum") and len(value) > MAX_CHOICES:
-        raise bad_request(f"{name}: {key!r} has {len(value)} entries; at most {MAX_CHOICES} are served", name)
+        raise Refused(f"{name}: {key!r} has {len(value)} entries; at most {MAX_CHOICES} are served", name)
     if key in COUNTS and isinstance(value, int | float) and value > MAX_COUNT:
-        raise bad_request(f"{name}: {key!r} is {value}; at most {MAX_COUNT} is served", name)
+        raise Refused(f"{name}: {key!r} is {value}; at most {MAX_COUNT} is served", name)
     if key == "$ref" and isinstance(value, str) and (value == "#" or not value.startswith("#")):
-        raise bad_request(f"{name}: '$ref' {value!r:.80} must name a definition within the schema: #/$defs/...", name)
+        raise Refused(f"{name}: '$ref' {value!r:.80} must name a definition within the schema: #/$defs/...", name)
     if isinstance(value, str) and key in ("regex", "pattern", "grammar", "format", "structural_tag"):
         counts = [int(digits) for found in REPEATS.findall(value) for digits in found if digits]
         if any(count > MAX_COUNT for count in counts):
-            raise bad_request(f"{name}: {key!r} repeats {max(counts)} times; at most {MAX_COUNT} are served", name)
+            raise Refused(f"{name}: {key!r} repeats {max(counts)} times; at most {MAX_COUNT} are served", name)
 
 
 def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:
@@ -52,7 +52,7 @@ def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any,
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise bad_request("structured_outputs.json is no JSON", "structured_outputs") from None
+            raise Refused("structured_outputs.json is no JSON", "structured_outputs") from None
     if depth <= MAX_DEPTH and isinstance(value, dict):
         for name, each in value.items():
             yield from _walk(each, name, depth + 1)

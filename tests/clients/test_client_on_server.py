@@ -16,9 +16,9 @@ from posterior_client import (
     uncertainty_of,
 )
 
-from server.app import create_app
+from server.http.app import create_app
 from server.metrics import Metrics
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.clients.conftest import serving
 from tests.server import fakes
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from server.app import create_app
+from server.http.app import create_app
 from server.metrics import Metrics
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.server import fakes
 
 
@@ -25,7 +25,7 @@ def linearizer() -> fakes.Linearizer:
 @pytest.fixture
 def service(engine: fakes.Engine, linearizer: fakes.Linearizer) -> Service:
     metrics = Metrics()
-    metrics.describe(fakes.registry())
+    fakes.registry().describe(metrics)
     return Service(fakes.registry(), engine, linearizer, fakes.Tokenizer(), metrics)  # type: ignore[arg-type]
 
 

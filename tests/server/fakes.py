@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import Request
 
 from posterior.calibration.records import Key, Record
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task
 from posterior.models.base import Base
-from server.engine import Adapter, Usage
+from server.engine import Adapter, Call, Kind, Usage
 from server.engine.gang import Text, Trace
-from server.errors import bad_request
-from server.registry import Registry, Served
-from server.schemas import Kind
+from server.errors import Refused
+from server.services.registry import Registry, Served
 
 BASE = Base(Path("/nowhere"), "tiny-base", None, "sha256:00")
 SPECIAL = "<|im_end|>"
@@ -102,13 +100,13 @@ class Engine:
             try:
                 return [Tokenizer().encode(Tokenizer().apply_chat_template(messages))]
             except ValueError as error:
-                raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
+                raise Refused(f"the chat template refuses these messages: {error}", "messages") from error
         prompt = body["prompt"]
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         return [Tokenizer().encode(item) if isinstance(item, str) else item for item in prompts]
 
     async def chat(
-        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
+        self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         self._trace(trace)
         return self._reply(
@@ -116,7 +114,7 @@ class Engine:
         )
 
     async def complete(
-        self, body: dict[str, Any], request: Request | None, trace: Trace | None = None
+        self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         self._trace(trace)
         return self._reply(body, {"text": "hello"}, {"text": "hello"})
@@ -149,7 +147,7 @@ class Engine:
 
     async def warm_up(self, prompt: list[int]) -> None: ...
 
-    def usage(self, request: Request) -> Usage | None:
+    def usage(self, call: Call) -> Usage | None:
         return Usage(3, 2)
 
     def alive(self) -> bool:

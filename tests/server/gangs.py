@@ -30,16 +30,17 @@ from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
 from posterior.predictive.decoding import Mixing  # noqa: E402
 from server.engine import Adapter  # noqa: E402
-from server.engine.client import MixingLLM  # noqa: E402, F401
+from server.engine.compat.client import MixingLLM  # noqa: E402, F401
+from server.engine.compat.mixing import Mixer  # noqa: E402
+from server.engine.compat.runner import token_seed  # noqa: E402, F401
+from server.engine.compat.scheduler import GangScheduler  # noqa: E402
 from server.engine.gang import NOTE, Trace  # noqa: E402
-from server.engine.mixing import Mixer, token_seed  # noqa: E402, F401
-from server.engine.scheduler import GangScheduler  # noqa: E402
 
 VOCABULARY = 23
 BLOCK = 4
 
 
-def law(adapter: str, tokens: Sequence[int]) -> Tensor:
+def logits_of(adapter: str, tokens: Sequence[int]) -> Tensor:
     """Logits [V] of the next token after `tokens` under `adapter`."""
     digest = hashlib.sha256(f"{adapter}|{','.join(map(str, tokens))}".encode()).digest()
     return 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
@@ -53,7 +54,7 @@ def alone(
     w = w / w.sum()
     text: list[int] = []
     for _ in range(tokens):
-        p = torch.stack([law(adapter, prompt + text).double().softmax(0) for adapter in adapters])
+        p = torch.stack([logits_of(adapter, prompt + text).double().softmax(0) for adapter in adapters])
         text.append(int((w @ p).argmax()))
         if mixing == "sequence":
             w = w * p[:, text[-1]]
@@ -97,7 +98,8 @@ def make_scheduler(
 
 @dataclass
 class Runner:
-    """What the mixer sees of vLLM's model runner, with `law` for a model. `fault` may change a sibling's token."""
+    """What the mixer sees of vLLM's model runner, with `logits_of` for a model. `fault` may change a sibling's
+    token."""
 
     fault: Callable[[str, int], int] = lambda request_id, token: token
     requests: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +128,7 @@ class Runner:
         self.discard_request_mask = SimpleNamespace(np=mask)
         sampled: list[list[int]] = []
         if ids:
-            logits = torch.stack([law(s.adapter, s.tokens[:r]) for s, r in zip(states, reach, strict=True)])
+            logits = torch.stack([logits_of(s.adapter, s.tokens[:r]) for s, r in zip(states, reach, strict=True)])
             drawn = self.mixer.before(self, logits).argmax(1, keepdim=True).int()
             self.mixer.after(drawn)
             sampled = [[] if mask[row] else [self.fault(i, token)] for row, (i, token) in enumerate(

@@ -44,14 +44,14 @@ def mixture(log_p: Tensor, text: Sequence[int], weights: Sequence[float], mixing
     """(log-probabilities of the mixture [T + 1, V], weights [T + 1, K]) by a loop over tokens and particles."""
     w = torch.tensor(weights, dtype=torch.float64)
     w = w / w.sum()
-    laws, history = [], []
+    distributions, history = [], []
     for t in range(len(log_p)):
-        law = torch.zeros(log_p.shape[2], dtype=torch.float64)
+        distribution = torch.zeros(log_p.shape[2], dtype=torch.float64)
         for k in range(len(w)):
-            law += w[k] * log_p[t, k].exp()
-        laws.append(law.log())
+            distribution += w[k] * log_p[t, k].exp()
+        distributions.append(distribution.log())
         history.append(w)
         if mixing == "sequence" and t < len(text):
             w = w * log_p[t, :, text[t]].exp()
             w = w / w.sum()
-    return torch.stack(laws), torch.stack(history)
+    return torch.stack(distributions), torch.stack(history)

@@ -56,22 +56,22 @@ def test_greedy_text_equals_the_reference(
     choice = write(server, prompt, mixing)
     text, record = choice["token_ids"], choice["uncertainty"]
     log_p = reference.log_p(tokenizer.encode(prompt), text)
-    laws, weights = mixture(log_p, text, WEIGHTS, mixing)
-    assert [int(law.argmax()) for law in laws[: len(text)]] == text
+    distributions, weights = mixture(log_p, text, WEIGHTS, mixing)
+    assert [int(distribution.argmax()) for distribution in distributions[: len(text)]] == text
     assert len(record["tokens"]) == len(text)
     for t, token in enumerate(record["tokens"]):
-        assert math.exp(token["logprob"]) == pytest.approx(float(laws[t, text[t]].exp()), abs=1e-4)
+        assert math.exp(token["logprob"]) == pytest.approx(float(distributions[t, text[t]].exp()), abs=1e-4)
         assert token["per_particle"]["weight"] == pytest.approx(weights[t].tolist(), abs=1e-4)
         assert token["per_particle"]["logprob"] == pytest.approx(log_p[t, :, text[t]].tolist(), abs=1e-3)
         assert token["effective_particles"] == pytest.approx(1 / float(weights[t].square().sum()), abs=1e-3)
-        total = float(-(laws[t].exp() * laws[t]).sum())
+        total = float(-(distributions[t].exp() * distributions[t]).sum())
         aleatoric = float((weights[t] * -(log_p[t].exp() * log_p[t]).sum(1)).sum())
         assert token["entropy"]["total"] == pytest.approx(total, abs=1e-3)
         assert token["entropy"]["aleatoric"] == pytest.approx(aleatoric, abs=1e-3)
         p = log_p[t, :, text[t]].exp()
         variance = float((weights[t] * (p - (weights[t] * p).sum()).square()).sum())
         assert token["epistemic_variance"] == pytest.approx(variance, abs=1e-4)
-    whole = float(sum(laws[t, token] for t, token in enumerate(text)))
+    whole = float(sum(distributions[t, token] for t, token in enumerate(text)))
     assert record["logprob"] == pytest.approx(whole, abs=1e-3)
     if mixing == "sequence":
         joint = torch.logsumexp(torch.tensor(WEIGHTS).log() + log_p[range(len(text)), :, text].sum(0), 0)
@@ -85,21 +85,23 @@ def test_greedy_text_equals_the_reference(
 def test_logprobs_are_those_of_the_mixture(server: Running, reference: Reference, tokenizer: Any) -> None:
     choice = write(server, PROMPTS[0], logprobs=5)
     text = choice["token_ids"]
-    laws, _ = mixture(reference.log_p(tokenizer.encode(PROMPTS[0]), text), text, WEIGHTS, "sequence")
+    distributions, _ = mixture(reference.log_p(tokenizer.encode(PROMPTS[0]), text), text, WEIGHTS, "sequence")
     for t, (logprob, top) in enumerate(
         zip(choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True)
     ):
-        assert logprob == pytest.approx(float(laws[t, text[t]]), abs=1e-3)
-        assert sorted(top.values(), reverse=True)[:5] == pytest.approx(laws[t].topk(5).values.tolist(), abs=1e-3)
+        assert logprob == pytest.approx(float(distributions[t, text[t]]), abs=1e-3)
+        assert sorted(top.values(), reverse=True)[:5] == pytest.approx(
+            distributions[t].topk(5).values.tolist(), abs=1e-3
+        )
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_sampled_pairs_follow_the_analytic_mixture(
     server: Running, reference: Reference, tokenizer: Any, top_p: float
 ) -> None:
-    """Chi-squared over pairs of two tokens out of four allowed ones. Masks act on the mixture: each law is the
-    mixture cut to the allowed tokens; weights follow the particles' own probabilities: the second law's have seen the
-    first token."""
+    """Chi-squared over pairs of two tokens out of four allowed ones. Masks act on the mixture: each distribution is the
+    mixture cut to the allowed tokens; weights follow the particles' own probabilities: the second
+    distribution's have seen the first token."""
     ids, draws = tokenizer.encode(PROMPTS[0]), 256
     allowed = reference.log_p(ids, [])[0].exp().mean(0).topk(4).indices.tolist()
     body = {"model": "gang", "prompt": PROMPTS[0], "max_tokens": 2, "n": 128, "top_p": top_p, "temperature": 1}
@@ -110,8 +112,11 @@ def test_sampled_pairs_follow_the_analytic_mixture(
         counts.update(tuple(choice["token_ids"]) for choice in answer["choices"])
     expected: dict[tuple[int, ...], float] = {}
     for first in allowed:
-        laws, _ = mixture(reference.log_p(ids, [first]), [first], WEIGHTS, "sequence")
-        one, two = (_nucleus(law[allowed].exp() / law[allowed].exp().sum(), top_p) for law in laws)
+        distributions, _ = mixture(reference.log_p(ids, [first]), [first], WEIGHTS, "sequence")
+        one, two = (
+            _nucleus(distribution[allowed].exp() / distribution[allowed].exp().sum(), top_p)
+            for distribution in distributions
+        )
         for position, second in enumerate(allowed):
             expected[first, second] = draws * float(one[allowed.index(first)] * two[position])
     assert sum(counts[pair] for pair, count in expected.items() if count == 0) == 0, "outside the nucleus"
@@ -262,13 +267,15 @@ def test_echo_with_logprobs_scores_the_prompt_under_the_mixture(
     choice = server.post("/v1/completions", **body, seed=1234, uncertainty={"mixing": mixing})["choices"][0]
     ids = tokenizer.encode(prompt)
     log_p = reference.log_p(ids[:1], ids[1:])
-    laws, weights = mixture(log_p, ids[1:], WEIGHTS, mixing)
-    expected = [float(laws[t, token]) for t, token in enumerate(ids[1:])]
+    distributions, weights = mixture(log_p, ids[1:], WEIGHTS, mixing)
+    expected = [float(distributions[t, token]) for t, token in enumerate(ids[1:])]
     found = choice["logprobs"]
     assert found["token_logprobs"][0] is None and len(found["token_logprobs"]) == len(ids) + 1
     assert found["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-3)
     greedy = [max(top, key=top.get) == found["tokens"][t] for t, top in enumerate(found["top_logprobs"]) if t]
-    assert greedy[: len(ids) - 1] == [int(law.argmax()) == token for law, token in zip(laws, ids[1:], strict=False)]
+    assert greedy[: len(ids) - 1] == [
+        int(distribution.argmax()) == token for distribution, token in zip(distributions, ids[1:], strict=False)
+    ]
     summary = choice["uncertainty"]["prompt"]
     assert summary["logprob"] == pytest.approx(sum(expected), abs=2e-3)
     assert summary["effective_particles"] == pytest.approx(1 / float(weights[-1].square().sum()), abs=1e-3)

@@ -17,22 +17,23 @@ from tests.server.running import free_port
 PROGRAM = """
 import argparse, asyncio, signal, sys
 from posterior.errors import PosteriorError
-from server.errors import unavailable
-from server.app import create_app
-from server.lobby import Lobby
-from server.main import _listen
+from server.errors import EngineLost
+from server.http.app import create_app
+from server.http.lobby import Lobby
+from server.http.listening import listen
+from server.main import _say_ready
 from server.metrics import Metrics
-from server.predictive import Service
+from server.services.predictive import Service
 from tests.server import fakes
 
 class Engine(fakes.Engine):
-    # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits is told.
+    # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits gets an error.
     async def score(self, *args):
         if len(self.scored) < 6:
             return await super().score(*args)  # the warm-up: five models, and a sentence of the base
         while self.living:
             await asyncio.sleep(0.05)
-        raise unavailable("the engine has stopped")
+        raise EngineLost
 
 async def main(port, delay):
     engine = Engine(delay=delay) if DIES else fakes.Engine(delay=delay)
@@ -40,7 +41,8 @@ async def main(port, delay):
     service = Service(fakes.registry(), engine, None, fakes.Tokenizer(), Metrics())
     args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None)
     with Lobby("127.0.0.1", port) as lobby:
-        await _listen(create_app(service, None), lobby, service, args, 0.0)
+        ready = lambda: _say_ready(service.registry, port, args, 0.0)
+        await listen(create_app(service, None), lobby.leave(), service, ready)
 
 DIES = sys.argv[3:] == ["dies"]
 try:

@@ -282,7 +282,7 @@ def test_the_key_is_needed(server: Running) -> None:
 
 
 def test_log_probabilities_beside_candidate_scores(client: openai.OpenAI, server: Running) -> None:
-    """The fault that server/engine/patch.py mends: plain rows that share a batch with scores lost theirs."""
+    """The fault that server/engine/compat/patch.py fixes: plain rows that share a batch with scores lost theirs."""
 
     def top() -> list[dict[str, float]]:
         options: Any = {"model": "gang", "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 4}

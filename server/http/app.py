@@ -1,0 +1,237 @@
+"""The HTTP application: exactly the routes below, and nothing of vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic_core import from_json
+
+import posterior
+from posterior.data.reading import unique
+from server.errors import EngineLost, Refused, Unavailable
+from server.http import answers, errors, openapi, predictive
+from server.http.auth import require_key
+from server.http.errors import ApiError, as_api_error
+from server.http.records import Reply
+from server.http.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
+from server.http.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
+from server.metrics import Observation
+from server.services.predictive import Service
+from server.services.registry import Served
+
+T = TypeVar("T")
+Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
+
+CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
+PUBLIC = frozenset({"/health", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
+
+
+def create_app(service: Service, key: str | None) -> FastAPI:
+    """The application over a running service. `app.state.ready` is False until its owner has warmed it up.
+
+    Raises PosteriorError for an empty key.
+    """
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect would name the host that the client says, before the key is looked at
+        dependencies=[Depends(require_key(key, PUBLIC))],
+    )
+    app.state.service = service
+    app.state.ready = False
+    errors.register(app)
+    for path, handler, summary, reply, statuses in (
+        ("/health", _health, "Whether the process lives", Status, (503,)),
+        ("/ready", _ready, "Whether requests are answered", Status, (401, 503)),
+        ("/version", _version, "The server's version", Version, (401,)),
+        ("/v1/models", _models, "The models that are served", ModelList, (401,)),
+        ("/v1/models/{name:path}", _model, "One of them", ModelCard, (401, 404)),
+    ):
+        app.get(path, summary=summary, responses=openapi.replies(reply, *statuses))(handler)
+    for path, handler, summary, body, answer in (
+        ("/v1/predictive", _predictive, "Posterior predictives of many inputs", PredictiveRequest, PredictiveReply),
+        ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
+        ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
+    ):
+        responses = openapi.replies(answer, 400, 401, 404, 413, 503)
+        if issubclass(body, TextRequest):
+            responses[200]["content"] = STREAM
+        app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
+    metrics = openapi.replies(None, 401)
+    app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
+    app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
+    html = openapi.replies(None)
+    app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
+    app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
+    app.state.description = functools.cache(partial(openapi.describe, app, key=key is not None, public=PUBLIC))
+    return app
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _health(request: Request) -> Response:
+    if not _service(request).engine.alive():
+        raise EngineLost
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    """Whether every request can be answered. Those that need no linearised predictive are, even while its worker is
+    loaded again."""
+    _check_ready(request)
+    linearizer = _service(request).linearizer
+    if linearizer is not None:
+        linearizer.check()
+    return JSONResponse({"status": "ready"})
+
+
+async def _version(request: Request) -> Response:
+    return JSONResponse({"version": posterior.__version__})
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _models(request: Request) -> Response:
+    service = _service(request)
+    cards = [_card(service, served) for served in service.registry.served.values()]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+async def _model(request: Request, name: str) -> Response:
+    if not name:  # GET /v1/models/
+        return await _models(request)
+    return JSONResponse(_card(_service(request), _service(request).find(name.removesuffix("/"))))
+
+
+def _card(service: Service, served: Served) -> dict[str, Any]:
+    """The JSON of one model name."""
+    card = {
+        "id": served.name,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "posterior-server",
+        "root": served.id,
+        "parent": None if served.posterior is None else service.base.id,
+        "max_model_len": service.engine.max_model_len,
+    }
+    if served.posterior is None:
+        return card
+    return {**card, "family": served.posterior.family, "predictives": list(served.predictives)}
+
+
+STARTED = int(time.time())
+
+
+async def _predictive(request: Request) -> Response:
+    return await _respond(
+        request, "predictive", lambda body, _, observation: predictive.reply(_service(request), body, observation)
+    )
+
+
+async def _chat(request: Request) -> Response:
+    return await _respond(request, "chat", partial(answers.reply, _service(request), "chat"))
+
+
+async def _completions(request: Request) -> Response:
+    return await _respond(request, "completions", partial(answers.reply, _service(request), "completion"))
+
+
+async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
+    """The answer of `handler` to the body, which runs as long as the client stays. The request is counted."""
+    observation = Observation(_service(request).metrics, endpoint)
+    try:
+        _check_ready(request)
+        body = await _read_json(request)
+        result = await _while_connected(request, handler(body, request, observation))
+    except Exception as error:
+        failure = as_api_error(error)
+        observation.end(failure.status)
+        return failure.response()
+    if result is None:
+        observation.end(CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
+    if isinstance(result, dict):
+        observation.end(200)
+        return JSONResponse(result)
+    return StreamingResponse(_observed(result, observation), media_type="text/event-stream", headers=UNBUFFERED)
+
+
+async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
+    """The same events; the request is counted at their end, and an error is the last of them."""
+    status = CLIENT_LEFT
+    try:
+        async for line in events:
+            yield line
+        status = 200
+    except Exception as error:  # too late for a status: the stream says it
+        failure = as_api_error(error)
+        status = failure.status
+        yield f"data: {json.dumps(failure.body())}\n\n"
+    finally:
+        observation.end(status)
+
+
+def _check_ready(request: Request) -> None:
+    if not request.app.state.ready:
+        raise Unavailable("the server is warming up; try again shortly")
+    if not _service(request).engine.alive():
+        raise EngineLost
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object of at most MAX_BODY_BYTES.
+
+    Raises Refused, and ApiError 413.
+    """
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > MAX_BODY_BYTES:
+            raise ApiError(
+                413,
+                f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer prompts a request",
+                code="body_too_large",
+            )
+    try:
+        from_json(bytes(chunks), allow_inf_nan=False)  # stricter than Python's reader, which takes half of a character
+        body = json.loads(chunks, object_pairs_hook=unique)
+        json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is not valid JSON in UTF-8: {str(error).splitlines()[0]}") from error
+    if not isinstance(body, dict):
+        raise Refused("the body must be a JSON object")
+    return body
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`; None, `work` cancelled, if the client leaves first. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # one that nobody waits for says nothing
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

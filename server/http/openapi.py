@@ -1,0 +1,102 @@
+"""The API as OpenAPI 3.1, and the page that shows it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import posterior
+from server.http.errors import RETRY_SECONDS, ApiError
+from server.http.replies import Error
+from server.http.schemas import ChatRequest, CompletionRequest, PredictiveRequest
+
+REFERENCE = "#/components/schemas/{model}"
+PARTS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "start.js": "text/javascript",
+    "start.css": "text/css",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+MEANINGS = {
+    400: "The request is not valid",
+    401: "The key is missing or wrong",
+    404: "No such model",
+    413: "The body is too large",
+    503: "Not ready, busy or stopping; try again later",
+}
+
+
+def replies(reply: type[BaseModel] | None, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: what it answers (None: no JSON), and the statuses with which it may fail."""
+    described: dict[int | str, dict[str, Any]] = {} if reply is None else {200: {"model": reply}}
+    described |= {status: {"model": Error, "description": MEANINGS[status]} for status in statuses}
+    if 503 in described:
+        schema = {"type": "integer", "example": RETRY_SECONDS}
+        described[503]["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": schema}}
+    return described
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads `model` itself."""
+    schema = {"$ref": REFERENCE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI, *, key: bool, public: frozenset[str]) -> dict[str, Any]:
+    """The OpenAPI document of the routes of `app`; `key`: all but those at `public` need one."""
+    document = get_openapi(
+        title="Posterior Server",
+        version=posterior.__version__,
+        description="OpenAI's API with a posterior predictive distribution on every answer. Entropies are in nats.",
+        routes=app.routes,
+    )
+    _, bodies = models_json_schema(
+        [(model, "validation") for model in (ChatRequest, CompletionRequest, PredictiveRequest)], ref_template=REFERENCE
+    )
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(bodies["$defs"])
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        operation["responses"].pop("422", None)  # FastAPI's own form of a bad request, which is never sent
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    if key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in public & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
+    return document
+
+
+async def show(request: Request) -> Response:
+    """GET /openapi.json"""
+    return JSONResponse(request.app.state.description())
+
+
+async def page() -> Response:
+    """GET /docs: it holds no data, and asks for the key."""
+    return _file("index.html", "text/html")
+
+
+async def part(name: str) -> Response:
+    """GET /docs/{name}: what the page needs."""
+    if name not in PARTS:
+        raise ApiError(404, "there is no such page")
+    return _file(name, PARTS[name])
+
+
+def _file(name: str, kind: str) -> Response:
+    content = (files("server.http") / "docs" / name).read_bytes()
+    return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)

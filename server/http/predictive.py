@@ -1,0 +1,49 @@
+"""POST /v1/predictive: posterior predictives of many inputs."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from pydantic import ValidationError
+
+from server.engine import Usage
+from server.http.records import answer_record, usage_record
+from server.http.schemas import PredictiveRequest
+from server.metrics import Observation
+from server.services.predictive import Service
+from server.validation import from_validation
+
+
+async def reply(service: Service, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
+    """The answer to a request for predictives.
+
+    Raises RequestError.
+    """
+    try:
+        request = PredictiveRequest.model_validate(body)
+    except ValidationError as error:
+        raise from_validation(error, body) from error
+    served = service.find(request.model)
+    observation.posterior = served.owner
+    question = await service.read(
+        served, request, inputs=request.inputs, prompts=request.prompts, conversations=request.messages or ()
+    )
+    observation.predictive = question.predictive
+    answers = await service.answer(question)
+    usage = Usage(sum(map(len, question.prompts)), 0)
+    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    return {
+        "id": f"pred-{uuid.uuid4().hex}",
+        "object": "predictive",
+        "created": int(time.time()),
+        "model": served.name,
+        "posterior": served.label,
+        "predictive": question.predictive,
+        "particles": answers[0].predictive.particles,
+        "data": [
+            {"index": index, **answer_record(service.judge(question, answer))} for index, answer in enumerate(answers)
+        ],
+        "usage": usage_record(usage),
+    }

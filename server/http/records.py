@@ -1,0 +1,117 @@
+"""Our part of answers as JSON (nats throughout), and server-sent events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+from posterior.predictive.decoding import TextPredictive
+from server.engine import Usage
+from server.services.predictive import Judged
+from server.services.texts import Written
+
+Reply = dict[str, Any] | AsyncIterator[str]  # a JSON object, or server-sent events
+
+
+def answer_record(judged: Judged) -> dict[str, Any]:
+    """The JSON of one answer. The posterior's own probabilities are named `uncalibrated` where there is a
+    calibration."""
+    question, p, calibration = judged.question, judged.answer.predictive, judged.calibration
+    record: dict[str, Any] = {
+        "posterior": question.served.label,
+        "predictive": question.predictive,
+        "particles": p.particles,
+        "answer": judged.text,
+        "confidence": judged.confidence,
+        "calibrated": calibration is not None,
+        "calibration": None if calibration is None else calibration.summary(),
+        "logprob": math.log(max(judged.confidence, 1e-300)),
+        "answers": [_candidate(judged, c) for c in range(len(question.answers))],
+        "covariance": p.covariance.tolist(),
+        "entropy": {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic},
+        "variance": {"epistemic": float(p.variance[judged.best]), "total": float(p.total_variance[judged.best])},
+        "effective_particles": p.effective_particles,
+        "mc_error": float(p.mc_error[judged.best]),
+    }
+    if calibration is not None:
+        record["prediction_set"] = judged.prediction_set
+    if question.options.per_particle and judged.answer.particles is not None:
+        record["per_particle"] = judged.answer.particles.tolist()
+    return record
+
+
+def _candidate(judged: Judged, c: int) -> dict[str, Any]:
+    """The JSON of candidate number `c`."""
+    p = judged.answer.predictive
+    own = {} if judged.calibration is None else {"uncalibrated": float(p.probability[c])}
+    return {
+        "answer": judged.question.answers[c],
+        "probability": float(judged.probability[c]),
+        "variance": float(p.variance[c]),
+        "std": float(p.std[c]),
+        "interval": p.interval[c].tolist(),
+        **own,
+    }
+
+
+def text_record(written: Written) -> dict[str, Any]:
+    """The JSON of a text's uncertainty."""
+    record: dict[str, Any] = {
+        "posterior": written.posterior, "predictive": written.predictive, "calibrated": False, "calibration": None,
+    }  # fmt: skip
+    if written.text is not None:
+        record |= {"mixing": written.mixing, "particles": written.particles, **_summary(written.text)}
+        if written.prompt is not None:
+            record["prompt"] = _summary(written.prompt)
+        if written.per_particle:
+            weight = written.text.log_weights[-1].exp().tolist()
+            record["per_particle"] = {"logprob": written.text.particles.sum(0).tolist(), "weight": weight}
+    if written.tokens is not None:
+        record["tokens"] = _tokens(written.tokens, written.per_particle)
+    return record
+
+
+def _summary(result: TextPredictive) -> dict[str, Any]:
+    """The JSON of a whole text: sums over its tokens."""
+    return {
+        "confidence": result.confidence,
+        "logprob": float(result.logprob.sum()),
+        "expected_logprob": result.expected,
+        "information": result.information,
+        "entropy": {name: float(getattr(result, name).sum()) for name in ("total", "aleatoric", "epistemic")},
+        "effective_particles": 1 / float(result.log_weights[-1].exp().square().sum()),
+        "mc_error": result.mc_error,
+    }
+
+
+def _tokens(result: TextPredictive, per_particle: bool) -> list[dict[str, Any]]:
+    """A record for each token."""
+    records: list[dict[str, Any]] = []
+    for t in range(len(result.logprob)):
+        records.append(
+            {
+                "logprob": float(result.logprob[t]),
+                "entropy": {n: float(getattr(result, n)[t]) for n in ("total", "aleatoric", "epistemic")},
+                "epistemic_variance": float(result.variance[t]),
+                "effective_particles": float(result.effective_particles[t]),
+            }
+        )
+        if per_particle:
+            records[-1]["per_particle"] = {
+                "logprob": result.particles[t].tolist(),
+                "weight": result.log_weights[t].exp().tolist(),
+            }
+    return records
+
+
+def usage_record(usage: Usage) -> dict[str, int]:
+    """OpenAI's `usage`."""
+    total = usage.prompt_tokens + usage.completion_tokens
+    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
+
+
+def event(record: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(record, ensure_ascii=False, allow_nan=False)}\n\n"

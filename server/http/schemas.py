@@ -1,0 +1,153 @@
+"""What clients may send, with its limits: the bodies of our routes.
+
+Inside `uncertainty` and in POST /v1/predictive an unknown field is an error. Chat and completion requests are OpenAI's:
+at their top level a field that nobody knows is ignored, and one of vLLM's that is not listed here is refused unless it
+only spells out vLLM's default (server/engine/fields.py). vLLM checks the fields again, with the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from server.engine import Kind
+from server.services.options import MAX_INTEGER, Uncertainty
+
+MAX_PROMPTS = 256  # per request
+MAX_CHOICES = 128  # `n`, as OpenAI has it
+MAX_BODY_BYTES = 4 * 2**20
+MAX_TEMPERATURE = 100.0
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+TokenIds = Annotated[list[Token], Field(min_length=1)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class PredictiveRequest(Uncertainty):
+    """The body of POST /v1/predictive: one kind of prompt, and what is wanted of each."""
+
+    model: str
+    inputs: Annotated[list[dict[str, str]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
+        default=None, description="the fields of the posterior's template"
+    )
+    prompts: Prompts | None = None
+    messages: Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
+        default=None, description="conversations, each as chat completions have it"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> PredictiveRequest:
+        given = [name for name in ("inputs", "prompts", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {given or 'none'}")
+        return self
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextRequest(BaseModel):
+    """What chat and completion requests have in common: OpenAI's fields, then vLLM's."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    uncertainty: Uncertainty | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)] | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    user: str | None = None
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Token] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[Token] | None = None
+    bad_words: list[str] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    @property
+    def prompts(self) -> int:
+        """How many texts are continued."""
+        return 1
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most tokens that a text may have, by the field that says so."""
+        given = {name: getattr(self, name, None) for name in ("max_completion_tokens", "max_tokens")}
+        return {name: limit for name, limit in given.items() if limit is not None}
+
+
+class ChatRequest(TextRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    # vLLM's
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = Field(
+        default=None, description="values of the base's own chat template, such as enable_thinking"
+    )
+
+
+class CompletionRequest(TextRequest):
+    """The body of POST /v1/completions."""
+
+    prompt: str | TokenIds | Prompts | PromptIds
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+    @property
+    def prompts(self) -> int:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return len(self.prompt) if several else 1
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _said_once(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # one complaint for each form that it could have had
+            raise ValueError(
+                f"must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} texts, or of as many lists of "
+                "token ids"
+            ) from None
+
+
+BODIES: dict[Kind, type[ChatRequest] | type[CompletionRequest]] = {"chat": ChatRequest, "completion": CompletionRequest}
+FIELDS: Mapping[Kind, frozenset[str]] = {kind: frozenset(model.model_fields) for kind, model in BODIES.items()}

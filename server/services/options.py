@@ -1,0 +1,40 @@
+"""What a request may ask of a posterior, with its limits: the object `uncertainty`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posterior.predictive.decoding import Mixing
+
+MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
+MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x candidate prefixes, or x n for text
+MAX_NUMBERS = 2**20  # entries of all covariances in one response
+MAX_INTEGER = 2**63 - 1
+
+PredictiveName = Literal["mixture", "linearized", "map"]
+
+
+class Uncertainty(BaseModel):
+    """The object `uncertainty` of chat and completion requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    predictive: PredictiveName | None = Field(
+        default=None, description="how the posterior is averaged; the model's first"
+    )
+    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = Field(
+        default=None, description="of the mixture; all"
+    )
+    answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = Field(
+        default=None, description="candidate answers, each with its leading space if it has one"
+    )
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.9, description="of intervals and prediction sets"
+    )
+    per_particle: bool = Field(default=False, description="also what each particle says")
+    mixing: Mixing | None = Field(default=None, description="of text: 'sequence' (exact, the default) or 'token'")
+    tokens: bool | None = Field(
+        default=None, description="of text: a record for each token; by default on streams only"
+    )

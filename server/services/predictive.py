@@ -1,0 +1,303 @@
+"""From tokens to the posterior predictive distribution over candidate answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from posterior.calibration.records import Dtype, Key, Record, template_hash
+from posterior.data import candidates as candidate_answers
+from posterior.data.candidates import Candidates
+from posterior.data.task import Task, Tokenizer
+from posterior.errors import PosteriorError
+from posterior.models.base import Base
+from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
+from server.engine import Engine
+from server.engine.scoring import prefix_tree
+from server.errors import NotFound, Refused
+from server.metrics import Metrics
+from server.services.messages import check_messages
+from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
+from server.services.registry import Registry, Served
+from server.workers.linearized import Linearizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one posterior: prompts as token ids, and the candidates that may follow them.
+
+    template: hash of the task, where the server itself made the prompts with it and the answers are the task's own, if
+    it has any.
+    """
+
+    served: Served
+    predictive: PredictiveName
+    prompts: list[list[int]]
+    answers: tuple[str, ...]
+    candidates: Candidates
+    options: Uncertainty
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any."""
+
+    predictive: Predictive
+    particles: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer's distribution as its client gets it: about the candidate number `best`.
+
+    `probability` [C] are calibrated where there is a `calibration`; variances, intervals, entropies and the Monte-Carlo
+    error stay those of the posterior, `answer.predictive`.
+    """
+
+    question: Question
+    answer: Answer
+    calibration: Record | None
+    probability: torch.Tensor
+    best: int
+
+    @property
+    def text(self) -> str:
+        """The candidate itself."""
+        return self.question.answers[self.best]
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return float(self.probability[self.best])
+
+    @property
+    def prediction_set(self) -> list[str] | None:
+        """The candidates that hold the right one with the coverage asked for; None without a calibration."""
+        if self.calibration is None:
+            return None
+        p, coverage = self.answer.predictive.probability, self.question.options.coverage
+        within = self.calibration.prediction_set(p, coverage).tolist()
+        return [text for text, inside in zip(self.question.answers, within, strict=True) if inside]
+
+
+class Service:
+    """Everything one server process answers with."""
+
+    def __init__(
+        self, registry: Registry, engine: Engine, linearizer: Linearizer | None, tokenizer: Tokenizer, metrics: Metrics
+    ) -> None:
+        self.registry = registry
+        self.engine = engine
+        self.linearizer = linearizer
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+
+    @property
+    def base(self) -> Base:
+        """The base of all that is served."""
+        return self.registry.base
+
+    def find(self, name: object) -> Served:
+        """The model of that name or id. Raises NotFound."""
+        served = self.registry.find(name) if isinstance(name, str) else None
+        if served is None:
+            raise NotFound(name)
+        return served
+
+    def question(
+        self,
+        served: Served,
+        prompts: list[list[int]],
+        answers: Sequence[str],
+        options: Uncertainty,
+        copies: int = 1,
+        template: str | None = None,
+    ) -> Question:
+        """The question, of which everything that can be checked before any work is done has been; each answer is sent
+        `copies` times.
+
+        Raises Refused.
+        """
+        try:
+            candidates = candidate_answers.encode(self.tokenizer, answers)
+        except PosteriorError as error:
+            raise Refused(str(error), "answers") from error
+        predictive = _predictive(served, options)
+        longest = max(map(len, candidates))
+        for index, prompt in enumerate(prompts):
+            self._check_prompt(index, prompt, longest)
+        passes = len(candidates)
+        if predictive != "linearized":
+            passes = len(prefix_tree(candidates)) * _particles(served, predictive, options)
+        _check_size(len(prompts) * passes, MAX_SEQUENCES, "evaluations")
+        _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
+        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
+
+    def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
+        limit = self.engine.max_model_len
+        if not prompt:
+            raise Refused(f"prompt {index} is empty")
+        if len(prompt) + answer_tokens > limit:
+            raise Refused(
+                f"prompt {index} has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
+            raise Refused(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
+
+    async def answer(self, question: Question) -> list[Answer]:
+        """The predictive of each prompt, in order."""
+        served, options = question.served, question.options
+        if question.predictive == "linearized":
+            if self.linearizer is None or served.posterior is None:
+                raise RuntimeError(f"{served.name} has no linearised predictive")
+            moments = await self.linearizer.moments(served.name, question.prompts, question.candidates)
+            return await asyncio.to_thread(
+                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage), None) for mean, cov in moments]
+            )
+        if question.predictive == "map":
+            adapters, weights = [served.map], torch.ones(1)
+        else:
+            k = _particles(served, "mixture", options)
+            adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
+        scores = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
+        compared, scale = served.scoring
+        if compared == "mean":
+            scores = scores / torch.tensor([len(tokens) for tokens in question.candidates])
+        log_p = (scale * scores).log_softmax(-1)
+        return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
+
+    def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
+        """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
+
+        A matching calibration gives the probabilities, and with them the answer and its confidence.
+        """
+        p = answer.predictive
+        calibration = self._calibration(question, p)
+        probability = p.probability if calibration is None else calibration.apply(p.probability)
+        best = int(probability.argmax()) if chosen is None else chosen
+        judged = Judged(question, answer, calibration, probability, best)
+        self.metrics.count_answer(question.served.owner, question.predictive, p, judged.confidence)
+        return judged
+
+    def _calibration(self, question: Question, p: Predictive) -> Record | None:
+        """The record made for exactly this base, posterior, template, predictive, number of particles and dtype, and
+        for so many answers where each question brings its own."""
+        posterior = question.served.posterior
+        if posterior is None or question.template is None:
+            return None
+        key = Key(
+            base=self.base.hash,
+            posterior=posterior.hash,
+            template=question.template,
+            predictive=question.predictive,
+            particles=p.particles,
+            dtype=self._dtype(question.predictive),
+            answers=None if posterior.task.answers else len(question.answers),
+        )
+        return posterior.calibration.get(key)
+
+    def _dtype(self, predictive: PredictiveName) -> Dtype:
+        """What the base's weights are where this predictive is computed."""
+        if predictive == "linearized" and self.linearizer is not None:
+            return self.linearizer.dtype
+        return cast(Dtype, self.engine.dtype)
+
+    def unapplied(self) -> list[str]:
+        """A line for each calibration that is of another dtype than its predictive is computed in here."""
+        lines = []
+        for posterior in self.registry.posteriors:
+            for key in posterior.calibration:
+                dtype = self._dtype(key.predictive)
+                if key.dtype == dtype or key.model_copy(update={"dtype": dtype}) in posterior.calibration:
+                    continue
+                particles = f" --particles {key.particles}" if key.predictive == "mixture" else ""
+                lines.append(
+                    f"the calibration of {posterior.name}'s {key.predictive} was made in {key.dtype} and is not "
+                    f"applied to answers in {dtype}; run `posterior calibrate {posterior.path} ROWS "
+                    f"--predictive {key.predictive}{particles} --dtype {dtype}`"
+                )
+        return lines
+
+    async def read(
+        self,
+        served: Served,
+        options: Uncertainty,
+        *,
+        inputs: Sequence[Mapping[str, str]] | None = None,
+        prompts: Sequence[str] | None = None,
+        conversations: Sequence[list[dict[str, Any]]] = (),
+    ) -> Question:
+        """The question that one kind of prompts comes to; `inputs` are fields of the posterior's template.
+
+        Raises Refused.
+        """
+        if options.mixing is not None or options.tokens is not None:
+            raise Refused("'mixing' and 'tokens' belong to text; leave them out", "mixing")
+        task = None if served.posterior is None else served.posterior.task
+        answers = options.answers or (task.answers if task is not None else None)
+        if answers is None:
+            raise Refused(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
+        template = None
+        if inputs is not None:
+            if task is None:
+                raise Refused("the base model has no template; give 'prompts' or 'messages'", "inputs")
+            ids = await asyncio.to_thread(_rendered, task, self.tokenizer, inputs)
+            template = template_hash(task) if task.answers in (None, tuple(answers)) else None
+        elif prompts is not None:
+            body = {"model": served.name, "prompt": prompts, "max_tokens": 1}
+            ids = await self.engine.render("completion", body)
+        else:
+            ids = [each for messages in conversations for each in await self._chat(served, messages)]
+        return self.question(served, ids, answers, options, template=template)
+
+    async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of a conversation, read as chat requests are."""
+        check_messages(messages)
+        return await self.engine.render("chat", {"model": served.name, "messages": messages})
+
+
+def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
+    """The predictive to use. Raises Refused for one this model cannot give, or options it does not take."""
+    name = options.predictive or served.predictives[0]
+    if name not in served.predictives:
+        raise Refused(
+            f"the model {served.name!r} has no {name!r} predictive; it has {list(served.predictives)}", "predictive"
+        )
+    if name != "mixture" and options.particles is not None:
+        raise Refused(f"'particles' belongs to the predictive 'mixture'; this is {name!r}", "particles")
+    if name == "mixture" and options.particles is not None and options.particles > len(served.particles):
+        raise Refused(
+            f"particles is {options.particles}; this server holds {len(served.particles)} of {served.name!r}",
+            "particles",
+        )
+    if name == "linearized" and options.per_particle:
+        raise Refused(
+            "the linearised predictive has no particles; use the predictive 'mixture' for 'per_particle'",
+            "per_particle",
+        )
+    return name
+
+
+def _check_size(size: int, limit: int, what: str) -> None:
+    if size > limit:
+        raise Refused(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
+
+
+def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:
+    return 1 if predictive == "map" else options.particles or len(served.particles)
+
+
+def _rendered(task: Task, tokenizer: Tokenizer, inputs: Sequence[Mapping[str, str]]) -> list[list[int]]:
+    """Token ids of the posterior's own template, filled in. Raises Refused."""
+    prompts = []
+    for index, row in enumerate(inputs):
+        try:
+            prompts.append(task.prompt_ids(tokenizer, row, exact=True))
+        except PosteriorError as error:
+            raise Refused(f"input {index}: {error}", "inputs") from error
+    return prompts

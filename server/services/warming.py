@@ -1,0 +1,35 @@
+"""What the first requests would otherwise wait for, and what is odd about the base."""
+
+from __future__ import annotations
+
+from posterior.data import base_check
+from posterior.data.candidates import encode
+from server.services.predictive import Service
+
+
+async def warm_up(service: Service) -> list[str]:
+    """A line for everything that is odd, after the worker has loaded the base and vLLM every adapter."""
+    if service.linearizer is not None:
+        await service.linearizer.start()
+    prompt = service.tokenizer.encode("Warm up.")
+    for name, served in service.registry.served.items():
+        task = served.posterior.task if served.posterior is not None else None
+        candidates = encode(service.tokenizer, (task and task.answers) or (" no", " yes"))
+        await service.engine.score([prompt], candidates, served.particles or [served.map])
+        if service.linearizer is not None and served.predictives[0] == "linearized":
+            await service.linearizer.moments(name, [prompt], candidates)
+    await service.engine.warm_up(prompt)
+    return await _odd(service)
+
+
+async def _odd(service: Service) -> list[str]:
+    """What is odd about the base as vLLM serves it, and about each posterior's prompts on it."""
+    probes = base_check.probes(service.tokenizer)
+    totals = {name: await service.engine.score([ids[:1]], (ids[1:],), [None]) for name, ids in probes.items()}
+    means = {name: float(total) / (len(probes[name]) - 1) for name, total in totals.items()}
+    joints = [
+        f"{item.name}: {line}"
+        for item in service.registry.posteriors
+        for line in base_check.joints(service.tokenizer, item.task)
+    ]
+    return [*base_check.judge(probes, means, service.engine.vocab_size), *joints]

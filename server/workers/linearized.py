@@ -1,0 +1,330 @@
+"""The linearised predictive in a process of its own, so that neither the event loop nor vLLM waits for it.
+
+Prompts that arrive while a batch runs form the next one. A prompt that needs more memory than there is for it is
+refused. Should the worker die all the same, its batch fails with a 503, what asks meanwhile too, and another worker is
+loaded. A prompt of a batch that ended a worker runs alone the next time; one that ended two is refused for a while. A
+posterior that cannot be read again by then is left out, until a worker is loaded once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posterior.data.candidates import Candidates
+from posterior.data.examples import Example
+from posterior.errors import PosteriorError
+from posterior.laplace.linearized import LinearizedModel, dtype_on
+from posterior.likelihood.footprint import Footprint
+from posterior.models.base import Base
+from posterior.storage import artefact
+from server.errors import Refused, RequestError, Unavailable, reason
+from server.metrics import Metrics
+from server.workers import memory
+
+MAX_BATCH = 32  # prompts
+MAX_WAITING = 4096  # prompts; a queue without bound would only grow older
+THREADS = 2  # of torch, on the CPU
+SHARE = 0.5  # of the memory that is free once everything is loaded; the rest is for vLLM's requests and other programs
+PAUSE, LONGEST_PAUSE = 0.1, 60.0  # seconds before a lost worker is loaded again; twice as long after each failure
+STRIKES, FORGIVEN_SECONDS = 2, 600.0  # workers that a prompt may end within that time
+
+Moments = tuple[
+    np.ndarray, np.ndarray
+]  # mean [C], covariance [C, C]; arrays, because tensors would travel in shared memory
+
+Folder = tuple[Path, str]  # of a posterior, and its hash
+Loaded = tuple[dict[str, Footprint], dict[str, str]]  # by posterior: what its moments take, or why it cannot be read
+
+logger = logging.getLogger("posterior.server")
+_model: LinearizedModel | None = None  # of a worker process; None in the server's own
+
+
+def _load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
+    """In the worker: hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
+    be read."""
+    global _model
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    posteriors, refused = _readable(folders)
+    _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
+    return _model.footprints, refused
+
+
+def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
+    """The posteriors, and why others cannot be read. Raises PosteriorError where there is no posterior."""
+    posteriors, refused = {}, {}
+    for name, folder in folders.items():
+        try:
+            posteriors[name] = _unchanged(*folder)
+        except (PosteriorError, OSError) as error:
+            refused[name] = str(error)
+    if not posteriors:
+        raise PosteriorError("; ".join(refused.values()))
+    return posteriors, refused
+
+
+def _unchanged(path: Path, expected: str) -> artefact.Posterior:
+    """The posterior that the server started with: answers are labelled with its hash."""
+    posterior = artefact.load(path)
+    if posterior.hash != expected:
+        raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
+    return posterior
+
+
+def _follow(parent: Any) -> None:
+    """End with the server, even if it was killed: an orphan would hold the base in memory for ever."""
+    parent.join()
+    os._exit(1)
+
+
+def _moments(name: str, prompts: list[tuple[int, ...]], candidates: list[Candidates], room: float) -> list[Moments]:
+    """In the worker: one batch. An error of a GPU stays, so that every later batch would fail: the worker ends."""
+    if _model is None:
+        raise RuntimeError("the worker has no model")
+    try:
+        found = _model.logits(name, prompts, candidates, room)
+    except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError) or _lost(_model.device):
+            logger.error("the GPU failed: %s", error)
+            os._exit(1)
+        raise
+    return [(mean.numpy(), covariance.numpy()) for mean, covariance in found]
+
+
+def _lost(device: str) -> bool:
+    """Whether a GPU answers with errors from now on."""
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Item:
+    name: str
+    prompt: tuple[int, ...]
+    candidates: Candidates
+    result: asyncio.Future[Moments]
+    since: float
+
+
+class _Suspects:
+    """Prompts whose batch ended a worker: when, within the last FORGIVEN_SECONDS."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[str, tuple[int, ...], Candidates], list[float]] = {}
+
+    def blame(self, batch: Sequence[_Item]) -> None:
+        """Note that these prompts were in the batch that ended a worker."""
+        now = time.monotonic()
+        for item in batch:
+            self._times.setdefault((item.name, item.prompt, item.candidates), []).append(now)
+        self._times = {key: times for key, times in self._times.items() if now - times[-1] < FORGIVEN_SECONDS}
+
+    def acquit(self, batch: Sequence[_Item]) -> None:
+        """Forget prompts that have been answered."""
+        for item in batch:
+            self._times.pop((item.name, item.prompt, item.candidates), None)
+
+    def strikes(self, name: str, prompt: tuple[int, ...], candidates: Candidates) -> int:
+        """How many workers this prompt may have ended within FORGIVEN_SECONDS."""
+        times = self._times.get((name, prompt, candidates), [])
+        return sum(time.monotonic() - each < FORGIVEN_SECONDS for each in times)
+
+
+class Linearizer:
+    """The server's end of the worker process."""
+
+    def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
+        self.dtype = dtype_on(device)
+        self._parts = (base, dict(folders), device)
+        self._metrics = metrics
+        self._waiting: list[_Item] = []
+        self._suspects = _Suspects()
+        self._drain: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._problem: str | None = "is being loaded"
+        self._footprints: dict[str, Footprint] = {}
+        self._refused: dict[str, str] = {}
+        self._room = 0.0
+        self._new_pool()
+
+    def _new_pool(self) -> None:
+        self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        self._loaded: Future[Loaded] = self._pool.submit(_load, *self._parts)
+        (self._process,) = self._pool._processes.values()
+
+    async def start(self) -> None:
+        """Wait until the worker holds its models, and keep one from then on; raises what kept it from loading."""
+        await self._load()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def _load(self) -> None:
+        self._footprints, self._refused = await asyncio.wrap_future(self._loaded)
+        self._metrics.unreadable.set(len(self._refused))
+        for name, why in self._refused.items():
+            logger.error("the linearised predictive is without %s: %s", name, why)
+        free = await asyncio.get_running_loop().run_in_executor(self._pool, memory.free, self._parts[2])
+        self._room = SHARE * free
+        self._problem = None
+
+    async def _keep(self) -> None:
+        """Load another worker whenever one has ended, and try again, less and less often, while that fails."""
+        while True:
+            await _end(self._process)
+            self._metrics.restarts.inc()
+            self._problem, pause = "is starting again", PAUSE
+            logger.error("the linearised predictive's worker ended; another one is being loaded")
+            while self._problem is not None:
+                self._pool.shutdown(wait=False)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                self._new_pool()
+                try:
+                    await self._load()
+                except Exception as error:
+                    self._problem = "cannot be loaded again"
+                    logger.error("the linearised predictive cannot be loaded again: %s", reason(error))
+
+    def check(self) -> None:
+        """Raises Unavailable while no worker holds the models."""
+        if self._problem is not None:
+            raise Unavailable(
+                f"the linearised predictive {self._problem}; try again later, or ask for the predictive 'mixture'"
+            )
+
+    async def moments(
+        self, name: str, prompts: Sequence[Sequence[int]], candidates: Candidates
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean [C] and covariance [C, C], float64, of the candidates' scores for each prompt.
+
+        Raises:
+            Refused: there is not enough memory for a prompt.
+            Unavailable: there is no worker, it could not read this posterior, or too many prompts wait.
+        """
+        self.check()
+        if name in self._refused:
+            raise Unavailable(
+                f"the linearised predictive of {name!r} could not be loaded; the server's log says why: ask for the "
+                "predictive 'mixture'"
+            )
+        for index, prompt in enumerate(prompts):
+            self._check_prompt(name, index, tuple(prompt), candidates)
+        loop = asyncio.get_running_loop()
+        self._waiting = [item for item in self._waiting if not item.result.done()]
+        if len(self._waiting) + len(prompts) > MAX_WAITING:
+            raise Unavailable(
+                f"{len(self._waiting)} prompts already wait for the linearised predictive; try again later"
+            )
+        items = [_Item(name, tuple(prompt), candidates, loop.create_future(), time.monotonic()) for prompt in prompts]
+        self._waiting.extend(items)
+        if self._drain is None or self._drain.done():
+            self._drain = loop.create_task(self._run())
+        results = await asyncio.gather(*(item.result for item in items))
+        return [(torch.from_numpy(mean), torch.from_numpy(covariance)) for mean, covariance in results]
+
+    def _check_prompt(self, name: str, index: int, prompt: tuple[int, ...], candidates: Candidates) -> None:
+        footprint = self._footprints[name]
+        wanted = footprint.bytes(Example(prompt, candidates, 0))
+        if wanted > self._room:
+            longest = footprint.longest(candidates, self._room)
+            raise Refused(
+                f"prompt {index} has {len(prompt)} tokens: the linearised predictive of its {len(candidates)} answers "
+                f"takes {wanted / 1e9:.1f} GB, and {self._room / 1e9:.1f} GB are free for it: "
+                + (f"send at most {longest} tokens, or " if longest else "give fewer answers, or ")
+                + "ask for the predictive 'mixture'"
+            )
+        if self._suspects.strikes(name, prompt, candidates) >= STRIKES:
+            raise Refused(
+                f"prompt {index} has ended the linearised predictive's worker {STRIKES} times, most likely for lack of "
+                f"memory, and is not tried again for {FORGIVEN_SECONDS / 60:.0f} minutes: send fewer tokens or "
+                "answers, or ask for the predictive 'mixture'"
+            )
+
+    async def _run(self) -> None:
+        while batch := self._next_batch():
+            now = time.monotonic()
+            self._metrics.batch_size.observe(len(batch))
+            for item in batch:
+                self._metrics.queue.observe(now - item.since)
+            try:
+                self.check()
+                results = await self._submit(batch)
+            except Exception as error:
+                self._fail(batch, error)
+            else:
+                self._suspects.acquit(batch)
+                for item, moments in zip(batch, results, strict=True):
+                    if not item.result.done():  # its client may have left
+                        item.result.set_result(moments)
+
+    def _fail(self, batch: list[_Item], error: Exception) -> None:
+        """Tell those who wait. They may try again; nothing is tried again here."""
+        if not isinstance(error, RequestError):
+            logger.error("linearised batch failed", exc_info=error)
+        if isinstance(error, BrokenProcessPool):
+            self._suspects.blame(batch)
+            error = Unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
+        elif isinstance(error, MemoryError):
+            error = Unavailable("there is no memory for the linearised predictive now; try again later, or 'mixture'")
+        for item in batch:
+            if not item.result.done():
+                item.result.set_exception(error)
+
+    async def _submit(self, batch: list[_Item]) -> list[Moments]:
+        """What the worker computes of a batch."""
+        loop = asyncio.get_running_loop()
+        prompts, candidates = [item.prompt for item in batch], [item.candidates for item in batch]
+        return await loop.run_in_executor(self._pool, _moments, batch[0].name, prompts, candidates, self._room)
+
+    def _next_batch(self) -> list[_Item]:
+        """The oldest waiting prompts of one posterior, at most MAX_BATCH, or one suspect alone; those whose client has
+        left are dropped."""
+        self._waiting = [item for item in self._waiting if not item.result.done()]
+        batch: list[_Item] = []
+        for item in self._waiting:
+            alone = self._suspects.strikes(item.name, item.prompt, item.candidates) > 0
+            if not batch or (item.name == batch[0].name and not alone and len(batch) < MAX_BATCH):
+                batch.append(item)
+            if alone and item is batch[0]:
+                break
+        taken = set(map(id, batch))
+        self._waiting = [item for item in self._waiting if id(item) not in taken]
+        return batch
+
+    def stop(self) -> None:
+        """End the worker, whatever it is doing."""
+        if self._keeper is not None and not self._keeper.done():
+            self._keeper.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._process.terminate()
+
+
+async def _end(process: Any) -> None:
+    """Wait for the end of a process."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process.sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process.sentinel)
