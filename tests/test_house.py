@@ -22,7 +22,24 @@ SERVER: Sequence[Sequence[str]] = (
     ("main",),
     ("cli",),
 )
-ORDER = {"server": SERVER}
+POSTERIOR: Sequence[Sequence[str]] = (
+    ("errors",),
+    ("settings", "files"),
+    ("models",),
+    ("data",),
+    ("predictive",),
+    ("likelihood",),
+    ("curvature",),
+    ("training",),
+    ("laplace",),
+    ("particles", "calibration"),
+    ("storage",),
+    ("evaluation",),
+    ("fitting", "importing"),
+    ("api",),
+    ("cli",),
+)
+ORDER = {"server": SERVER, "posterior": POSTERIOR}
 FOREIGN = {"server": ("posterior",), "posterior": ()}  # the other packages of this repository that one may import
 # Libraries, with the only rooms that may import them.
 ONLY = {

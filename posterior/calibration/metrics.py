@@ -6,15 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from posterior.errors import PosteriorError
-
-if TYPE_CHECKING:
-    from posterior.calibration.records import Score
 
 BINS = 15  # of the calibration errors, as in most of the literature
 COVERAGE = 0.9  # of prediction sets that are reported
@@ -138,18 +134,6 @@ def risk_coverage(p: Tensor, y: Tensor) -> Tensor:
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     """Probability that a row of another distribution [M] has a larger score than one of the test's [N], ties half."""
     return _above(outside, inside)
-
-
-def sets(
-    calibration_p: Tensor, calibration_y: Tensor, p: Tensor, y: Tensor, coverage: float = COVERAGE, score: Score = "lac"
-) -> tuple[float, float]:
-    """Share of the prediction sets that hold the true label, and their mean size: split-conformal at `coverage`, with
-    the most probable answer always in, as they are served."""
-    from posterior.calibration.records import Conformal, Temperature, prediction_set  # which needs this module
-
-    conformal = Conformal.fit(score, calibration_p, calibration_y)
-    chosen = prediction_set(Temperature(temperature=1.0), conformal, p, coverage).double()
-    return float(chosen.gather(1, y[:, None]).mean()), float(chosen.sum(1).mean())
 
 
 def best_temperature(scores: Tensor, y: Tensor) -> float:

@@ -26,10 +26,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from posterior.calibration.metrics import Estimate, best_temperature
+from posterior.calibration.metrics import COVERAGE, Estimate, best_temperature
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.files import atomic, objects
+from posterior.models.devices import Dtype
 
 # The fewest rows whose largest score bounds 95 % of all cases with 95 % confidence: the coverage of a conformal set at
 # the largest of n scores is Beta(n, 1) distributed over calibration sets (Vovk 2012), and 0.95^n <= 0.05 from here on.
@@ -41,7 +42,6 @@ STEPS = 50  # of Newton's method, at most: mostly under ten, a few more where p 
 
 FOLDER = "calibration"
 PredictiveName = Literal["mixture", "linearized", "map"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 Method = Literal["temperature", "vector", "isotonic", "platt"]
 Score = Literal["lac", "aps"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -292,6 +292,16 @@ def prediction_set(calibrator: Calibrator, conformal: Conformal, p: Tensor, cove
 
 
 # Records on disk
+
+
+def sets(
+    calibration_p: Tensor, calibration_y: Tensor, p: Tensor, y: Tensor, coverage: float = COVERAGE, score: Score = "lac"
+) -> tuple[float, float]:
+    """Share of the prediction sets that hold the true label, and their mean size: split-conformal at `coverage`, with
+    the most probable answer always in, as they are served."""
+    conformal = Conformal.fit(score, calibration_p, calibration_y)
+    chosen = prediction_set(Temperature(temperature=1.0), conformal, p, coverage).double()
+    return float(chosen.gather(1, y[:, None]).mean()), float(chosen.sum(1).mean())
 
 
 def save(folder: Path, made: Record) -> Path:

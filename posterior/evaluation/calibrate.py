@@ -19,7 +19,6 @@ from posterior.calibration.records import (
     FLOOR,
     MIN_ROWS,
     Conformal,
-    Dtype,
     Key,
     Method,
     PredictiveName,
@@ -35,6 +34,7 @@ from posterior.files import objects
 from posterior.laplace import linearized as linear
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
+from posterior.models.devices import Dtype
 from posterior.predictive.mixture import from_gaussian
 from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage import artefact

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from posterior.calibration.metrics import estimate, ood_auroc, sets
-from posterior.calibration.records import Temperature
+from posterior.calibration.metrics import estimate, ood_auroc
+from posterior.calibration.records import Temperature, sets
 from posterior.data.examples import ROWS, Example, data_hash, encode
 from posterior.data.reading import Rows, read, source
 from posterior.data.task import Task
@@ -21,11 +21,11 @@ from posterior.evaluation.predictions import Predictions, predictives
 from posterior.evaluation.report import ENTROPIES, Report, Source
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
+from posterior.models.devices import Dtype
 from posterior.settings import Range, Settings, setting
 from posterior.storage.artefact import Posterior
 
 BATCH = Range(1, 2**16)
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,3 +189,11 @@ def _is_still(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
+
+
+def unusable(cache: Path, error: OSError) -> PosteriorError:
+    """One line for a cache that cannot be written."""
+    return PosteriorError(
+        f"cannot write into the cache {cache}: {error.strerror}; set POSTERIOR_CACHE to a folder that has room and "
+        "that you may write into"
+    )

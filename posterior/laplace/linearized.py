@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from posterior.calibration.records import Dtype
 from posterior.curvature.diagonal import by_example
 from posterior.data.candidates import Candidates
 from posterior.data.examples import ROWS, TOKENS, Batch, Example, batches, choice, collate
@@ -24,8 +25,8 @@ from posterior.likelihood.footprint import measure
 from posterior.likelihood.scores import arranged, record, scores
 from posterior.models import lora
 from posterior.models.base import Base, load_model
+from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian
-from posterior.storage.artefact import Posterior
 
 
 def dtype_on(device: str) -> Dtype:
@@ -84,6 +85,18 @@ def _difference(f: Tensor, c: int) -> Tensor:
     return cotangent
 
 
+class Linearizable(Protocol):
+    """What of a Laplace posterior the linearised predictive needs: the PEFT folder of theta*, the covariance, the
+    task."""
+
+    @property
+    def map_dir(self) -> Path: ...
+    @property
+    def law(self) -> blockwise.Law: ...
+    @property
+    def task(self) -> Task: ...
+
+
 class LinearizedModel:
     """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores.
 
@@ -92,7 +105,7 @@ class LinearizedModel:
     def __init__(
         self,
         base: Base,
-        posteriors: Mapping[str, Posterior],
+        posteriors: Mapping[str, Linearizable],
         *,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",

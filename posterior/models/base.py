@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 
 from posterior.errors import PosteriorError
 from posterior.files import atomic, objects
-from posterior.storage import draws
 
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -222,7 +221,7 @@ def _converted(gguf: Path, key: str, cache: Path) -> Path:
                     _convert(gguf, scratch)
     except Exception as error:  # the readers of GGUF raise whatever a damaged file leads them to
         if isinstance(error, OSError) and error.errno and error.filename != str(gguf):
-            raise draws.unusable(cache, error) from error
+            raise atomic.unusable(cache, error) from error
         raise PosteriorError(f"{gguf} cannot be converted into {folder}: {_line(error)}") from error
     return folder
 

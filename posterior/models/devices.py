@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 
 from posterior.settings import SettingError
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 HELP = "of the base: cpu, cuda, or one GPU such as cuda:1 (default: cuda where there is one, else cpu)"
 
 

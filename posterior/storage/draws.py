@@ -43,16 +43,8 @@ def ensure(cache: Path, key: str, k: int, size: int, make: Callable[[Path], None
             with atomic.locked(cache / "draws"):
                 found = _use_any(cache, key, k) or _make(cache, key, k, size, make)
     except OSError as error:
-        raise unusable(cache, error) from error
+        raise atomic.unusable(cache, error) from error
     return [found / f"{index:03d}" for index in range(k)]
-
-
-def unusable(cache: Path, error: OSError) -> PosteriorError:
-    """One line for a cache that cannot be written."""
-    return PosteriorError(
-        f"cannot write into the cache {cache}: {error.strerror}; set POSTERIOR_CACHE to a folder that has room and "
-        "that you may write into"
-    )
 
 
 def limit() -> float:

@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from posterior.calibration.records import Dtype, Key, Record, template_hash
+from posterior.calibration.records import Key, Record, template_hash
 from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
 from posterior.models.base import Base
+from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine
 from server.engine.scoring import prefix_tree

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from posterior.calibration import metrics
+from posterior.calibration.records import sets
 from posterior.errors import PosteriorError
 
 
@@ -158,13 +159,13 @@ def test_sets_are_those_of_a_loop(data, score):
         for index, row in enumerate(p[99:])
     ]
     covered = np.mean([row[label] for row, label in zip(chosen, y[99:], strict=True)])
-    found = metrics.sets(p[:99], y[:99], p[99:], y[99:], 0.8, score)
+    found = sets(p[:99], y[:99], p[99:], y[99:], 0.8, score)
     assert found == pytest.approx((covered, np.sum(chosen) / 401), abs=1e-12)
 
 
 def test_sets_of_too_few_calibration_rows_hold_every_answer(data):
     p, y = data
-    assert metrics.sets(p[:8], y[:8], p[8:], y[8:]) == (1.0, 4.0)
+    assert sets(p[:8], y[:8], p[8:], y[8:]) == (1.0, 4.0)
 
 
 def test_probabilities_that_are_not_finite_are_refused():
