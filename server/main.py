@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
+    """What puts everything but our own lines into the port's log."""
     return quiet(cache_folder() / "logs" / f"serve-{lobby.port}.log", args.verbose)
 
 
@@ -132,6 +133,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
 
 
 async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
+    """The engine with all that is served. Raises PosteriorError for what vLLM cannot start with."""
     contract.check()  # before the names are imported
     from server.engine.engine import VllmEngine
     from server.http.schemas import FIELDS
@@ -159,6 +161,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
 
 
 def _device(wanted: str) -> str:
+    """ "cpu" or "cuda". Raises PosteriorError for one that is not there."""
     import torch
 
     if wanted == "auto":
@@ -179,6 +182,7 @@ def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: flo
 
 
 def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
+    """A command that asks the first posterior."""
     item = served.posteriors[0]
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key else ""
     fields = {field: "The food was good, the service was slow." for field in item.task.fields}

@@ -162,6 +162,7 @@ class VllmEngine:
     async def _serve(
         self, create: Any, parsed: Any, body: dict[str, Any], call: Call | None, trace: Trace | None
     ) -> dict[str, Any] | AsyncIterator[str]:
+        """What vLLM's `create` answers, with `trace` as the one being handed to it."""
         token = CURRENT.set(trace)
         try:
             with refusals(body):
@@ -188,7 +189,7 @@ class VllmEngine:
 
 
 async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Adapter, str]:
-    """Load each adapter once, so that no request finds out that vLLM refuses it; those refused, with vLLM's reason."""
+    """The adapters that vLLM refuses, with its reason: each is loaded once, so that no request finds out."""
     refused: dict[Adapter, str] = {}
     for adapter in adapters:
         try:
@@ -203,10 +204,12 @@ async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Ada
 
 
 def _lora(adapter: Adapter) -> LoRARequest:
+    """The adapter as vLLM's request for it."""
     return LoRARequest(adapter.name, adapter.number, str(adapter.path))
 
 
 def _joint(candidates: Candidates, tasks: Mapping[Prefix, asyncio.Task[dict[int, float]]]) -> torch.Tensor:
+    """log p(candidate | prompt) from the finished reads, [candidates]."""
     return sum_over_tokens(candidates, {prefix: task.result() for prefix, task in tasks.items()})
 
 

@@ -55,7 +55,7 @@ async def _write(
     request: Request,
     observation: Observation,
 ) -> Reply:
-    """Text under the mixture of the posterior's particles, or by the MAP or the base alone."""
+    """The answer in text, under the mixture of the posterior's particles, or by the MAP or the base alone."""
     wanted = texts.Wanted(checked.prompts, checked.n or 1, explicit=bool(checked.limits))
     writer = texts.writer(service, served, checked.uncertainty or Uncertainty(), wanted)
     observation.predictive = writer.predictive

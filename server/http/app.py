@@ -120,6 +120,7 @@ async def _model(request: Request, name: str) -> Response:
 
 
 def _card(service: Service, served: Served) -> dict[str, Any]:
+    """The JSON of one model name."""
     card = {
         "id": served.name,
         "object": "model",
@@ -152,7 +153,7 @@ async def _completions(request: Request) -> Response:
 
 
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
-    """Read the body, run `handler` as long as the client stays, count the request, answer."""
+    """The answer of `handler` to the body, which runs as long as the client stays. The request is counted."""
     observation = Observation(_service(request).metrics, endpoint)
     try:
         _check_ready(request)
@@ -172,6 +173,7 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
 
 
 async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
+    """The same events; the request is counted at their end, and an error is the last of them."""
     status = CLIENT_LEFT
     try:
         async for line in events:

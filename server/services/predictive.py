@@ -118,7 +118,8 @@ class Service:
         copies: int = 1,
         template: str | None = None,
     ) -> Question:
-        """Check everything that can be checked before any work is done; each record is sent `copies` times.
+        """The question, of which everything that can be checked before any work is done has been; each answer is sent
+        `copies` times.
 
         Raises Refused.
         """

@@ -144,7 +144,8 @@ class Registry:
 
 
 def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
-    """Verify every posterior folder in `root` and write `particles` samples of each Laplace posterior under `cache`.
+    """All that is served of the posterior folders in `root`, each verified, with `particles` samples of each Laplace
+    posterior in `cache`.
 
     A folder that is damaged, of another base, badly named, outside `root`, or holds what vLLM does not serve is left
     out and listed in `refused`. Raises PosteriorError when there is nothing else.
@@ -165,6 +166,7 @@ def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
 
 
 def _folders(root: Path) -> list[Path]:
+    """The posterior folders in `root`; one whose replacement was interrupted is repaired. Raises PosteriorError."""
     if not root.is_dir():
         raise PosteriorError(f"the posteriors folder {root} does not exist; name one with --posteriors")
     for target in atomic.moved_away(root):
@@ -194,6 +196,7 @@ def _entries(
 
 
 def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
+    """The model name of a posterior that mixes its particles; its adapters are written where they are not there yet."""
     wanted = len(posterior.weights) if posterior.family == "particles" else particles
     paths = posterior.adapters(wanted, cache / "draws")
     label = _label(posterior)

@@ -96,6 +96,7 @@ class Writer:
         prompt: TextPredictive | None = None,
         tokens: TextPredictive | None = None,
     ) -> Written:
+        """What is known now, with the request's head."""
         return Written(
             posterior=self.served.label,
             predictive=self.predictive,
@@ -109,7 +110,7 @@ class Writer:
 
 
 def writer(service: Service, served: Served, options: Uncertainty, wanted: Wanted) -> Writer:
-    """Which particles write the text. Raises Refused for what this model cannot give."""
+    """The writer of the particles that are asked for. Raises Refused for what this model cannot give."""
     if options.predictive == "linearized":
         raise Refused(
             "text under the 'linearized' predictive is not served yet: use 'mixture' or 'map', or give 'answers' for a "

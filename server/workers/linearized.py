@@ -292,6 +292,7 @@ class Linearizer:
                 item.result.set_exception(error)
 
     async def _submit(self, batch: list[_Item]) -> list[Moments]:
+        """What the worker computes of a batch."""
         loop = asyncio.get_running_loop()
         prompts, candidates = [item.prompt for item in batch], [item.candidates for item in batch]
         return await loop.run_in_executor(self._pool, _moments, batch[0].name, prompts, candidates, self._room)

@@ -38,6 +38,7 @@ def _below_limits(cgroups: str) -> list[float]:
 
 
 def _left(folder: Path, limit: str, current: str) -> list[float]:
+    """Bytes that one control group's limit leaves; nothing where it has none."""
     try:
         bound, used = (folder / limit).read_text().strip(), int((folder / current).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

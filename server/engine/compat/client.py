@@ -35,7 +35,7 @@ class MixingLLM(AsyncLLM):
         lora_request: LoRARequest | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncLLM's, which it is for plain requests. Raises Refused for a gang that can never fit."""
+        """The outputs of a request, of a gang if there is a trace. Raises Refused for a gang that can never fit."""
         trace = CURRENT.get()
         if trace is None:
             return super().generate(prompt, sampling_params, request_id, lora_request=lora_request, **kwargs)
@@ -99,7 +99,7 @@ class MixingLLM(AsyncLLM):
         params.max_tokens = min(wanted, room)
 
     def _take_notes(self, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Move each gang's notes from the engine's outputs to its texts, then process the outputs as ever."""
+        """What vLLM makes of the engine's outputs, after each gang's notes have been moved from them to its texts."""
         for output in engine_core_outputs:
             note = (output.kv_transfer_params or {}).get(NOTE)
             state = self.output_processor.request_states.get(output.request_id)

@@ -84,6 +84,7 @@ class Mixer:
         return logits
 
     def _member(self, runner: Any, request_id: str) -> tuple[str, int] | None:
+        """(leader, number of the particle) of a request; None for one that is in no gang. A leader is noted."""
         if request_id not in self._members:
             params = runner.requests[request_id].sampling_params
             extra = (params and params.extra_args) or {}
@@ -97,6 +98,7 @@ class Mixer:
         return self._members[request_id]
 
     def _is_complete(self, runner: Any, leader: str, rows: dict[int, int]) -> bool:
+        """Whether all K rows are in this step, at the same position, and none is to be discarded."""
         batch, gang = runner.input_batch, self.gangs.get(leader)
         if gang is None or len(rows) != len(gang.log_weights):
             return False

@@ -33,6 +33,8 @@ def with_plain_rows(
 
 
 def _fixed(original: Any) -> Any:
+    """`Sampler.forward` with the plain rows' own ids beside those that were asked for."""
+
     @functools.wraps(original)
     def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         specific, plain = sampling_metadata.logprob_token_ids, sampling_metadata.max_num_logprobs

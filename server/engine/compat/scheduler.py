@@ -86,7 +86,7 @@ class GangScheduler(Scheduler):
         return sibling
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
-        """Siblings go with their leader (see `_free_request`) and are nobody else's business."""
+        """The requests that were ended; siblings end with their leader (see `_free_request`) and only so."""
         if isinstance(request_ids, str):
             request_ids = [request_ids]
         ids = list(self.requests) if request_ids is None else list(request_ids)

@@ -22,7 +22,8 @@ from posterior.storage.artefact import Posterior
 from server.errors import Refused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
-from tests.server import folders, workers
+from tests.server import folders
+from tests.server.workers import weightless
 
 CANDIDATES = ((3,), (5,), (7,))
 PROMPTS = [[1, 2, 9], [4, 4, 8, 6], [11, 12]]
@@ -55,7 +56,11 @@ def linearizer(tiny: tuple[Base, Posterior], metrics: Metrics) -> Iterator[Linea
 @pytest.fixture
 def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Linearizer]:
     """With a worker that computes nothing."""
-    for name, function in (("_load", workers.load), ("_moments", workers.moments), ("memory.free", workers.free)):
+    for name, function in (
+        ("_load", weightless.load),
+        ("_moments", weightless.moments),
+        ("memory.free", weightless.free),
+    ):
         monkeypatch.setattr(f"server.workers.linearized.{name}", function)
     (tmp_path / "mood").mkdir()
     (tmp_path / "mood" / "posterior.json").touch()
@@ -169,7 +174,7 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
     def ask(prompt: list[int]) -> Any:
         return light.moments("mood", [prompt], CANDIDATES)
 
-    guilty, innocent = [1, workers.KILLER], [4, 4, 8]
+    guilty, innocent = [1, weightless.KILLER], [4, 4, 8]
     both = await asyncio.gather(ask(guilty), ask(innocent), return_exceptions=True)
     assert [type(error) for error in both] == [Unavailable, Unavailable]
     await ready(light)
@@ -187,7 +192,7 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
 @pytest.mark.asyncio
 async def test_a_prompt_that_memory_cannot_hold_is_refused_with_the_arithmetic(light: Linearizer) -> None:
     await light.start()
-    assert light._room == SHARE * workers.free("cpu")
+    assert light._room == SHARE * weightless.free("cpu")
     light._footprints = {"mood": Footprint(token=1e7, square=0, jacobian=0, words=0, branch=0)}
     light._room = 50 * MARGIN * 1e7
     assert len(await light.moments("mood", [[1] * 50], CANDIDATES)) == 1
