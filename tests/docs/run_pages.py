@@ -70,6 +70,8 @@ class Reader:
             cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=LIMIT,
         )  # fmt: skip
         assert done.returncode == 0, f"{block.place}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        with (self.origin.parent / "said").open("a") as said:  # for whoever looks at the run
+            said.write(f"{block.place}\n{done.stdout}\n")
         self.folder = Path(where.read_text().strip())
         return done.stdout
 
