@@ -127,3 +127,9 @@ def test_the_examples_do_not_overlap() -> None:
     names = ("reviews.csv", "held-out.csv")
     fitted, held = ({row["text"] for row in read_rows(ROOT / "examples" / name)} for name in names)
     assert not fitted & held
+
+
+def test_the_readme_claims_no_number_of_its_own() -> None:
+    measured = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    for number in re.findall(r"\d\.\d{3} ± \d\.\d{3}", README.read_text()):
+        assert number in measured, number
