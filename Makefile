@@ -6,14 +6,16 @@
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make clean   remove the environment
+# make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test check bench grid soak fuzz fit fit-check crash setup clean
+.PHONY: serve test docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
+SETUP ?= tools/setup
 
 setup:
-	@tools/setup
+	@$(SETUP)
 
 serve: setup
 	@$(BIN)/posterior serve $(SERVE)
@@ -25,6 +27,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs:
+	@DOCS=1 $(SETUP)
+	$(BIN)/mkdocs build --strict
+
+test-docs: setup
+	$(BIN)/python -m pytest --exitfirst tests/docs/run_pages.py
 
 SENTIMENT := benchmarks/data/yelp.train.jsonl --template '{text}\nSentiment:' --answers ' negative' ' positive' \
     --epochs 3 --curvature-rank 16

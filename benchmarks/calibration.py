@@ -264,13 +264,13 @@ def figures(data: Data, found: Mapping[tuple[str, int, str], Result]) -> str:
 
 
 def verdicts(summaries: Summaries, rows: Rows, gaps: Rows) -> str:
-    """What was wanted of the defaults, averaged over all sets, and over those on which every method was run."""
+    """The targets of the defaults, averaged over all sets, and over those on which every method was run."""
     lines = [
-        "## What was wanted",
+        "## Targets",
         "",
         "Averaged over the sets, and in each over the seeds, in which all methods of a comparison were run. The "
         "calibration rows are those that temperatures and Platt's are fitted to. Nothing else sees them, so for all "
-        "else they are test rows too (those of questions come from the file of the training rows). Wishes are judged "
+        "else they are test rows too (those of questions come from the file of the training rows). Targets are judged "
         "on the test rows; the mean |gap| is given over both as well, as the noise of few rows adds to absolute "
         "values. In brackets: central 95 % over resampled rows, of these fits and temperatures.",
     ]
@@ -281,8 +281,8 @@ def verdicts(summaries: Summaries, rows: Rows, gaps: Rows) -> str:
                 found, drawn, excess = (
                     _paired({name: part[name] for name in each}, *titles) for part in (summaries, rows, gaps)
                 )
-                wishes = _wishes(found, drawn, excess) if found else "not run"
-                lines.append(f"- {title}, against {reference}: {wishes}")
+                targets = _targets(found, drawn, excess) if found else "not run"
+                lines.append(f"- {title}, against {reference}: {targets}")
     lines.append(_difference(summaries, f"svgd, {PARTICLES} particles", f"svgd-no-repulsion, {PARTICLES} particles"))
     lines += [
         _difference(summaries, f"{family}, linearised", DEFAULTS[0]) for family in LINEARISED if family != "laplace"
@@ -290,7 +290,7 @@ def verdicts(summaries: Summaries, rows: Rows, gaps: Rows) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _wishes(
+def _targets(
     found: Mapping[str, Sequence[Sequence[Values]]],
     rows: Mapping[str, Sequence[Sequence[Tensor]]],
     gaps: Mapping[str, Sequence[Sequence[Tensor]]],
@@ -304,7 +304,7 @@ def _wishes(
     tempered = _average(scaled, "ece") / _average(plain, "ece")
     gap = _size(ours, "gap")
     around = _intervals(rows, gaps)
-    wishes: list[tuple[str, bool]] = [
+    targets: list[tuple[str, bool]] = [
         (
             f"ECE / its {ece:.2f} (<= 0.33; {least:.2f} if exactly calibrated, temperature scaling {tempered:.2f})",
             ece <= 1 / 3,
@@ -321,7 +321,7 @@ def _wishes(
     runs = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
     return (
         f"{runs}; "
-        + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in wishes)
+        + "; ".join(f"{text} {'met' if met else 'MISSED'}" for text, met in targets)
         + f"; on the calibration rows: ECE / its {there:.2f}"
     )
 
@@ -329,7 +329,7 @@ def _wishes(
 def _intervals(
     rows: Mapping[str, Sequence[Sequence[Tensor]]], gaps: Mapping[str, Sequence[Sequence[Tensor]]], draws: int = 1000
 ) -> dict[str, str]:
-    """The central 95 % of three wishes' numbers over resampled rows, the same of a set for all its fits."""
+    """The central 95 % of three targets' numbers over resampled rows, the same of a set for all its fits."""
     generator = torch.Generator().manual_seed(0)
 
     def resampled(each: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WANTED = 1.5
+TARGET = 1.5
 PROMPT = "The history of the city of Vienna begins with"
 
 
@@ -225,8 +225,8 @@ def report(
         lines.append(f"| {name} | {spread(values, 0)} | {spread(slower[name], 2)} | {first} | {starts[name]:.0f} s |")
     for name in ("our LoRA, eager", "our LoRA, compiled"):
         ratio = statistics.median(slower[name])
-        verdict = "met" if ratio <= WANTED else "MISSED"
-        lines.append(f"\n{name}: wanted <= {WANTED}x of compiled without LoRA: {verdict} ({ratio:.2f})")
+        verdict = "met" if ratio <= TARGET else "MISSED"
+        lines.append(f"\n{name}: target <= {TARGET}x of compiled without LoRA: {verdict} ({ratio:.2f})")
     return "\n".join(lines)
 
 

@@ -151,16 +151,16 @@ async def timed(tokens: int, work: Sequence[Awaitable[Any]]) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def report(title: str, rates: dict[str, list[float]], wanted: dict[int, float]) -> str:
-    """A Markdown table; ratios are the first way's rate to each other's, with what was wanted of it."""
+def report(title: str, rates: dict[str, list[float]], targets: dict[int, float]) -> str:
+    """A Markdown table; ratios are the first way's rate to each other's, with the target of each."""
     own = next(iter(rates.values()))
-    lines = ["", f"| {title} | user tokens/s | first / this | wanted |", "|---|---|---|---|"]
+    lines = ["", f"| {title} | user tokens/s | first / this | target |", "|---|---|---|---|"]
     for number, (name, values) in enumerate(rates.items()):
         ratios = [a / b for a, b in zip(own, values, strict=True)]
         verdict = ""
-        if number in wanted:
-            met = sum(ratios) / len(ratios) >= wanted[number]
-            verdict = f"≥ {wanted[number]}: {'met' if met else 'MISSED'}"
+        if number in targets:
+            met = sum(ratios) / len(ratios) >= targets[number]
+            verdict = f"≥ {targets[number]}: {'met' if met else 'MISSED'}"
         lines.append(f"| {name} | {interval(values)} | {interval(ratios)} | {verdict} |")
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from server.engine.gang import Trace
 from server.services.texts import predictive_of
 from tests.server.mixture import Reference, mixture
 
-WANTED = 1e-4
+TARGET = 1e-4
 OPENINGS = ("Tell me something about {}.", "Once upon a time, in a town known for {},")
 
 
@@ -88,11 +88,11 @@ def report(
     mixing: Mixing, found: Sequence[tuple[int, float, float, float]], adapters: Sequence[Adapter], tokens: int
 ) -> int:
     other, probabilities, weights, effective = zip(*found, strict=True)
-    failed = sum(other) > 0 or max(*probabilities, *weights) > WANTED
+    failed = sum(other) > 0 or max(*probabilities, *weights) > TARGET
     print(
         f"{mixing}: {len(found)} prompts x {tokens} greedy tokens, K = {len(adapters)}, float32: {sum(other)} tokens "
         f"differ; largest difference of a probability {max(probabilities):.1e}, of a weight {max(weights):.1e} "
-        f"(wanted <= {WANTED:.0e}: {'MISSED' if failed else 'met'}); effective particles down to {min(effective):.2f}",
+        f"(target <= {TARGET:.0e}: {'MISSED' if failed else 'met'}); effective particles down to {min(effective):.2f}",
         flush=True,
     )
     return int(failed)

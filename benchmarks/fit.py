@@ -158,16 +158,16 @@ def curvature(bench: Bench, args: argparse.Namespace) -> None:
     answers = len(bench.examples[0].continuations)
     times = measure(bench, ("epoch", "factors", "low_rank_factors", "forwards", "linearised"), args.repetitions)
     peaks = {name: peak_memory(name, args) for name in ("epoch", "factors", "low_rank_factors")}
-    print("| job | seconds (median) | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
+    print("| job | seconds (median) | ratio of times | ratio of peak memory | target |\n|---|---|---|---|---|")
     rows = [
         ("Kronecker factors / epoch", "factors", "epoch", "<= 1.5"),
         ("Kronecker factors, rank 32, and sketch / epoch", "low_rank_factors", "epoch", "<= 1.5"),
         (f"linearised predictive / {answers + 1} forwards", "linearised", "forwards", "<= 1.3"),
     ]
-    for label, job, reference, wanted in rows:
+    for label, job, reference, target in rows:
         memory = f"{peaks[job] / peaks[reference]:.2f}" if job in peaks else ""
         seconds = f"{statistics.median(times[job]):.2f}"
-        print(f"| {label} | {seconds} | {ratio(times[job], times[reference])} | {memory} | {wanted} |")
+        print(f"| {label} | {seconds} | {ratio(times[job], times[reference])} | {memory} | {target} |")
     print("\n| Kronecker factors | relative Frobenius distance to the exact blocks: A | B |\n|---|---|---|")
     for label, options in (("expand", {}), ("reduce", {"sharing": "reduce"}), ("expand, rank 32", {"rank": 32})):
         near = closeness(bench, options)
@@ -219,7 +219,7 @@ def together(bench: Bench, args: argparse.Namespace) -> None:
     times = measure(bench, ("particles_together", "particles_apart"), args.repetitions)
     peaks = {name: peak_memory(name, args) for name in ("epoch", "particles_together")}
     took = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"\n| K = {PARTICLES} | seconds | ratio of times | ratio of peak memory | wanted |\n|---|---|---|---|---|")
+    print(f"\n| K = {PARTICLES} | seconds | ratio of times | ratio of peak memory | target |\n|---|---|---|---|---|")
     print(
         f"| an epoch of SVGD / {PARTICLES} epochs of MAP | {took['particles_together']:.1f} / "
         f"{took['particles_apart']:.1f} | {ratio(times['particles_together'], times['particles_apart'])} | "

@@ -129,17 +129,17 @@ def adapted(base: Base, posterior: artefact.Posterior) -> Any:
 
 
 def verdict(ours: dict[str, Estimate], plain: dict[str, Estimate], best_nll: float) -> None:
-    """The issue's three wishes for the default, with what was measured."""
+    """The issue's three targets for the default, with what was measured."""
     ratio = ours["nll"].value / best_nll
-    wishes = {
-        f"NLL / best temperature's NLL = {ratio:.3f} (wanted <= 1.05)": ratio <= 1.05,
-        f"|signed gap| = {abs(ours['gap'].value):.3f} (wanted <= 0.03)": abs(ours["gap"].value) <= 0.03,
-        f"accuracy - MAP's = {ours['accuracy'].value - plain['accuracy'].value:+.3f} (wanted >= 0)": ours[
+    targets = {
+        f"NLL / best temperature's NLL = {ratio:.3f} (target <= 1.05)": ratio <= 1.05,
+        f"|signed gap| = {abs(ours['gap'].value):.3f} (target <= 0.03)": abs(ours["gap"].value) <= 0.03,
+        f"accuracy - MAP's = {ours['accuracy'].value - plain['accuracy'].value:+.3f} (target >= 0)": ours[
             "accuracy"
         ].value
         >= plain["accuracy"].value,
     }
-    print("\n" + "\n".join(f"- {'met' if met else 'MISSED'}: {wish}" for wish, met in wishes.items()))
+    print("\n" + "\n".join(f"- {'met' if met else 'MISSED'}: {target}" for target, met in targets.items()))
 
 
 def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], labels: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The intervals of benchmarks.calibration's wishes, against the metrics on resampled rows."""
+"""The intervals of benchmarks.calibration's targets, against the metrics on resampled rows."""
 
 from __future__ import annotations
 
