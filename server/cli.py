@@ -16,6 +16,7 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+from posterior.cli.options import EMPTY
 from posterior.data import tokens
 from posterior.errors import PosteriorError, shortened
 
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def _given(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
+        raise argparse.ArgumentTypeError(EMPTY)
     return text
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from posterior.errors import PosteriorError
 from posterior.settings import Form, SettingError, forms
 
+EMPTY = "it is empty; give a value, or leave it out"
+
 
 def add(parser: argparse.ArgumentParser, classes: Mapping[str, type]) -> None:
     """An option for every field of the settings classes. What is not given is not in the result."""
@@ -98,7 +100,7 @@ def _described(form: Form, about: Field[Any]) -> dict[str, Any]:
         return {"choices": form.words, "help": help}
     if tuple in form.kinds:
         return {"nargs": "+", "help": help}
-    return {"type": Path if Path in form.kinds else str, "help": help}
+    return {"help": help, **({"type": Path} if Path in form.kinds else {})}
 
 
 def _metavar(number: type, words: Sequence[str]) -> str:
@@ -111,6 +113,8 @@ def _number(number: type, words: Sequence[str]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text in words:
             return text
+        if not text:
+            raise argparse.ArgumentTypeError(EMPTY)
         try:
             return number(text)
         except ValueError:

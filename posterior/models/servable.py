@@ -1,7 +1,7 @@
 """Which PEFT adapters can be served: vLLM loads them, and computes what PEFT computes.
 
 vLLM reads an adapter when the server starts. What it would refuse then, or would ignore without a word, is refused
-when a posterior is made. tests/server/test_servable.py compares these rules with vLLM's own code.
+when a posterior is made. tests/server/engine/test_servable.py compares these rules with vLLM's own code.
 """
 
 from __future__ import annotations

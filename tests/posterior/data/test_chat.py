@@ -1,4 +1,4 @@
-"""Chats as the base's template writes them; tests/server/test_chat_as_vllm.py compares them with vLLM's."""
+"""Chats as the base's template writes them; tests/server/engine/test_chat_as_vllm.py compares them with vLLM's."""
 
 from __future__ import annotations
 
