@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells import FAMILIES, PARTICLES, POINTS, RESULTS, SLOW_EPOCHS, SLOW_RATE, Cell, Data, Result, read
+from posterior.calibration.conformal import sets
 from posterior.calibration.metrics import COVERAGE, METRICS, calibrated_ece, nll, ood_auroc
-from posterior.calibration.records import CALIBRATORS, Method, sets
+from posterior.calibration.scalers import CALIBRATORS, Method
 from posterior.evaluation import plots
 from posterior.evaluation.predictions import Predictions
 from posterior.models.base import resolve

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from posterior.calibration.records import MIN_ROWS, Record
+from posterior.calibration.conformal import MIN_ROWS
+from posterior.calibration.records import Record
 from posterior.cli import arguments, options
 from posterior.data.reading import FORMATS
 from posterior.evaluation.calibrate import Calibration, calibrate

@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from posterior.calibration import records
+from posterior.calibration.conformal import MIN_ROWS, Conformal, Score, prediction_set
 from posterior.calibration.metrics import Estimate, check, estimate
-from posterior.calibration.records import (
-    CALIBRATORS,
-    FLOOR,
-    MIN_ROWS,
-    Conformal,
-    Key,
-    Method,
-    PredictiveName,
-    Record,
-    Score,
-)
+from posterior.calibration.records import Key, PredictiveName, Record
+from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
 from posterior.data.examples import ROWS, Example, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
 from posterior.errors import PosteriorError
@@ -196,7 +188,7 @@ def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: f
         calibrator = CALIBRATORS[method].fit(p[others], y[others])
         conformal = Conformal.fit(score, p[others], y[others])
         after[fold] = calibrator.apply(p[fold])
-        sets[fold] = records.prediction_set(calibrator, conformal, p[fold], coverage)
+        sets[fold] = prediction_set(calibrator, conformal, p[fold], coverage)
     return after, sets
 
 

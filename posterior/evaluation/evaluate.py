@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posterior.calibration.conformal import sets
 from posterior.calibration.metrics import estimate, ood_auroc
-from posterior.calibration.records import Temperature, sets
+from posterior.calibration.scalers import Temperature
 from posterior.data.examples import ROWS, Example, data_hash, encode
 from posterior.data.reading import Rows, read, source
 from posterior.data.task import Task

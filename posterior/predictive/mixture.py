@@ -42,7 +42,7 @@ class Predictive:
 
 def entropy(p: Tensor) -> Tensor:
     """-sum p log p over the last dimension, in nats; 0 log 0 = 0."""
-    result: Tensor = -torch.special.xlogy(p, p).sum(-1)
+    result: Tensor = torch.special.entr(p).sum(-1)
     return result
 
 

@@ -14,18 +14,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from posterior.calibration import metrics, records
-from posterior.calibration.records import (
-    CALIBRATORS,
-    MIN_ROWS,
-    Conformal,
-    Isotonic,
-    Key,
-    Platt,
-    Record,
-    Temperature,
-    Vector,
-)
+from posterior.calibration import conformal, metrics, records, scalers
+from posterior.calibration.conformal import MIN_ROWS, Conformal
+from posterior.calibration.records import Key, Record
+from posterior.calibration.scalers import CALIBRATORS, Isotonic, Platt, Temperature, Vector
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.evaluation.calibrate import cross_fit, measure
@@ -149,7 +141,7 @@ def test_methods_of_the_top_answer_stay_finite_when_every_answer_is_right() -> N
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
-def test_every_method_gives_distributions_on_any_shape_and_certainty(method: records.Method) -> None:
+def test_every_method_gives_distributions_on_any_shape_and_certainty(method: scalers.Method) -> None:
     calibrator = CALIBRATORS[method].fit(*draw(100))
     hard = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1 / 3] * 3], dtype=torch.float64)
     for p in (hard, hard[0], hard[None, None], draw(20, seed=1)[0]):
@@ -159,7 +151,7 @@ def test_every_method_gives_distributions_on_any_shape_and_certainty(method: rec
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
-def test_calibration_helps_on_rows_it_did_not_see(method: records.Method) -> None:
+def test_calibration_helps_on_rows_it_did_not_see(method: scalers.Method) -> None:
     calibrator = CALIBRATORS[method].fit(*draw(1000))
     p, y = draw(4000, seed=1)
     q = calibrator.apply(p)
@@ -168,7 +160,7 @@ def test_calibration_helps_on_rows_it_did_not_see(method: records.Method) -> Non
 
 @pytest.mark.parametrize("score", ["lac", "aps"])
 @pytest.mark.parametrize(("n", "coverage"), [(59, 0.9), (100, 0.8), (200, 0.95)])
-def test_coverage_over_calibration_sets(score: records.Score, n: int, coverage: float) -> None:
+def test_coverage_over_calibration_sets(score: conformal.Score, n: int, coverage: float) -> None:
     """Over seeds, the true answer is covered with probability k / (n + 1), k = ceil((n + 1) coverage), or above by
     ties, within five standard errors (the coverage of one calibration set is Beta(k, n + 1 - k))."""
     seeds, fresh = 400, 200
@@ -212,7 +204,7 @@ def test_lac_is_mapie() -> None:
 
 
 @pytest.mark.parametrize("score", ["lac", "aps"])
-def test_sets_grow_with_coverage_and_end_with_every_answer(score: records.Score) -> None:
+def test_sets_grow_with_coverage_and_end_with_every_answer(score: conformal.Score) -> None:
     record = make(score=score)
     p, _ = draw(200, seed=1)
     last = torch.zeros_like(p, dtype=torch.bool)
@@ -240,13 +232,13 @@ def test_the_quantile_is_the_finite_sample_one() -> None:
 
 
 def test_a_long_calibration_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_NUMBERS", 512)
+    monkeypatch.setattr(scalers, "MAX_NUMBERS", 512)
     p, y = draw(6000)
     conformal = Conformal.fit("lac", p, y)
-    assert len(conformal.scores) == records.MAX_NUMBERS
+    assert len(conformal.scores) == scalers.MAX_NUMBERS
     assert conformal.threshold(0.9) == pytest.approx(float((1 - p.gather(1, y[:, None])).quantile(0.9)), abs=0.03)
     record = make(600, method="isotonic")
-    assert (record.n, len(record.conformal.scores)) == (600, records.MAX_NUMBERS)
+    assert (record.n, len(record.conformal.scores)) == (600, scalers.MAX_NUMBERS)
 
 
 def test_what_is_reported_is_cross_fitted() -> None:
@@ -282,7 +274,7 @@ def load(folder: Path, **changes: Any) -> dict[Key, Record]:
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
-def test_round_trip_is_exact(tmp_path: Path, method: records.Method) -> None:
+def test_round_trip_is_exact(tmp_path: Path, method: scalers.Method) -> None:
     record = make(method=method, score="aps")
     path = save(tmp_path / "f", record)
     assert path.name == "mixture-8-float32.json" and load(tmp_path / "f") == {KEY: record}

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from posterior.calibration import metrics
-from posterior.calibration.records import sets
+from posterior.calibration.conformal import sets
 from posterior.errors import PosteriorError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from posterior.calibration import records
+from posterior.calibration import conformal, scalers
 from posterior.calibration.metrics import METRICS
 from posterior.cli import calibrate, fit, inspect
 from posterior.data.examples import data_hash, encode
@@ -97,8 +97,8 @@ def test_it_calibrates_the_predictive_the_server_gives(
         "map": lambda: map_scores(model, examples).softmax(1),
     }[record.key.predictive]()
     y = torch.tensor([one["label"] for one in rows])
-    assert record.calibrator == records.Platt.fit(p, y)
-    assert record.conformal == records.Conformal.fit("lac", p, y)
+    assert record.calibrator == scalers.Platt.fit(p, y)
+    assert record.conformal == conformal.Conformal.fit("lac", p, y)
     assert set(record.before) == set(record.after) == set(METRICS)
 
 
@@ -245,8 +245,8 @@ def test_rows_with_answers_of_their_own(
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     p = probabilities(model, posterior, record.key.predictive, particles, examples)
     y = torch.tensor([one["label"] for one in rows])
-    assert p.shape == (ROWS, 3) and record.calibrator == records.Platt.fit(p, y)
-    assert record.conformal == records.Conformal.fit("lac", p, y)
+    assert p.shape == (ROWS, 3) and record.calibrator == scalers.Platt.fit(p, y)
+    assert record.conformal == conformal.Conformal.fit("lac", p, y)
     _, other = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
     assert other.name == "linearized-1024-2-float32.json" and len(artefact.load(folder).calibration) == 2
 

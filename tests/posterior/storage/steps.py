@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from posterior.calibration import records
+from posterior.calibration.conformal import Conformal
 from posterior.calibration.metrics import Estimate
-from posterior.calibration.records import Conformal, Key, Record, Temperature
+from posterior.calibration.records import Key, Record
+from posterior.calibration.scalers import Temperature
 from posterior.errors import PosteriorError
 from posterior.files import atomic
 from posterior.laplace import blockwise

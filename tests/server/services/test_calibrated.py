@@ -11,8 +11,10 @@ import torch
 from fastapi.testclient import TestClient
 from posterior_client._uncertainty import predictive_response
 
+from posterior.calibration.conformal import Conformal
 from posterior.calibration.metrics import Estimate
-from posterior.calibration.records import Calibrator, Conformal, Key, Platt, Record, Temperature, Vector, template_hash
+from posterior.calibration.records import Key, Record, template_hash
+from posterior.calibration.scalers import Calibrator, Platt, Temperature, Vector
 from posterior.data.task import Task
 from server.services.predictive import Service
 from tests.server import fakes
