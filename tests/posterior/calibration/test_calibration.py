@@ -100,7 +100,7 @@ def test_a_confidence_leaves_the_answer_and_the_order(seed: int) -> None:
     """Of three answers or more. What is taken from the top answer is a temperature's, found here by scipy."""
     p, _ = draw(40, seed=seed, c=4)
     top, wanted = p.max(1).values, torch.linspace(0.26, 0.99, 40, dtype=torch.float64)
-    q = records._with_confidence(p, wanted)
+    q = scalers._with_confidence(p, wanted)
     assert torch.allclose(q.max(1).values, wanted, atol=1e-9) and torch.allclose(q.sum(1), torch.ones(40).double())
     assert torch.equal(q.argsort(1), p.argsort(1))
     for old, new, confidence, before in zip(p, q, wanted.tolist(), top.tolist(), strict=True):
@@ -115,9 +115,9 @@ def test_a_confidence_leaves_the_answer_and_the_order(seed: int) -> None:
 
 def test_a_confidence_below_chance() -> None:
     four = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    q = records._with_confidence(four, torch.tensor(0.1).double())
+    q = scalers._with_confidence(four, torch.tensor(0.1).double())
     assert 0.25 < float(q.max()) < 0.25001 and torch.equal(q.argsort(), four.argsort()), "the answer stays"
-    two = records._with_confidence(torch.tensor([0.7, 0.3]).double(), torch.tensor(0.4).double())
+    two = scalers._with_confidence(torch.tensor([0.7, 0.3]).double(), torch.tensor(0.4).double())
     assert two.tolist() == pytest.approx([0.4, 0.6]), "of two, the other one must be likelier"
 
 
