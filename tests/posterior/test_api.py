@@ -54,7 +54,7 @@ def test_predictions_are_those_of_the_evaluation(fitted: posterior.Posterior) ->
     report = fitted.evaluate(HELD[:5], settings=posterior.Evaluation(particles=3, device="cpu"))
     for predictive, name in (("linearized", "linearized"), ("mixture", "3 particles"), ("map", "MAP")):
         particles = 3 if predictive == "mixture" else None
-        answers = fitted.predict(inputs, predictive=predictive, particles=particles)  # type: ignore[arg-type]
+        answers = fitted.predict(inputs, predictive=predictive, particles=particles)
         expected, _ = report.curves[name]
         torch.testing.assert_close(torch.stack([each.probability for each in answers]), expected, rtol=0, atol=1e-6)
         assert all(each.answers == ("n", "p") and not each.calibrated for each in answers)
