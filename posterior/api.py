@@ -171,7 +171,11 @@ class Posterior:
             raise PosteriorError(
                 f"{self.name!r} is a text posterior; predict answers choices, `posterior serve` writes"
             )
+        if isinstance(inputs, str | Mapping):
+            raise PosteriorError("predict takes a list of inputs; put the one input into a list")
         which, k = calibration.choose(self._stored, predictive, particles)
+        if not inputs:
+            return []
         rows = [{self.task.fields[0]: one} if isinstance(one, str) else dict(one) for one in inputs]
         longest = context(self._base)
         labelled = [{**row, "label": 0} for row in rows]

@@ -93,6 +93,13 @@ def test_particles_without_a_place(tiny_base: Path) -> None:
         found.predict(["row 1"], predictive="linearized")
 
 
+@pytest.mark.parametrize("one", ["row 1", {"text": "row 1"}])
+def test_one_input_is_no_list_of_its_parts(fitted: posterior.Posterior, one: Any) -> None:
+    assert fitted.predict([]) == []
+    with pytest.raises(posterior.PosteriorError, match="put the one input into a list"):
+        fitted.predict(one)
+
+
 def test_text_is_served_not_predicted(run_fit: Any, tmp_path: Path) -> None:
     rows = [{"text": "a", "response": "b"}, {"text": "c", "response": "d"}]
     text = run_fit(tmp_path / "text", rows, task="text", template="{text}", prior_precision=2)
