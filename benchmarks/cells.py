@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks import smoothing
 from posterior.cli import fit
-from posterior.data.examples import Example, data_hash, encode
+from posterior.data.examples import Examples, data_hash, encode
 from posterior.data.reading import Row, read_rows
-from posterior.data.task import Task
+from posterior.data.scoring import Scoring
 from posterior.evaluation.predictions import Predictions, linearized, map_scores, point, sampled
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer
@@ -166,7 +166,7 @@ class Cell:
         parts = {name: data_hash(rows) for name, rows in self.data.parts().items()}
         inputs = [VERSION, base.hash, self.data.template, self.data.answers, data_hash(self.data.train), parts]
         inputs += [self.seed, self.epochs, FAMILIES[self.family], PARTICLES, self.dtype]
-        inputs += [] if self.data.answers else [Task.scores, self.training]  # of several tokens
+        inputs += [] if self.data.answers else [Scoring().tokens, self.training]  # of several tokens
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def known(self, base: Base) -> Result | None:
@@ -213,10 +213,8 @@ class Cell:
         assert found is not None
         return found
 
-    def _predictives(
-        self, model: Any, posterior: artefact.Posterior
-    ) -> dict[str, Callable[[list[Example]], Predictions]]:
-        found: dict[str, Callable[[list[Example]], Predictions]] = {
+    def _predictives(self, model: Any, posterior: artefact.Posterior) -> dict[str, Callable[[Examples], Predictions]]:
+        found: dict[str, Callable[[Examples], Predictions]] = {
             "MAP": lambda rows: point(map_scores(model, rows)),
         }
         if posterior.family == "laplace":
@@ -263,7 +261,7 @@ class Cell:
             (Path(scratch) / "cell").rename(self.path)
 
 
-def _epoch(model: Any, examples: list[Example]) -> float:
+def _epoch(model: Any, examples: Examples) -> float:
     """Seconds of one epoch of MAP training: the unit of cost. Learning at 1e-12, it leaves the adapter as it is."""
     trainer = Trainer(model, examples, dict.fromkeys(lora.matrices(model), 1.0), Training(1e-12, epochs=1))
     start = time.process_time()

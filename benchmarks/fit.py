@@ -34,7 +34,7 @@ from benchmarks.rivals import WAYS, dense, gradients
 from posterior.curvature import kfac
 from posterior.curvature.sketch import Sketch
 from posterior.data import candidates
-from posterior.data.examples import Batch, Example, batches, encode
+from posterior.data.examples import Batch, Examples, batches, encode
 from posterior.data.reading import read_rows
 from posterior.laplace.linearized import moments
 from posterior.likelihood.scores import scores
@@ -61,14 +61,13 @@ class Bench:
         base = resolve(args.base)
         self.tokenizer: Any = load_tokenizer(base)
         rows = encode(posterior.task, self.tokenizer, read_rows(args.data)[: args.rows + args.asked])
-        self.examples: list[Example] = rows[: args.rows]
-        self.asked: list[Example] = rows[args.rows :]
+        self.examples, self.asked = rows[: args.rows], rows[args.rows :]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = lora.load_peft(load_model(base, getattr(torch, args.dtype), self.device), posterior.map_dir)
         self.model.eval().requires_grad_(False)
         self.posterior, self.size = posterior, args.batch_size
 
-    def batches(self, examples: Sequence[Example] | None = None) -> list[Batch]:
+    def batches(self, examples: Examples | None = None) -> list[Batch]:
         return [batch.to(self.device) for _, batch in batches(examples or self.examples, self.size)]
 
     def epoch(self) -> None:
@@ -122,7 +121,7 @@ class Bench:
     def questions(self) -> Bench:
         """The same rows with four answers of several tokens."""
         bench, answers = copy.copy(self), candidates.encode(self.tokenizer, ANSWERS)
-        bench.examples = [replace(row, continuations=answers, mean=True) for row in self.examples]
+        bench.examples = Examples([replace(row, continuations=answers) for row in self.examples])
         return bench
 
     def epoch_apart(self) -> None:

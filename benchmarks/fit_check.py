@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posterior.calibration.metrics import nll
-from posterior.data.examples import Example, encode
+from posterior.data.examples import Examples, encode
 from posterior.data.reading import read_rows
 from posterior.evaluation.predictions import linearized, map_scores
 from posterior.models import lora
@@ -75,7 +75,7 @@ def main() -> None:
     sys.exit(not all(each.holds for each in found))
 
 
-def probabilities(base: Base, posterior: artefact.Posterior, examples: list[Example]) -> dict[str, Tensor]:
+def probabilities(base: Base, posterior: artefact.Posterior, examples: Examples) -> dict[str, Tensor]:
     """[N, C] of each predictive."""
     posterior.check_base(base.hash)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval().requires_grad_(False)

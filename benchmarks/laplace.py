@@ -23,7 +23,7 @@ import torch
 
 from posterior.calibration.metrics import Estimate, best_temperature, estimate, nll
 from posterior.cli import fit
-from posterior.data.examples import Example, encode
+from posterior.data.examples import Examples, encode
 from posterior.data.reading import Row, read_rows
 from posterior.evaluation.predictions import linearized, map_scores, sampled
 from posterior.evaluation.report import markdown
@@ -142,7 +142,7 @@ def verdict(ours: dict[str, Estimate], plain: dict[str, Estimate], best_nll: flo
     print("\n" + "\n".join(f"- {'met' if met else 'MISSED'}: {target}" for target, met in targets.items()))
 
 
-def prior_study(base: Base, posterior: artefact.Posterior, test: list[Example], labels: torch.Tensor) -> None:
+def prior_study(base: Base, posterior: artefact.Posterior, test: Examples, labels: torch.Tensor) -> None:
     """The evidence's choice and its predictive for other prior means and groupings, post hoc, at the plain MAP."""
     seed = posterior.fit["training"]["seed"]
     fresh = lora.attach(load_model(base, torch.float32, "cpu"), rank=posterior.lora["r"], seed=seed)

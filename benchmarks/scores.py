@@ -19,6 +19,7 @@ import torch
 from benchmarks.cells import read
 from posterior.calibration.metrics import estimate
 from posterior.data.examples import encode
+from posterior.data.scoring import Scoring
 from posterior.data.task import Task
 from posterior.evaluation.predictions import map_scores
 from posterior.evaluation.report import markdown
@@ -41,7 +42,7 @@ def main() -> None:
     model = lora.attach(model, base_id=base.id, seed=args.seed)  # with B = 0 it changes nothing
     for name in args.sets:
         data = read(name, args.data, 128, args.test_rows)
-        examples = encode(Task("choice", data.template, data.answers, scores="sum"), tokenizer, data.test)
+        examples = encode(Task("choice", data.template, data.answers, scoring=Scoring("sum")), tokenizer, data.test)
         y = torch.tensor([example.label for example in examples])
         lengths = torch.tensor([[len(tokens) for tokens in example.continuations] for example in examples])
         sums = map_scores(model, examples)

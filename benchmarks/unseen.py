@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.cells import CALIBRATION, Cell, read
 from posterior.calibration.metrics import estimate
 from posterior.curvature.kfac import fisher_columns
-from posterior.data.examples import ROWS, TOKENS, Batch, Example, batches, encode
+from posterior.data.examples import ROWS, TOKENS, Batch, Examples, batches, encode
 from posterior.laplace.blockwise import LOG_BOUNDS
 from posterior.laplace.linearized import jacobians
 from posterior.likelihood.scores import draws
@@ -125,7 +125,7 @@ def best(evidence: Callable[[float], float]) -> float:
     return math.exp(float(found.x))
 
 
-def dense(model: Any, posterior: artefact.Posterior, examples: Sequence[Example]) -> tuple[Dense, Tensor]:
+def dense(model: Any, posterior: artefact.Posterior, examples: Examples) -> tuple[Dense, Tensor]:
     """Of the training rows, with C answers each; and J [N (C-1), D]."""
     matrices, theta = lora.matrices(model), lora.get(model)
     names = [name for name in matrices if name.endswith(".B")]  # which start at zero
@@ -186,7 +186,7 @@ def report(base: Base, posterior: artefact.Posterior, train: Any, other: Any, dt
 def covariances(
     model: Any,
     posterior: artefact.Posterior,
-    examples: Sequence[Example],
+    examples: Examples,
     data: Dense,
     stacked: Tensor,
     precision: float,

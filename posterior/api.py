@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posterior import fitting
 from posterior.calibration.records import Key, PredictiveName, Record, template_hash
-from posterior.data.examples import Example, encode
+from posterior.data.examples import Examples, encode
 from posterior.data.reading import Rows
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
@@ -227,7 +227,7 @@ class Posterior:
         model = load_model(self._base, torch.float32, self._device)
         return lora.load_peft(model, self._stored.map_dir).eval().requires_grad_(False)
 
-    def _predictives(self, which: PredictiveName, k: int, examples: Sequence[Example]) -> list[Predictive]:
+    def _predictives(self, which: PredictiveName, k: int, examples: Examples) -> list[Predictive]:
         if which == "linearized":
             return each_linearized(self._model, self._stored.law, examples)
         return (

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from posterior.data import base_check
-from posterior.data.examples import Example, data_hash, encode
+from posterior.data.examples import Example, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
 from posterior.data.task import Task
 from posterior.errors import PosteriorError, warn
@@ -82,6 +82,8 @@ def fit(
 
 def _check_together(task: Task, method: Method, heldout: bool) -> None:
     """What of the task, the method and the rows does not go together."""
+    if task.kind == "text" and getattr(method, "scale", None) not in (None, 1.0):
+        raise SettingError("{scale} is of the scores of answers; a text has none, leave it out")
     if not isinstance(method, Laplace):
         if heldout:
             raise SettingError("{heldout} belongs to the method laplace; leave it out")
@@ -90,8 +92,6 @@ def _check_together(task: Task, method: Method, heldout: bool) -> None:
         raise SettingError("{prior_precision} heldout and {heldout} go together; give both or neither")
     if task.kind == "text" and method.prior_precision == HELDOUT:
         raise SettingError("{prior_precision} heldout needs a choice task; use the evidence for text")
-    if task.kind == "text" and method.scale is not None:
-        raise SettingError("{scale} is of the scores of answers; a text has none, leave it out")
 
 
 def _fit(
@@ -123,8 +123,9 @@ def _fit(
             method = method.for_answers(
                 task.kind == "choice" and any(len(t) > 1 for e in examples for t in e.continuations)
             )
-        task = replace(task, scale=_scale(method, model, examples))
-        examples, heldout = ([replace(row, scale=task.scale) for row in part] for part in (examples, heldout))
+        if task.kind == "choice":
+            task = replace(task, scoring=replace(task.scoring, scale=_scale(method, model, examples)))
+            examples, heldout = (replace(part, scoring=task.scoring) for part in (examples, heldout))
         result = method.fit(Job(model, examples, heldout, checkpoint))
         record = {"data": {"rows": len(rows), "hash": data_hash(rows)}, "seconds": round(time.monotonic() - started, 1)}
         return artefact.save(
@@ -198,7 +199,7 @@ def shown(tokenizer: Any, task: Task, example: Example) -> list[str]:
     return [f"first prompt: {prompt}", f"its {name}, token by token: {listed}{more}"]
 
 
-def _scale(method: Method, model: PeftModel, examples: Sequence[Example]) -> float:
+def _scale(method: Method, model: PeftModel, examples: Examples) -> float:
     wanted = getattr(method, "scale", 1.0)
     return scale.fit(model, examples, method.batch_size) if wanted == EVIDENCE else float(wanted)
 

@@ -47,8 +47,8 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
         "task": posterior.task.kind,
         "template": repr(posterior.task.template) + (" as a chat message" if posterior.task.chat else ""),
         "answers": posterior.task.answers or ("each row's choices" if posterior.task.kind == "choice" else "any text"),
-        "scores": f"{posterior.task.scores} of an answer's log-probabilities, token by token, "
-        f"times {posterior.task.scale:g}",
+        "scores": f"{posterior.task.scoring.tokens} of an answer's log-probabilities, token by token, "
+        f"times {posterior.task.scoring.scale:g}",
         "adapter": f"{len(theta)} matrices, {parameters:,} parameters, rank {posterior.lora['r']}",
         "prior": posterior.prior,
         "fit": posterior.fit,

@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from posterior.data import candidates
 from posterior.data.chat import answered_ids
 from posterior.data.reading import Row
+from posterior.data.scoring import Scoring
 from posterior.data.task import Task, Tokenizer
 from posterior.data.tokens import continuation
 from posterior.errors import PosteriorError
@@ -24,14 +25,11 @@ from posterior.errors import PosteriorError
 @dataclass(frozen=True)
 class Example:
     """prompt: token ids. continuations: C candidates (choice) or the one response (text). label: index of the true
-    one. mean: scores are means over a candidate's tokens, not sums. scale: of the scores. spread: covariance [C, C] of
-    the scores under the current posterior, None while theta is a point."""
+    one. spread: covariance [C, C] of the scores under the current posterior, None while theta is a point."""
 
     prompt: tuple[int, ...]
     continuations: candidates.Candidates
     label: int
-    mean: bool = False
-    scale: float = 1.0
     spread: Tensor | None = None
 
     @property
@@ -59,6 +57,31 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Rows, and the rule that scores their candidates: their task's."""
+
+    rows: Sequence[Example]
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        return replace(self, rows=self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    def take(self, indices: Iterable[int]) -> Examples:
+        """The rows with these indices, in their order."""
+        return replace(self, rows=[self.rows[index] for index in indices])
+
+
+@dataclass(frozen=True)
 class Batch:
     """B examples as left-padded rows, S = B of them: the prompt (single-token choices), or the prompt and all its
     continuations one after the other, none of which sees another (teacher forcing). `separate` has S = B * C rows.
@@ -66,8 +89,7 @@ class Batch:
     tokens, mask, positions: [S, T]; answer: [B, C] token ids (single) or None; branch: [S, T], 0 in the prompt and
     c + 1 in continuation c, or None where a row has at most one; target: [S, B * C / S, L] the continuations' ids, -100
     after their ends, and source, of the same shape: the position that predicts each, from the row's end (-1 is its
-    last); both None without teacher forcing; label: [B]; mean: scores are means over a continuation's tokens; scale: of
-    the scores; spread: [B, C, C] or None.
+    last); both None without teacher forcing; label: [B]; scoring: of its continuations; spread: [B, C, C] or None.
     """
 
     tokens: Tensor
@@ -78,8 +100,7 @@ class Batch:
     target: Tensor | None
     source: Tensor | None
     label: Tensor
-    mean: bool = False
-    scale: float = 1.0
+    scoring: Scoring
     spread: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -140,7 +161,7 @@ def encode(
     longest: float = math.inf,
     limit: str = "",
     source: object = "",
-) -> list[Example]:
+) -> Examples:
     """Examples of all rows, of at most `longest` tokens each; `limit` says where that number is from, `source` where
     the rows are.
 
@@ -156,7 +177,7 @@ def encode(
         if example.length > longest:
             raise PosteriorError(f"{where} {number} has {example.length} tokens, more than {limit}; shorten or drop it")
         examples.append(example)
-    return examples
+    return Examples(examples, task.scoring if task.kind == "choice" else Scoring("sum"))
 
 
 def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
@@ -172,7 +193,7 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     prompt = task.prompt_ids(tokenizer, row)
     if not prompt:
         raise PosteriorError("the prompt is empty")
-    return choice(task, prompt, candidates.encode(tokenizer, answers), label)
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
 
 
 def _index(label: str, answers: Sequence[str]) -> int | str:
@@ -182,11 +203,6 @@ def _index(label: str, answers: Sequence[str]) -> int | str:
         if known.count(wanted) == 1:
             return known.index(wanted)
     return int(label) if re.fullmatch("[0-9]{1,4}", label.strip()) and label.strip() not in stripped else label
-
-
-def choice(task: Task, prompt: Sequence[int], answers: candidates.Candidates, label: int = 0) -> Example:
-    """A prompt's tokens with its encoded answers, scored as the task says; `label` is the true one's index."""
-    return Example(tuple(prompt), answers, label, task.scores == "mean", task.scale)
 
 
 def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
@@ -228,7 +244,7 @@ def _likeness(example: Example) -> tuple[bool, int, int]:
 
 
 def batches(
-    examples: Sequence[Example], size: int, *, tokens: float = math.inf, order: Sequence[int] | None = None
+    examples: Examples, size: int, *, tokens: float = math.inf, order: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Batch]]:
     """(indices, batch) pairs of at most `size` examples and, of more than one example, `tokens` with those padded.
     Without `order`, examples of like length share a batch, so that little is padded.
@@ -248,11 +264,11 @@ def batches(
                 break
             stop += 1
         chosen = indices[start:stop]
-        yield chosen, collate([examples[i] for i in chosen])
+        yield chosen, collate(examples.take(chosen))
         start = stop
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Examples) -> Batch:
     """One left-padded batch; pad positions are masked and their token is 0."""
     tokens = _padded([e.prompt if e.single else e.prompt + sum(e.continuations, ()) for e in examples])
     mask = _padded([[1] * example.row for example in examples])
@@ -281,8 +297,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     label = torch.tensor([example.label for example in examples])
     spreads = [example.spread for example in examples if example.spread is not None]
     spread = torch.stack(spreads) if len(spreads) == len(examples) else None
-    first = examples[0]
-    return Batch(tokens, mask, positions, answer, branch, target, source, label, first.mean, first.scale, spread)
+    return Batch(tokens, mask, positions, answer, branch, target, source, label, examples.scoring, spread)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

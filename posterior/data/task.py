@@ -5,18 +5,16 @@ The template is part of the posterior. Served with another template, the same we
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from posterior.data import tokens
 from posterior.data.chat import chat_ids as chat_ids
+from posterior.data.scoring import Scoring
 from posterior.data.tokens import Tokenizer as Tokenizer
 from posterior.errors import PosteriorError
-
-Scores = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,18 @@ class Task:
     template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text".
     answers: the candidates of a choice task; None when every row brings its own `choices`.
     chat: send the rendered template as a user message through the base's chat template.
-    scores: candidates of several tokens are compared by the mean of their log-probabilities or by the sum, log
-    p(candidate | prompt). Of one token both are the same.
-    scale: what scores are multiplied by before the softmax (posterior/laplace/scale.py).
+    scoring: how candidates are compared.
     """
 
     kind: Literal["choice", "text"]
     template: str
     answers: tuple[str, ...] | None = None
     chat: bool = False
-    scores: Scores = "mean"
-    scale: float = 1.0
+    scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
         if self.kind not in ("choice", "text"):
             raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
-        if self.scores not in get_args(Scores):
-            raise PosteriorError(f"scores {self.scores!r} are unknown; use 'mean' or 'sum'")
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
-            raise PosteriorError(f"the scale of scores is {self.scale!r}; it must be a positive number")
         for text in (self.template, *(self.answers or ())):
             tokens.check(text, f"the text {text!r}")
         if not self.fields:
@@ -89,12 +80,16 @@ class Task:
         return tokens.prompt(tokenizer, text)
 
     def to_json(self) -> dict[str, Any]:
-        record = asdict(self)
-        record["answers"] = None if self.answers is None else list(self.answers)
-        if self.scores == "sum":  # as all did, and did not say, before there was another
-            del record["scores"]
-        if self.scale == 1.0:
-            del record["scale"]
+        record: dict[str, Any] = {
+            "kind": self.kind,
+            "template": self.template,
+            "answers": None if self.answers is None else list(self.answers),
+            "chat": self.chat,
+        }
+        if self.scoring.tokens != "sum":  # as all did, and did not say, before there was another
+            record["scores"] = self.scoring.tokens
+        if self.scoring.scale != 1.0:
+            record["scale"] = self.scoring.scale
         return record
 
     @classmethod
@@ -105,6 +100,5 @@ class Task:
             record["template"],
             None if answers is None else tuple(answers),
             bool(record.get("chat", False)),
-            record.get("scores", "sum"),
-            record.get("scale", 1.0),
+            Scoring(record.get("scores", "sum"), record.get("scale", 1.0)),
         )

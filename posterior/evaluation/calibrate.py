@@ -17,7 +17,7 @@ from posterior.calibration.conformal import MIN_ROWS, Conformal, Score, predicti
 from posterior.calibration.metrics import Estimate, check, estimate
 from posterior.calibration.records import Key, PredictiveName, Record
 from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
-from posterior.data.examples import ROWS, Example, data_hash, encode
+from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
 from posterior.errors import PosteriorError
 from posterior.evaluation.evaluate import BATCH
@@ -116,7 +116,7 @@ def calibrate(
     return record, posterior.add(record)
 
 
-def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> list[Example]:
+def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> Examples:
     """Of the rows, none of which the posterior was fitted on."""
     longest = context(base)
     limit = f"the base's context of {longest}"
@@ -146,7 +146,7 @@ def probabilities(
     posterior: artefact.Posterior,
     predictive: PredictiveName,
     k: int,
-    examples: Sequence[Example],
+    examples: Examples,
     batch_size: int = ROWS,
 ) -> Tensor:
     """The predictive's probabilities [N, C], float64, as the server computes them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from posterior.calibration.conformal import sets
 from posterior.calibration.metrics import estimate, ood_auroc
 from posterior.calibration.scalers import Temperature
-from posterior.data.examples import ROWS, Example, data_hash, encode
+from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Rows, read, source
 from posterior.data.task import Task
 from posterior.errors import PosteriorError, warn
@@ -129,7 +129,7 @@ class TestRows:
     """A file of rows: where they are from, as examples, and their labels [N]."""
 
     source: Source
-    examples: list[Example]
+    examples: Examples
     y: Tensor
 
     @classmethod

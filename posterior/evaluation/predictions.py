@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from posterior.calibration.metrics import check
-from posterior.data.examples import ROWS, TOKENS, Example, batches
+from posterior.data.examples import ROWS, TOKENS, Example, Examples, batches
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise
 from posterior.laplace import linearized as linear
@@ -35,7 +35,7 @@ def predictives(
     posterior: artefact.Posterior,
     k: int,
     batch_size: int,
-    examples: Sequence[Example],
+    examples: Examples,
     temperature: float | None = None,
 ) -> dict[str, Predictions]:
     """Of every predictive the posterior has, and of its MAP at a temperature. Raises PosteriorError where one is not
@@ -61,7 +61,7 @@ def answer_count(examples: Sequence[Example]) -> int:
     return found.pop()
 
 
-def map_scores(model: Any, examples: Sequence[Example], batch_size: int = ROWS) -> Tensor:
+def map_scores(model: Any, examples: Examples, batch_size: int = ROWS) -> Tensor:
     """Scores [N, C] (float64, CPU) of the active adapter. Raises PosteriorError like `answer_count`."""
     device = next(model.parameters()).device
     result = torch.zeros(len(examples), answer_count(examples), dtype=torch.float64)
@@ -81,16 +81,14 @@ def point(scores: Tensor) -> Predictions:
 def linearized(
     model: Any,
     law: blockwise.Law,
-    examples: Sequence[Example],
+    examples: Examples,
     batch_size: int = ROWS,
 ) -> Predictions:
     """The posterior predictive under the linearised Laplace covariance at the active adapter."""
     return _stack(each_linearized(model, law, examples, batch_size))
 
 
-def each_linearized(
-    model: Any, law: blockwise.Law, examples: Sequence[Example], batch_size: int = ROWS
-) -> list[Predictive]:
+def each_linearized(model: Any, law: blockwise.Law, examples: Examples, batch_size: int = ROWS) -> list[Predictive]:
     """`linearized`, an example at a time."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
@@ -107,7 +105,7 @@ def sampled(
     model: Any,
     posterior: artefact.Posterior,
     k: int,
-    examples: Sequence[Example],
+    examples: Examples,
     batch_size: int = ROWS,
     seed: int = 0,
 ) -> Predictions:
@@ -120,7 +118,7 @@ def each_sampled(
     model: Any,
     posterior: artefact.Posterior,
     k: int,
-    examples: Sequence[Example],
+    examples: Examples,
     batch_size: int = ROWS,
     seed: int = 0,
 ) -> list[Predictive]:
@@ -138,7 +136,7 @@ def each_sampled(
     return [from_particles(row, weights) for row in torch.stack(log_p, 1)]
 
 
-def each_map(model: Any, examples: Sequence[Example], batch_size: int = ROWS) -> list[Predictive]:
+def each_map(model: Any, examples: Examples, batch_size: int = ROWS) -> list[Predictive]:
     """Of the active adapter alone."""
     one = torch.ones(1, dtype=torch.float64)
     return [from_particles(row[None], one) for row in map_scores(model, examples, batch_size).log_softmax(1)]

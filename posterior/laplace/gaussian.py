@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from posterior.curvature import kfac
 from posterior.curvature.sketch import Full, Sketch
-from posterior.data.examples import Example, batches
+from posterior.data.examples import Examples, batches
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise, width
 from posterior.laplace.linearized import moments
@@ -248,7 +248,7 @@ def train_by_evidence(method: Laplace, job: Job) -> tuple[Candidate, dict[int, f
 
 
 def train(
-    model: Any, examples: Sequence[Example], method: Laplace, training: Training, checkpoint: Checkpoint
+    model: Any, examples: Examples, method: Laplace, training: Training, checkpoint: Checkpoint
 ) -> tuple[lora.Theta, Gaussian]:
     """Train the adapter in place; returns the prior's mean and the Gaussian around the trained theta*.
 
@@ -264,7 +264,7 @@ def train(
     fixed = method.fixed_precision
     start = prior_precision(lora.get(model), PRECISION if fixed is None else fixed)
     if fixed is None:
-        weak = FIRST_PRECISION * examples[0].scale ** 2  # as weak for the scaled scores
+        weak = FIRST_PRECISION * examples.scoring.scale**2  # as weak for the scaled scores
         start |= {name: weak for name in uncertain(start, method.last_layer) if name.endswith(".B")}
     trainer = Trainer(model, examples, start, training)
     gaussian: Gaussian | None = None
@@ -281,9 +281,7 @@ def train(
     return trainer.origin, gaussian or around(model, trainer.origin, trainer.examples, method)
 
 
-def around(
-    model: Any, origin: lora.Theta, examples: Sequence[Example], method: Laplace, leave: bool = True
-) -> Gaussian:
+def around(model: Any, origin: lora.Theta, examples: Examples, method: Laplace, leave: bool = True) -> Gaussian:
     """The Gaussian around the adapter as it is: curvature, and the prior precision that was asked for."""
     origin = {name: origin[name] for name in uncertain(origin, method.last_layer)}
     blocks, sketch = measure(model, examples, method, fixed_precision(origin), leave)
@@ -299,7 +297,7 @@ def around(
     return Gaussian(blockwise.coupled(blocks, coupling), precision, coupling, full)
 
 
-def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_size: int) -> list[Example]:
+def spread(model: Any, examples: Examples, gaussian: Gaussian, batch_size: int) -> Examples:
     """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
     matrices = lora.matrices(model)
     device = next(iter(matrices.values())).weight.device
@@ -309,11 +307,11 @@ def spread(model: Any, examples: Sequence[Example], gaussian: Gaussian, batch_si
         _, (covariance,) = moments(model, matrices, law, batch.to(device))
         for row, index in enumerate(indices):
             result[index] = replace(examples[index], spread=covariance[row].float().cpu())
-    return result
+    return replace(examples, rows=result)
 
 
 def measure(
-    model: Any, examples: Sequence[Example], method: Laplace, fixed: Mapping[str, float], leave: bool = True
+    model: Any, examples: Examples, method: Laplace, fixed: Mapping[str, float], leave: bool = True
 ) -> tuple[dict[str, kfac.Block], Sketch]:
     """The curvature of the uncertain matrices over all examples and a sketch of their whole Fisher, with a progress
     bar."""
@@ -338,7 +336,7 @@ def measure(
     return blocks, sketch
 
 
-def heldout_factor(model: Any, law: blockwise.Law, heldout: Sequence[Example], batch_size: int) -> float:
+def heldout_factor(model: Any, law: blockwise.Law, heldout: Examples, batch_size: int) -> float:
     """The multiple of the prior precision whose linearised predictive has the lowest NLL on held-out rows."""
     loss = torch.zeros(len(HELDOUT_FACTORS), dtype=torch.float64)
     device = next(iter(lora.matrices(model).values())).weight.device

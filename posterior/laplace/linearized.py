@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posterior.curvature.diagonal import by_example
 from posterior.data.candidates import Candidates
-from posterior.data.examples import ROWS, TOKENS, Batch, Example, batches, choice, collate
+from posterior.data.examples import ROWS, TOKENS, Batch, Example, Examples, batches, collate
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise
@@ -145,12 +145,13 @@ class LinearizedModel:
         self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
         self.model.requires_grad_(False)
         _, _, task = self.parts[name]
-        examples = [choice(task, prompt, answers) for prompt, answers in zip(prompts, candidates, strict=True)]
+        rows = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
+        examples = Examples(rows, task.scoring)
         results: dict[int, tuple[Tensor, Tensor]] = {}
         waiting = [indices for indices, _ in batches(examples, ROWS, tokens=TOKENS)]
         while waiting:
             indices = waiting.pop()
-            chosen = [examples[index] for index in indices]
+            chosen = examples.take(indices)
             found = None
             if len(chosen) == 1 or sum(map(self.footprints[name].bytes, chosen)) <= room:
                 found = self._moments(name, chosen)
@@ -162,7 +163,7 @@ class LinearizedModel:
                 waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
         return [results[index] for index in range(len(examples))]
 
-    def _moments(self, name: str, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]] | None:
+    def _moments(self, name: str, examples: Examples) -> list[tuple[Tensor, Tensor]] | None:
         """Moments of one batch; None if there is no memory for it."""
         matrices, law, _ = self.parts[name]
         try:

@@ -16,7 +16,6 @@ enough can be taught. Even where the linear network's evidence asks for more (AR
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from posterior.curvature.sketch import Signs
-from posterior.data.examples import Example, batches
+from posterior.data.examples import Examples, batches
 from posterior.errors import PosteriorError
 from posterior.laplace.linearized import jacobians
 from posterior.models import lora
@@ -38,24 +37,24 @@ TOLERANCE = 1e-6  # nats of the log posterior at which Newton's method stops
 ABSENT = -1e4  # score of an answer that a row does not have
 
 
-def fit(model: Any, examples: Sequence[Example], batch_size: int, seed: int = 0) -> float:
+def fit(model: Any, examples: Examples, batch_size: int, seed: int = 0) -> float:
     """The scale of the scores of choices; `model` has an adapter with B = 0. The seed is that of the projection."""
     found = evidences(model, examples, batch_size, seed)
     return max(found, key=lambda s: found[s] - math.log(s) ** 2 / 2)
 
 
-def evidences(model: Any, examples: Sequence[Example], batch_size: int, seed: int = 0) -> dict[float, float]:
+def evidences(model: Any, examples: Examples, batch_size: int, seed: int = 0) -> dict[float, float]:
     """log p(D | s) in nats at the best v, by s, of as many evenly spaced rows as make NUMBERS scores."""
     width = max(len(example.continuations) for example in examples)
     count = min(len(examples), max(1, NUMBERS // (width - 1)))
-    chosen = [examples[i * len(examples) // count] for i in range(count)]
+    chosen = examples.take(i * len(examples) // count for i in range(count))
     f, gram = process(model, chosen, batch_size, seed)
     labels = torch.tensor([example.label for example in chosen])
     variances = [spread**2 / float(gram.diagonal().mean()) for spread in SPREADS]
     return {s: max(evidence(s * f, v * gram, labels) for v in variances) for s in SCALES}
 
 
-def process(model: Any, examples: Sequence[Example], batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def process(model: Any, examples: Examples, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """f_0 [N, C] and K [N (C-1), N (C-1)], of scores relative to the first answer's; float64 on the CPU."""
     model.eval().requires_grad_(False)
     matrices = {name: module for name, module in lora.matrices(model).items() if name.endswith(".B")}

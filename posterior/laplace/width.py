@@ -13,7 +13,7 @@ one and the second half of the next; only their inputs matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
-from posterior.data.examples import Example, batches
+from posterior.data.examples import Examples, batches
 from posterior.laplace import blockwise
 from posterior.laplace.linearized import predictives
 from posterior.likelihood.scores import scores
@@ -37,7 +37,7 @@ def fit(
     law: blockwise.Law,
     curvature: blockwise.Curvature,
     precision: Mapping[str, float],
-    examples: Sequence[Example],
+    examples: Examples,
     batch_size: int,
     seed: int = 0,
 ) -> float:
@@ -73,10 +73,11 @@ def fit(
     return float(best.x)
 
 
-def spliced(examples: Sequence[Example]) -> list[Example]:
+def spliced(examples: Examples) -> Examples:
     """Each example's first half of the prompt with the second half, and so the template's end, of the next one's."""
     pairs = zip(examples, [*examples[1:], examples[0]], strict=True)
-    return [
+    rows = [
         replace(one, prompt=one.prompt[: len(one.prompt) // 2] + other.prompt[len(other.prompt) // 2 :])
         for one, other in pairs
     ]
+    return replace(examples, rows=rows)

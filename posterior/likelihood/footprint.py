@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from posterior.data.candidates import Candidates
-from posterior.data.examples import Example, collate
+from posterior.data.examples import Example, Examples, collate
 from posterior.likelihood.scores import branching, record, scores
 
 LENGTHS = (32, 96)  # tokens of the two passes
@@ -83,7 +83,7 @@ def _kept(model: Any, matrices: Mapping[str, nn.Linear], length: int, device: st
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    batch = collate([Example((0,) * length, ((0,), (1,)), 0)]).to(device)
+    batch = collate(Examples([Example((0,) * length, ((0,), (1,)), 0)])).to(device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), record(dict(matrices)) as tape:
         f = scores(model, batch)
     gradients = sum(value.nbytes for value in tape.outputs.values())

@@ -32,13 +32,10 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     """Scores f [B, C] in float32 (or float64 for a float64 model); p(y|x) = softmax(f) over C."""
     if batch.answer is not None:
         with _head_rows(model, batch.answer) as columns:
-            return batch.scale * _upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns)
+            return batch.scoring.scores(_upcast(_logits(model, batch, 1)[:, -1]).gather(1, columns), 1)
     batch = arranged(model, batch)
     log_p, index, token = _continuations(model, batch)
-    found = _at(log_p, index, token).sum(2)
-    if batch.mean:
-        found = found / (token >= 0).sum(2)
-    return batch.scale * found.view(len(batch.label), -1)
+    return batch.scoring.scores(_at(log_p, index, token).sum(2), (token >= 0).sum(2)).view(len(batch.label), -1)
 
 
 # Those whose layers mix tokens by nothing but attention, at rotary positions:

@@ -20,13 +20,13 @@ of their own, for less variance; its public code flips signs by position, so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from posterior.data.examples import Batch, Example
+from posterior.data.examples import Batch, Examples
 from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
 from posterior.training.map import Trainer, Training
@@ -37,9 +37,7 @@ from posterior.training.prior import prior_precision
 class BlobTrainer(Trainer):
     """A Trainer whose A, in the model, is the mean M; root: G of every A."""
 
-    def __init__(
-        self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training
-    ):
+    def __init__(self, model: nn.Module, examples: Examples, precision: Mapping[str, float], training: Training):
         super().__init__(model, examples, precision, training)
         self.root = {
             name: torch.full_like(module.weight, precision[name] ** -0.25).requires_grad_()

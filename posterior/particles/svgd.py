@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posterior.data.examples import Batch, Example, batches
+from posterior.data.examples import Batch, Examples, batches
 from posterior.likelihood.scores import log_likelihood
 from posterior.likelihood.stacked import repeat, stack, stacked, unstack
 from posterior.models import lora
@@ -121,7 +121,7 @@ class SvgdTrainer(Trainer):
     def __init__(
         self,
         model: torch.nn.Module,
-        examples: Sequence[Example],
+        examples: Examples,
         precision: Mapping[str, float],
         training: Training,
         origin: lora.Theta,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from posterior.data.examples import Batch, Example
+from posterior.data.examples import Batch, Examples
 from posterior.likelihood.stacked import stack
 from posterior.models import lora
 from posterior.particles.ensemble import INIT, Init
@@ -31,9 +31,7 @@ SNAPSHOTS = 20  # the rank of the covariance, at most
 class SwagTrainer(Trainer):
     """A Trainer whose learning rate stops falling at START, and who then takes snapshots at even distances."""
 
-    def __init__(
-        self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training
-    ):
+    def __init__(self, model: nn.Module, examples: Examples, precision: Mapping[str, float], training: Training):
         super().__init__(model, examples, precision, training)
         self.snapshots: list[lora.Theta] = []
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from posterior.data.examples import Batch, Example, batches, shuffled
+from posterior.data.examples import Batch, Examples, batches, shuffled
 from posterior.errors import PosteriorError
 from posterior.files import atomic
 from posterior.files.tensors import save_file
@@ -49,10 +49,8 @@ class Training:
 class Trainer:
     """MAP training that can be advanced epoch by epoch, so that the prior precision can be updated in between."""
 
-    def __init__(
-        self, model: nn.Module, examples: Sequence[Example], precision: Mapping[str, float], training: Training
-    ):
-        self.model, self.examples, self.training = model, list(examples), training
+    def __init__(self, model: nn.Module, examples: Examples, precision: Mapping[str, float], training: Training):
+        self.model, self.examples, self.training = model, examples, training
         self.precision = dict(precision)
         self.matrices = lora.matrices(model)
         self.origin = lora.get(model)
@@ -163,7 +161,8 @@ class Trainer:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; `step` is already the checkpoint's."""
         self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
-        self.examples = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
+        rows = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
+        self.examples = replace(self.examples, rows=rows)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"theta/{name}"])
             self.optimizer.state[parameter] = {

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Full
-from posterior.data.examples import Example, batches
+from posterior.data.examples import Examples, batches
 from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
 from posterior.settings import POSITIVE, Range, Settings, setting
@@ -106,8 +106,8 @@ class Job:
     a prior is chosen by."""
 
     model: PeftModel
-    examples: Sequence[Example]
-    heldout: Sequence[Example]
+    examples: Examples
+    heldout: Examples
     checkpoint: Checkpoint
 
     @property

@@ -165,11 +165,9 @@ class Service:
         else:
             k = _particles(served, "mixture", options)
             adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
-        scores = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
-        compared, scale = served.scoring
-        if compared == "mean":
-            scores = scores / torch.tensor([len(tokens) for tokens in question.candidates])
-        log_p = (scale * scores).log_softmax(-1)
+        log_p = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
+        lengths = torch.tensor([len(tokens) for tokens in question.candidates])
+        log_p = served.scoring.scores(log_p, lengths).log_softmax(-1)
         return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from posterior.data.task import Scores, Task
+from posterior.data.scoring import Scoring
 from posterior.errors import PosteriorError
 from posterior.files import atomic
 from posterior.models import lora, servable
@@ -58,11 +58,9 @@ class Served:
         return ("linearized", "mixture", "map") if self.posterior.family == "laplace" else ("mixture", "map")
 
     @property
-    def scoring(self) -> tuple[Scores, float]:
-        """How a candidate of several tokens is scored, and the scale of the scores: as the posterior was fitted, the
-        bare base by the defaults."""
-        task = Task if self.posterior is None else self.posterior.task
-        return task.scores, task.scale
+    def scoring(self) -> Scoring:
+        """How candidates are scored: as the posterior was fitted, the bare base by the defaults."""
+        return Scoring() if self.posterior is None else self.posterior.task.scoring
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posterior.data.examples import Batch, Example
+from posterior.data.examples import Batch, Example, Examples
+from posterior.data.scoring import Scoring
 from posterior.likelihood.scores import scores
 from posterior.models import lora
 
@@ -57,7 +58,12 @@ def model() -> PeftModel:
     return peft_model.eval().requires_grad_(False)
 
 
-def make_examples(count: int, *, answers: int = 3, tokens: int = 1, length: tuple[int, int] = (2, 9)) -> list[Example]:
+def summed(*examples: Example) -> Examples:
+    """Scored by the sum of their tokens' log-probabilities."""
+    return Examples(examples, Scoring("sum"))
+
+
+def make_examples(count: int, *, answers: int = 3, tokens: int = 1, length: tuple[int, int] = (2, 9)) -> Examples:
     """Random prompts of different lengths with `answers` candidates of `tokens` tokens each."""
     generator = torch.Generator().manual_seed(3)
 
@@ -69,7 +75,7 @@ def make_examples(count: int, *, answers: int = 3, tokens: int = 1, length: tupl
         prompt = tuple(draw(1, VOCABULARY) for _ in range(draw(*length)))
         candidates = tuple(tuple(draw(1, VOCABULARY) for _ in range(tokens)) for _ in range(answers))
         examples.append(Example(prompt, candidates, index % answers))
-    return examples
+    return summed(*examples)
 
 
 def dense_jacobian(model: PeftModel, batch: Batch) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from posterior.cli import evaluate, fit, inspect
+from posterior.data.scoring import Scoring
 from posterior.errors import PosteriorError
 from posterior.laplace import gaussian
 from posterior.models import lora
@@ -335,7 +336,7 @@ def test_linearized_model_serves_many_posteriors(run_fit, tiny_base, tmp_path):
             torch.testing.assert_close(mean, alone_mean, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(covariance, alone_covariance, rtol=1e-4, atol=1e-6)
     assert not torch.equal(model.logits("a", prompts, answers)[0][0], model.logits("b", prompts, answers)[0][0])
-    halved = replace(posteriors["a"], task=replace(posteriors["a"].task, scale=0.5))
+    halved = replace(posteriors["a"], task=replace(posteriors["a"].task, scoring=Scoring(scale=0.5)))
     scaled = LinearizedModel(resolve(str(tiny_base)), {"a": halved}).logits("a", prompts, answers)
     for (mean, covariance), (half, quarter) in zip(model.logits("a", prompts, answers), scaled, strict=True):
         torch.testing.assert_close(half, mean / 2, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,8 @@ float64 model.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from posterior.data.examples import batches, collate
 from posterior.errors import PosteriorError
 from posterior.likelihood.scores import record, scores
 from posterior.models import lora
-from tests.posterior.conftest import dense_jacobian, make_examples
+from tests.posterior.conftest import dense_jacobian, make_examples, summed
 
 
 def dense(block: kfac.Kronecker) -> Tensor:
@@ -32,7 +34,7 @@ def exact_blocks(model, examples) -> dict[str, Tensor]:
     """The GGN's diagonal blocks, summed over examples: J^T (diag(p) - p p^T) J."""
     total: dict[str, Tensor] = {}
     for example in examples:
-        batch = collate([example])
+        batch = collate(summed(example))
         p = scores(model, batch)[0].softmax(0)
         middle = torch.diag(p) - p[:, None] * p
         for name, jacobian in dense_jacobian(model, batch).items():
@@ -81,8 +83,8 @@ def test_batch_size_does_not_matter(model, sharing, tokens, rank):
 def test_padding_does_not_count(model):
     """Trap 6: a batch of a short and a long prompt gives what the two give alone."""
     short, long = make_examples(1, length=(2, 3))[0], make_examples(1, length=(9, 10))[0]
-    together = kfac.fit(model, lora.matrices(model), [collate([short, long])])
-    alone = kfac.fit(model, lora.matrices(model), [collate([short]), collate([long])])
+    together = kfac.fit(model, lora.matrices(model), [collate(summed(short, long))])
+    alone = kfac.fit(model, lora.matrices(model), [collate(summed(short)), collate(summed(long))])
     for name in alone:
         torch.testing.assert_close(dense(together[name]), dense(alone[name]), rtol=1e-9, atol=1e-12)
 
@@ -114,7 +116,7 @@ def test_fisher_columns_are_a_root_of_the_multinomial_covariance():
 def test_the_fisher_is_not_the_empirical_one(model):
     """Labels in the data do not enter: the expectation is over the model's own answers."""
     examples = make_examples(4)
-    relabelled = [type(e)(e.prompt, e.continuations, (e.label + 1) % 3) for e in examples]
+    relabelled = summed(*(replace(e, label=(e.label + 1) % 3) for e in examples))
     first, second = fit(model, examples), fit(model, relabelled)
     for name in first:
         assert torch.equal(dense(first[name]), dense(second[name]))
@@ -123,7 +125,7 @@ def test_the_fisher_is_not_the_empirical_one(model):
 def test_sampled_fisher_of_text_tends_to_the_exact_one(model):
     """One response token: the exact Fisher is over the whole vocabulary. 400 draws give its trace within 15 %."""
     example = make_examples(1, answers=1, length=(3, 4))[0]
-    batch = collate([example])
+    batch = collate(summed(example))
     with record(lora.matrices(model)) as tape:
         from posterior.likelihood.scores import _logits
 

@@ -18,7 +18,7 @@ from posterior.laplace.linearized import LinearizedModel, moments
 from posterior.likelihood.scores import scores
 from posterior.models import lora
 from posterior.models.base import load_model, resolve
-from tests.posterior.conftest import dense_jacobian, make_examples
+from tests.posterior.conftest import dense_jacobian, make_examples, summed
 
 OPEN = 3.0  # prior precision of B
 
@@ -43,7 +43,7 @@ def fisher(model, examples, precision: float, omega: dict[str, Tensor] | None = 
     total: Tensor = torch.zeros(1)
     prior = precisions(model, precision)
     for example in examples:
-        batch = collate([example])
+        batch = collate(summed(example))
         p = scores(model, batch)[0].softmax(0)
         parts = {}
         for name, jacobian in dense_jacobian(model, batch).items():
@@ -131,7 +131,8 @@ def test_covariance_tends_to_the_exact_one(model, tokens, precision):
 def test_covariance_without_data_is_the_prior_s(model):
     """However few the columns, as the prior's part is not sketched; also where two candidates are the same."""
     examples = make_examples(3)
-    twins = [replace(e, continuations=(e.continuations[0], e.continuations[1], e.continuations[1])) for e in examples]
+    doubled = (replace(e, continuations=(e.continuations[0], *2 * e.continuations[1:2])) for e in examples)
+    twins = summed(*doubled)
     _, sketch = fit(model, examples, columns=9)
     sketch.gram.zero_()
     for rows in (examples, twins):
@@ -146,7 +147,7 @@ def test_the_folder_keeps_the_covariance(run_fit, tiny_base):
     model = lora.load_peft(load_model(resolve(str(tiny_base)), torch.float32, "cpu"), posterior.map_dir).eval()
     model.requires_grad_(False)
     (example,) = make_examples(1)
-    _, (found,) = moments(model, lora.matrices(model), posterior.law, collate([example]))
+    _, (found,) = moments(model, lora.matrices(model), posterior.law, collate(summed(example)))
     (served,) = LinearizedModel(resolve(str(tiny_base)), {"tiny": posterior}).logits(
         "tiny", [example.prompt], [example.continuations]
     )

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from posterior.data import candidates
 from posterior.data.examples import WINDOW, batches, collate, encode, shuffled
+from posterior.data.scoring import Scoring
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
-from tests.posterior.conftest import make_examples
+from tests.posterior.conftest import make_examples, summed
 
 TASK = Task("choice", "{text}\nSentiment:", (" negative", " positive"))
 
@@ -47,14 +48,16 @@ def test_task_errors_name_the_field():
 
 
 def test_task_survives_json():
-    for task in (TASK, replace(TASK, scores="sum"), replace(TASK, scale=0.25)):
+    for task in (TASK, replace(TASK, scoring=Scoring("sum")), replace(TASK, scoring=Scoring(scale=0.25))):
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
 
 
 def test_the_tasks_of_older_posteriors_sum_scores():
     record = {"kind": "choice", "template": "{q}", "answers": None, "chat": False}
     task = Task.from_json(record)
-    assert task.scores == "sum" and task.to_json() == record, "the hash of its records of calibration is the same"
+    assert task.scoring == Scoring("sum") and task.to_json() == record, (
+        "the hash of its records of calibration is the same"
+    )
     with pytest.raises(PosteriorError, match="scores 'product' are unknown; use 'mean' or 'sum'"):
         Task.from_json(record | {"scores": "product"})
     for scale in (0, -1, math.nan, "1"):
@@ -65,9 +68,11 @@ def test_the_tasks_of_older_posteriors_sum_scores():
 def test_examples_are_scored_as_their_task_says(tokenizer):
     row = {"q": "x", "choices": ["a", "b c"], "label": 0}
     for scores in ("mean", "sum"):
-        (example,) = encode(Task("choice", "{q}", scores=scores, scale=0.5), tokenizer, [row])
-        assert example.mean is collate([example]).mean is (scores == "mean")
-        assert example.scale == collate([example]).scale == 0.5
+        rule = Scoring(scores, 0.5)
+        examples = encode(Task("choice", "{q}", scoring=rule), tokenizer, [row])
+        assert examples.scoring is rule and collate(examples).scoring is rule
+    text = encode(Task("text", "{q}"), tokenizer, [{"q": "x", "response": "y"}])
+    assert text.scoring == Scoring("sum"), "a text's likelihood is the sum"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_messages_and_prompt_response_rows(tokenizer):
 
 
 def test_batches_cover_every_row_once_and_keep_kinds_apart():
-    examples = make_examples(9) + make_examples(5, tokens=2) + make_examples(4, answers=2)
+    examples = summed(*make_examples(9), *make_examples(5, tokens=2), *make_examples(4, answers=2))
     seen = []
     for indices, batch in batches(examples, 4):
         seen += indices
@@ -154,7 +159,7 @@ def test_batches_cover_every_row_once_and_keep_kinds_apart():
 
 @pytest.mark.parametrize("tokens", [1, 60, 200])
 def test_no_batch_of_several_examples_has_more_tokens_than_allowed(tokens):
-    examples = make_examples(30, length=(2, 40)) + make_examples(20, tokens=2, length=(2, 40))
+    examples = summed(*make_examples(30, length=(2, 40)), *make_examples(20, tokens=2, length=(2, 40)))
     found = list(batches(examples, 4, tokens=tokens))
     assert sorted(i for indices, _ in found for i in indices) == list(range(50))
     for indices, batch in found:
@@ -162,12 +167,12 @@ def test_no_batch_of_several_examples_has_more_tokens_than_allowed(tokens):
     for (indices, _), (following, _) in itertools.pairwise(found):
         first, more = examples[indices[0]], examples[following[0]]
         if len(indices) < 4 and (first.single, len(first.continuations)) == (more.single, len(more.continuations)):
-            grown = collate([examples[i] for i in [*indices, following[0]]])
+            grown = collate(examples.take([*indices, following[0]]))
             assert grown.separate().tokens.numel() > tokens, "a batch ends where the next example would be too much"
 
 
 def test_a_shuffled_order_has_every_row_once_and_is_its_seeds():
-    examples = make_examples(150, length=(2, 60)) + make_examples(57, tokens=2)
+    examples = summed(*make_examples(150, length=(2, 60)), *make_examples(57, tokens=2))
     first, again, other = (shuffled(examples, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert sorted(first) == list(range(207)) and first == again != other
     kinds = [examples[i].single for i in first]

@@ -21,7 +21,7 @@ from posterior.likelihood.scores import scores
 from posterior.models import lora
 from posterior.predictive.mixture import from_gaussian
 from posterior.storage import artefact
-from tests.posterior.conftest import make_examples
+from tests.posterior.conftest import make_examples, summed
 
 ROWS = [{"text": f"row {index} is {'good' if index % 2 else 'bad'}", "label": index % 2} for index in range(12)]
 FRESH = [{"text": f"a {'fine' if index % 3 else 'poor'} thing {index}", "label": index % 2} for index in range(40)]
@@ -43,7 +43,7 @@ def test_linearized_is_the_predictive_of_each_row(model):
     law = blockwise.Blocks(curvature, dict.fromkeys(curvature, 2.0))
     found = predictions.linearized(model, law, examples, batch_size=3)
     for index, example in enumerate(examples):
-        (mean,), ((covariance,),) = moments(model, matrices, law, collate([example]))
+        (mean,), ((covariance,),) = moments(model, matrices, law, collate(summed(example)))
         expected = from_gaussian(mean, covariance)
         torch.testing.assert_close(found.probability[index], expected.probability, rtol=1e-6, atol=1e-9)
         assert found.total[index] == pytest.approx(expected.total, rel=1e-6)
@@ -93,7 +93,8 @@ def test_sampled_is_the_mixture_of_the_particles_there_are(gang, tiny_base, k, w
     for folder in gang.adapters(len(weights), gang.path):
         lora.put(model, lora.read_adapter(folder))
         with torch.no_grad():
-            members.append(torch.cat([scores(model, collate([one])) for one in examples]).double().softmax(1).numpy())
+            f = torch.cat([scores(model, collate(summed(one))) for one in examples])
+            members.append(f.double().softmax(1).numpy())
     mixture = sum(weight * p for weight, p in zip(weights, members, strict=True))
     conditional = sum(weight * entropy(p, axis=1) for weight, p in zip(weights, members, strict=True))
     torch.testing.assert_close(found.probability, torch.from_numpy(mixture), rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from posterior.laplace import blockwise, gaussian
 from posterior.laplace.linearized import LinearizedModel, moments
 from posterior.models import lora
 from posterior.models.base import load_model, resolve
-from tests.posterior.conftest import dense_jacobian, make_examples
+from tests.posterior.conftest import dense_jacobian, make_examples, summed
 from tests.posterior.curvature.test_kfac import dense, fit
 
 LAST = [f"model.layers.1.self_attn.{module}.{side}" for module in ("q_proj", "v_proj") for side in "AB"]
@@ -45,7 +45,7 @@ def test_served_covariance_is_of_the_last_layer_s_jacobian(run_fit, tiny_base):
         "tiny", [example.prompt], [example.continuations]
     )
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir)
-    jacobians = dense_jacobian(model, collate([example]))
+    jacobians = dense_jacobian(model, collate(summed(example)))
     expected = torch.zeros(3, 3, dtype=torch.float64)
     for name in LAST:
         j = lora.orient(name, jacobians[name])[0].flatten(1).double()

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from posterior.data.examples import collate
+from posterior.data.examples import Examples, collate
+from posterior.data.scoring import Scoring
 from posterior.errors import PosteriorError
 from posterior.laplace import scale
 from posterior.likelihood.scores import scores
 from posterior.models import lora
 from posterior.predictive.mixture import normal_points, square_root
-from tests.posterior.conftest import dense_jacobian, make_examples, tiny_llama
+from tests.posterior.conftest import dense_jacobian, make_examples, summed, tiny_llama
 
 
 def draw_process(rows: int, answers: int, variance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +85,15 @@ def test_the_process_is_the_linearised_network(batch_size):
     """Scores and K = J_B J_B^T by torch.func, of rows with two and three answers; the projection errs by
     |J_i| |J_j| / sqrt(COLUMNS / 2) = .022 |J_i| |J_j|, and no entry by more than five times that."""
     network = lora.attach(tiny_llama().double(), rank=2, alpha=4, seed=1).double()
-    examples = [
-        replace(e, mean=True, continuations=e.continuations[: 2 + i % 2], label=0)
+    rows = [
+        replace(e, continuations=e.continuations[: 2 + i % 2], label=0)
         for i, e in enumerate(make_examples(5, tokens=2))
     ]
+    examples = Examples(rows, Scoring("mean"))
     f, gram = scale.process(network, examples, batch_size, 0)
     rows = []
-    for row, example in enumerate(examples):
-        batch = collate([example])
+    for row in range(len(examples)):
+        batch = collate(examples[row : row + 1])
         expected = scores(network, batch)[0].detach()
         answers = len(expected)
         torch.testing.assert_close(f[row, :answers], expected - expected[0], rtol=1e-9, atol=1e-12)
@@ -108,9 +110,9 @@ def test_a_base_that_is_sure_and_wrong_is_scaled_down():
     """With labels that the base itself chooses the scale stays 1; of labels drawn without looking, by a base whose
     scores are ten times as far apart, it becomes small, and no other scale is more probable."""
     network = lora.attach(tiny_llama().double(), rank=2, alpha=4, seed=1).double()
-    examples = [replace(e, scale=10.0) for e in make_examples(24, tokens=2)]
-    answers = [int(scores(network, collate([e]))[0].argmax()) for e in examples]
-    right = [replace(e, label=answer) for e, answer in zip(examples, answers, strict=True)]
+    examples = replace(make_examples(24, tokens=2), scoring=Scoring("sum", 10.0))
+    answers = [int(scores(network, collate(summed(e)))[0].argmax()) for e in examples]
+    right = replace(examples, rows=[replace(e, label=answer) for e, answer in zip(examples, answers, strict=True)])
     assert scale.fit(network, right, 8) == 1.0
     chosen = scale.fit(network, examples, 8)
     found = {s: value - math.log(s) ** 2 / 2 for s, value in scale.evidences(network, examples, 8).items()}
@@ -129,9 +131,9 @@ def test_a_fit_chooses_the_scale_of_answers_of_several_tokens(run_fit, tmp_path,
     monkeypatch.setattr(scale, "fit", lambda *_args: 0.25)
     several = {"answers": ["no", "yes"]}  # whose tokens are bytes
     chosen = run_fit(tmp_path / "chosen", **several)
-    assert chosen.task.scale == 0.25
-    assert run_fit(tmp_path / "fixed", scale=0.5, **several).task.scale == 0.5
-    assert run_fit(tmp_path / "particles", method="swag", **several).task.scale == 1
-    assert run_fit(tmp_path / "adapter", adapter=chosen.map_dir, **several).task.scale == 1
-    assert run_fit(tmp_path / "single").task.scale == 1
-    assert run_fit(tmp_path / "asked", scale="evidence").task.scale == 0.25
+    assert chosen.task.scoring.scale == 0.25
+    assert run_fit(tmp_path / "fixed", scale=0.5, **several).task.scoring.scale == 0.5
+    assert run_fit(tmp_path / "particles", method="swag", **several).task.scoring.scale == 1
+    assert run_fit(tmp_path / "adapter", adapter=chosen.map_dir, **several).task.scoring.scale == 1
+    assert run_fit(tmp_path / "single").task.scoring.scale == 1
+    assert run_fit(tmp_path / "asked", scale="evidence").task.scoring.scale == 0.25

@@ -11,7 +11,7 @@ from posterior.laplace.linearized import moments
 from posterior.likelihood.scores import scores
 from posterior.models import lora
 from posterior.predictive.mixture import from_gaussian
-from tests.posterior.conftest import dense_jacobian, make_examples
+from tests.posterior.conftest import dense_jacobian, make_examples, summed
 from tests.posterior.curvature.test_kfac import fit as curvature_of
 
 PRECISION = 2.0  # wide enough for the tiny network to be far from linear
@@ -31,7 +31,7 @@ def brute_force(model, law, examples, w, seed=0) -> float:
     mean, generator, total = lora.get(model), torch.Generator().manual_seed(seed), 0.0
     draws = [blockwise.sample(law.curvature, law.precision, mean, generator, w) for _ in range(width.DRAWS)]
     for example in examples:
-        batch = collate([example])
+        batch = collate(summed(example))
         f, (covariance,) = moments(model, lora.matrices(model), law, batch)
         p = from_gaussian(f[0], covariance[0]).probability
         q = torch.zeros_like(p)
@@ -62,7 +62,7 @@ def test_a_linear_network_s_draws_keep_their_width(model, monkeypatch):
     mean = lora.get(model)
     linear = {}
     for example in width.spliced(examples):
-        batch = collate([example])
+        batch = collate(summed(example))
         linear[example.prompt] = (scores(model, batch).detach()[0], dense_jacobian(model, batch))
 
     def linearised_scores(model, batch):
@@ -99,18 +99,18 @@ def test_rows_are_spread_over_the_data(model, monkeypatch):
 
     def recorded(examples, size):
         seen.extend(examples)
-        return batches(list(examples)[:2], size)
+        return batches(examples[:2], size)
 
     monkeypatch.setattr(width, "batches", recorded)
     examples = make_examples(70)
     fit(model, law_of(model, examples[:4]), examples)
-    assert seen == width.spliced(examples)[::2][: width.ROWS]
+    assert seen == list(width.spliced(examples)[::2][: width.ROWS])
 
 
 def test_rows_are_halves_of_two():
     first, second = Example((1, 2, 3, 9), ((5,), (6,)), 1), Example((4, 5, 9), ((7,), (8,)), 0)
-    assert width.spliced([first, second]) == [
+    assert width.spliced(summed(first, second)) == summed(
         Example((1, 2, 5, 9), ((5,), (6,)), 1),
         Example((4, 3, 9), ((7,), (8,)), 0),
-    ]
-    assert width.spliced([first]) == [first]
+    )
+    assert width.spliced(summed(first)) == summed(first)

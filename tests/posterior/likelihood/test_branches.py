@@ -11,12 +11,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from posterior.curvature import kfac
 from posterior.curvature.sketch import Sketch
-from posterior.data.examples import Example, collate
+from posterior.data.examples import Examples, collate
 from posterior.laplace.linearized import moments
 from posterior.likelihood.scores import BRANCHING, arranged, log_likelihood, scores
 from posterior.likelihood.stacked import repeat, stack, stacked
 from posterior.models import lora
-from tests.posterior.conftest import VOCABULARY, make_examples
+from tests.posterior.conftest import VOCABULARY, make_examples, summed
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -32,12 +32,13 @@ SIZES = {
 }
 
 
-def questions() -> list[Example]:
+def questions() -> Examples:
     """Prompts of 2 to 8 tokens; three candidates of 1, 3 and 2 tokens."""
-    return [
+    rows = (
         replace(e, continuations=(e.continuations[0][:1], e.continuations[1], e.continuations[2][:2]))
         for e in make_examples(5, tokens=3)
-    ]
+    )
+    return summed(*rows)
 
 
 def network(kind: str, attention: str = "sdpa", **options):
@@ -79,7 +80,7 @@ def test_others_have_a_row_for_each_candidate(kind, options):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     batch = collate(questions())
     assert arranged(model, batch).branch is None and len(arranged(model, batch).tokens) == 15
-    alone = torch.cat([scores(model, collate([example])) for example in questions()])
+    alone = torch.cat([scores(model, collate(summed(example))) for example in questions()])
     torch.testing.assert_close(scores(model, batch), alone, rtol=2e-5, atol=2e-5)
 
 

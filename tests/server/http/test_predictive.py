@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from posterior.data.task import Scores
+from posterior.data.scoring import Scoring, Tokens
 from posterior.predictive.mixture import from_particles
 from server.errors import Unavailable
 from server.http.schemas import MAX_BODY_BYTES
@@ -42,12 +42,12 @@ def test_mixture_is_the_weighted_average_of_its_particles(client: TestClient, en
 
 @pytest.mark.parametrize("scores", ["mean", "sum"])
 def test_answers_of_several_tokens_are_scored_as_the_posterior_was_fitted(
-    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch, scores: Scores
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch, scores: Tokens
 ) -> None:
     """The fake's tokens are bytes, and its particles' means are known; the sums are those times 2 and 9."""
     gang = service.registry.served["gang"]
     assert gang.posterior is not None
-    monkeypatch.setattr(gang.posterior, "task", replace(gang.posterior.task, scores=scores, scale=0.4))
+    monkeypatch.setattr(gang.posterior, "task", replace(gang.posterior.task, scoring=Scoring(scores, 0.4)))
     item = post(client, model="gang", prompts=["x"], answers=["ab", "abcdefghi"], per_particle=True).json()["data"][0]
     f = torch.stack([fakes.particle_logits(a.number, 2) for a in gang.particles])
     expected = f if scores == "mean" else f * torch.tensor([2, 9])
