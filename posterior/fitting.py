@@ -109,7 +109,7 @@ def _fit(
     rows, held_rows = read(data), read(held) if held else []
     tokenizer: Any = load_tokenizer(base)
     longest = _longest(max_length, base)
-    encoded = partial(encode, task, tokenizer, longest=longest, limit=f"--max-length {longest}")
+    encoded = partial(encode, task, tokenizer, longest=longest, limit=f"the maximum length of {longest}")
     examples, heldout = encoded(rows, source=source(data)), encoded(held_rows, source=source(held))
     print(*shown(tokenizer, task, examples[0]), sep="\n", file=sys.stderr)
     _check_rows(method, task, examples, heldout)
@@ -143,7 +143,7 @@ def _model(base: Base, method: Method, tokenizer: Any, task: Task, dtype: Dtype 
     precision = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if (precision, device, torch.backends.cpu.get_cpu_capability()) == (torch.bfloat16, "cpu", "AVX2"):
         warn(
-            "this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); --dtype float32 is many times faster here"
+            "this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); float32 is many times faster here"
         )
     model = load_model(base, precision, device)
     warn(*base_check.check(tokenizer, base_check.scorer(model), task))
@@ -151,7 +151,7 @@ def _model(base: Base, method: Method, tokenizer: Any, task: Task, dtype: Dtype 
     if given is not None:
         return _with_adapter(model, Path(given), base)
     assert isinstance(method, Trained)
-    servable.check_modules("the adapter of --targets", method.targets)
+    servable.check_modules("an adapter with these targets", method.targets)
     attach = pissa.attach if getattr(method, "init", "random") == "pissa" else lora.attach
     fresh = attach(
         model,
@@ -163,7 +163,7 @@ def _model(base: Base, method: Method, tokenizer: Any, task: Task, dtype: Dtype 
         seed=method.seed,
         base_id=base.id,
     )
-    servable.check_config("the adapter of --rank", lora.config_of(fresh))
+    servable.check_config("an adapter with these settings", lora.config_of(fresh))
     return fresh
 
 
@@ -218,7 +218,7 @@ def _check_rows(method: Method, task: Task, examples: Sequence[Example], heldout
     again = sum((example.prompt, example.continuations) in known for example in heldout)
     if again:
         warn(
-            f"{again} of {len(heldout)} rows of --heldout are training rows too; the prior they choose is too sure of "
+            f"{again} of {len(heldout)} held-out rows are training rows too; the prior they choose is too sure of "
             "theta*"
         )
 

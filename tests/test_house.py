@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,3 +141,20 @@ def test_a_wrong_direction_is_named(file: str, source: str, words: str) -> None:
 @pytest.mark.parametrize("source", ["from server.services import choices", "from . import errors", "import torch"])
 def test_the_right_direction_passes(source: str) -> None:
     assert not [line for line in map(wrong, imports(source, "server/http/x.py")) if line]
+
+
+def option_names(source: str) -> Iterator[str]:
+    """Strings that name an option of the command, docstrings and commands of pip aside."""
+    tree = ast.parse(source)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    docs = {body[0].value for body in bodies if body and isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node not in docs and isinstance(node.value, str):
+            yield from re.findall(r"(?<!install )--[a-z][a-z-]*", node.value)
+
+
+def test_the_library_speaks_of_settings_and_not_of_options():
+    """A notebook sees the same errors as the command does; SettingError gives each its own name of a setting."""
+    files = [path for path in (ROOT / "posterior").rglob("*.py") if "cli" not in path.relative_to(ROOT).parts]
+    assert {str(path): found for path in files if (found := list(option_names(path.read_text())))} == {}
+    assert list(option_names('"""--doc"""\nraise E(f"{x} is too long; lower --max-length")')) == ["--max-length"]

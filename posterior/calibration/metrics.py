@@ -94,7 +94,7 @@ class Estimate:
 def check(p: Tensor) -> None:
     """Raises PosteriorError when a probability is nan or infinite."""
     if not bool(torch.isfinite(p).all()):
-        raise PosteriorError("the predictive gave probabilities that are not finite; try --dtype float32")
+        raise PosteriorError("the predictive gave probabilities that are not finite; try float32")
 
 
 RESAMPLES = 1000

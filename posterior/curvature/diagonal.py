@@ -64,7 +64,7 @@ class Entries:
     def block(self) -> Diagonal:
         assert self.total is not None
         if not bool(torch.isfinite(self.total).all()):
-            raise PosteriorError("the curvature is not finite: the adapter has diverged; lower --learning-rate")
+            raise PosteriorError("the curvature is not finite: the adapter has diverged; lower the learning rate")
         return Diagonal((self.total if self.name.endswith(".A") else self.total.T).contiguous())
 
 

@@ -107,7 +107,7 @@ class _Sum:
     def factor(self, scale: float) -> Factor:
         total = self.total.double() * scale
         if not bool(torch.isfinite(total).all()):
-            raise PosteriorError("the curvature is not finite: the adapter has diverged; lower --learning-rate")
+            raise PosteriorError("the curvature is not finite: the adapter has diverged; lower the learning rate")
         if self.omega is None:
             values, basis = torch.linalg.eigh((total + total.T) / 2)
             return Factor(basis.to(self.total), values.clamp(min=0).to(self.total), 0.0)
@@ -224,7 +224,7 @@ def _gradients(
         return
     f = scores(model, batch)
     if not bool(torch.isfinite(f).all()):
-        raise PosteriorError("the scores are not finite: the adapter has diverged; lower --learning-rate")
+        raise PosteriorError("the scores are not finite: the adapter has diverged; lower the learning rate")
     columns = fisher_columns(draws(f.detach(), batch))
     for c in range(columns.shape[2]):
         yield tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])

@@ -176,7 +176,7 @@ def _template(tokenizer: Any, tools: list[Message] | None) -> str:
         return str(tokenizer.get_chat_template(tools=tools))
     except ValueError:
         raise PosteriorError(
-            "the base has no chat template: leave out --chat and 'messages', or use a base that was made for chats"
+            "the base has no chat template: ask without 'chat' and 'messages', or use a base that was made for chats"
         ) from None
 
 

@@ -44,7 +44,7 @@ class Task:
                 f"the template {self.template!r} has no {{field}}; write for example '{{text}}\\nSentiment:'"
             )
         if self.kind == "text" and self.answers is not None:
-            raise PosteriorError("a text task has no candidate answers; leave out --answers or use --task choice")
+            raise PosteriorError("a text task has no candidate answers; leave the answers out, or make it a choice")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: flo
     if method == "temperature" and bool((p.argmax(1) == y).all()):
         raise PosteriorError(
             f"all {len(y)} answers are right, so that no temperature is low enough; "
-            "give more rows, or use --method platt, which allows for mistakes not seen yet"
+            "give more rows, or use the method platt, which allows for mistakes not seen yet"
         )
     after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage)
     return Record(

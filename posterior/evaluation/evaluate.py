@@ -109,7 +109,7 @@ def _model(posterior: Posterior, base: Base, settings: Evaluation) -> Any:
 def _warn(posterior: Posterior, test: TestRows, again: int) -> None:
     """Of test rows that are too easy."""
     if again:
-        warn(f"{again} of {len(test.y)} test rows are in --calibration too, where temperature and sets look too good")
+        warn(f"{again} of {len(test.y)} test rows are calibration rows too, where temperature and sets look too good")
     seen = posterior.trained_on(test.examples)
     if seen:
         warn(f"{seen} of {len(test.y)} test rows are rows that {posterior.name!r} was fitted on; others are harder")

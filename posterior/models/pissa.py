@@ -33,7 +33,7 @@ def attach(model: PreTrainedModel, *, rank: int, alpha: int, rslora: bool, **opt
     for name, module in _layers(peft_model):
         weight = _base_weight(module)
         if rank > min(weight.shape):
-            raise PosteriorError(f"--rank {rank} is more than {name} has, {min(weight.shape)}; lower it")
+            raise PosteriorError(f"rank {rank} is more than {name} has, {min(weight.shape)}; lower it")
         u, values, vt = torch.linalg.svd(weight.float(), full_matrices=False)
         root = (values[:rank] / module.scaling[lora.ADAPTER]).sqrt()
         a, b = _weights(module)

@@ -264,17 +264,17 @@ def destination(out: Path | str) -> Path:
     folder = Path(os.path.abspath(out))
     if not str(out) or not NAME.fullmatch(folder.name):
         raise PosteriorError(
-            f"--out {str(out)!r}: the folder's name is the model's name when served; end it with a name of letters, "
+            f"cannot write {str(out)!r}: the folder's name is the model's name when served; end it with a name of letters, "
             "digits, '.', '_' and '-', such as posteriors/reviews"
         )
     try:
         _check_replaceable(folder)
         parent = next(path for path in folder.parents if _is_there(path))
     except OSError as error:
-        raise PosteriorError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
+        raise PosteriorError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise PosteriorError(
-            f"cannot write {folder}: {parent} is no folder that you may write into; choose another --out"
+            f"cannot write {folder}: {parent} is no folder that you may write into; choose another folder"
         )
     return folder
 
@@ -292,7 +292,7 @@ def _check_replaceable(folder: Path) -> None:
     atomic.recover(folder)
     if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
         kind = "a symbolic link" if folder.is_symlink() else "not a folder"
-        raise PosteriorError(f"{folder} is {kind}; choose another --out")
+        raise PosteriorError(f"{folder} is {kind}; choose another folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     try:
@@ -300,7 +300,7 @@ def _check_replaceable(folder: Path) -> None:
     except (PosteriorError, KeyError, TypeError, ValueError):
         raise PosteriorError(
             f"{folder} is not empty, and no posterior that this version can read; nothing was touched: choose another "
-            "--out, or move what is there"
+            "folder, or move what is there"
         ) from None
     own = {*listed, *(parent for path in listed for parent in path.parents), Path(records.FOLDER)}
     inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # of a posterior, never of a whole disk
@@ -308,7 +308,7 @@ def _check_replaceable(folder: Path) -> None:
     if foreign:
         raise PosteriorError(
             f"{folder} holds {str(foreign[0])!r}, which is no part of a posterior; nothing was touched: choose another "
-            "--out, or move it"
+            "folder, or move it"
         )
 
 

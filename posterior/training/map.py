@@ -97,7 +97,7 @@ class Trainer:
         if not math.isfinite(value):
             again = f": the checkpoint after epoch {self.epoch} would lead here again" if self.epoch else ""
             raise PosteriorError(
-                f"the loss is {value} at step {self.step}; lower --learning-rate (now {self.training.learning_rate}) "
+                f"the loss is {value} at step {self.step}; lower the learning rate (now {self.training.learning_rate}) "
                 f"and begin anew{again}"
             )
         self.optimizer.step()

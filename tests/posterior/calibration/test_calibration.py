@@ -254,7 +254,7 @@ def test_what_is_reported_is_cross_fitted() -> None:
 def test_refusals() -> None:
     p, _ = draw(80)
     options: dict[str, Any] = {"score": "lac", "coverage": 0.9, "key": KEY, "data": ""}
-    with pytest.raises(PosteriorError, match="all 80 answers are right.*--method platt"):
+    with pytest.raises(PosteriorError, match="all 80 answers are right.*the method platt"):
         measure(p, p.argmax(1), method="temperature", **options)
     assert measure(p, p.argmax(1), method="platt", **options).n == 80
     with pytest.raises(PosteriorError, match="not finite"):

@@ -169,7 +169,7 @@ def test_sets_of_too_few_calibration_rows_hold_every_answer(data):
 
 
 def test_probabilities_that_are_not_finite_are_refused():
-    with pytest.raises(PosteriorError, match="not finite; try --dtype float32"):
+    with pytest.raises(PosteriorError, match="not finite; try float32"):
         metrics.check(torch.tensor([[math.nan, 1.0]]))
 
 

@@ -145,7 +145,7 @@ def test_heldout_rows_that_are_training_rows_are_counted(run_fit, tmp_path, caps
     for rows, warned in ((ROWS[:3] + fresh, True), (fresh, False)):
         heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
         run_fit(tmp_path / str(warned), prior_precision="heldout", heldout=heldout)
-        assert ("warning: 3 of 5 rows of --heldout are training rows too" in capsys.readouterr().err) == warned
+        assert ("warning: 3 of 5 held-out rows are training rows too" in capsys.readouterr().err) == warned
 
 
 def test_bfloat16_on_a_cpu_without_it_is_warned_of(run_fit, monkeypatch, capsys):
@@ -191,7 +191,7 @@ def test_a_diverged_fit_begins_anew_with_a_lower_rate(run_fit, tmp_path, capsys)
         ({"targets": ["nothing"]}, "do not fit this base"),
         ({"adapter": "/nowhere"}, "no PEFT adapter"),
         ({"answers": ["p", "p"]}, "tokenise alike"),
-        ({"learning_rate": 1e30}, "lower --learning-rate"),
+        ({"learning_rate": 1e30}, "lower the learning rate"),
         ({"learning_rate": "nan"}, "--learning-rate is nan"),
         ({"learning_rate": -1}, "--learning-rate is -1"),
         ({"learning_rate": "inf"}, "--learning-rate is inf"),
@@ -210,7 +210,7 @@ def test_a_diverged_fit_begins_anew_with_a_lower_rate(run_fit, tmp_path, capsys)
         ({"label_samples": 0}, "--label-samples is 0"),
         ({"max_length": 0}, "--max-length is 0"),
         ({"max_length": 129}, "--max-length is 129, but the context of base tiny-llama is 128 tokens"),
-        ({"max_length": 5}, "row 1 has 13 tokens, more than --max-length 5; shorten"),
+        ({"max_length": 5}, "row 1 has 13 tokens, more than the maximum length of 5; shorten"),
         ({"device": "gpu"}, "--device is 'gpu'"),
         ({"device": "cuda:77"}, "--device cuda:77: torch sees"),
         ({"template": r"{text}\sum"}, r"--template holds"),

@@ -132,7 +132,7 @@ def test_bad_tools_name_the_row(tools: Any) -> None:
 def test_a_base_without_a_template_or_whose_template_refuses() -> None:
     row = {"messages": [{"role": "system", "content": "x"}, USER, {"role": "assistant", "content": "x"}]}
     for template, match in (
-        (None, "row 1: the base has no chat template: leave out --chat"),
+        (None, "row 1: the base has no chat template: ask without .chat. and .messages."),
         (STRICT, "row 1: the base's chat template does not take these messages: System role not supported"),
         ("{{ messages[0].content.x.y }}", "row 1: the base's chat template does not take these messages"),
     ):

@@ -137,7 +137,7 @@ def test_repeated_rows_are_counted(run_fit, call, capsys):
     posterior = run_fit()
     call(posterior.path, FRESH, "--json", calibration=[row | {"source": "another"} for row in FRESH[:3]] + ROWS)
     output = capsys.readouterr()
-    assert "warning: 3 of 40 test rows are in --calibration too" in output.err
+    assert "warning: 3 of 40 test rows are calibration rows too" in output.err
     assert json.loads(output.out)["repeated"] == 3
     call(posterior.path, FRESH, calibration=ROWS)
     assert "warning" not in capsys.readouterr().err
@@ -172,5 +172,5 @@ def test_refusals(gang, run_fit, call, tmp_path, monkeypatch):
 def test_a_predictive_that_is_not_finite(gang, call, monkeypatch):
     nan = torch.full((1, 2), float("nan"), dtype=torch.float64)
     monkeypatch.setattr(predictions, "map_scores", lambda model, examples, batch_size: nan.expand(len(examples), 2))
-    with pytest.raises(PosteriorError, match="not finite; try --dtype float32"):
+    with pytest.raises(PosteriorError, match="not finite; try float32"):
         call(gang.path, FRESH)

@@ -109,5 +109,5 @@ def test_members_start_at_the_components_not_where_the_last_one_ended():
 
 
 def test_a_rank_above_the_base_s_is_refused():
-    with pytest.raises(PosteriorError, match="--rank 9 is more than .*v_proj has, 8; lower it"):
+    with pytest.raises(PosteriorError, match="rank 9 is more than .*v_proj has, 8; lower it"):
         pissa.attach(tiny_llama(), rank=9, alpha=9, rslora=False)

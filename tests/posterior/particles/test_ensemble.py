@@ -106,7 +106,7 @@ def test_evaluate_and_inspect(run_fit, tiny_base, tmp_path, capsys):
         ({"prior_precision": "evidence"}, "belongs to --method laplace; ensemble needs a number"),
         ({"adapter": "/nowhere"}, "--adapter belongs to --method laplace, tfb; ensemble"),
         ({"particles": 0}, "--particles is 0"),
-        ({"learning_rate": 1e30}, "lower --learning-rate"),
+        ({"learning_rate": 1e30}, "lower the learning rate"),
     ],
 )
 def test_bad_input_is_one_sentence(run_fit, options, match):

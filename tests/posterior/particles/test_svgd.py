@@ -341,7 +341,7 @@ def test_an_interrupted_fit_goes_on(run_fit, tmp_path, monkeypatch, capsys, wher
         ({"particles": 1001}, "at most 1000"),
         ({"temperature": 0}, "--temperature is 0.0; it must be above 0"),
         ({"temperature": "nan"}, "--temperature is nan; it must be above 0"),
-        ({"learning_rate": 1e30}, "at step 1; lower --learning-rate"),
+        ({"learning_rate": 1e30}, "at step 1; lower the learning rate"),
     ],
 )
 def test_bad_input_is_one_sentence(run_fit, options, match):

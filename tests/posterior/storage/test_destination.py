@@ -95,11 +95,11 @@ OWN = {
 def test_what_is_not_one_posterior_is_refused(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "out")
     before = snapshot(tmp_path)
-    with pytest.raises(PosteriorError, match="choose another --out") as caught:
+    with pytest.raises(PosteriorError, match="choose another folder") as caught:
         artefact.destination(tmp_path / "out")
     assert "\n" not in str(caught.value) and str(tmp_path / "out") in str(caught.value)
     source = artefact.load(FORMAT_1 / "mood")
-    with pytest.raises(PosteriorError, match="choose another --out"):
+    with pytest.raises(PosteriorError, match="choose another folder"):
         write(tmp_path / "out", source)
     assert snapshot(tmp_path) == before and not leftovers(tmp_path)
 
@@ -142,14 +142,14 @@ def test_fit_and_import_refuse_before_any_work(
     before = snapshot(tmp_path / "out")
     for module in (fitting, importing):
         monkeypatch.setattr(module, "resolve", lambda *_: pytest.fail("the base was looked for"))
-    with pytest.raises(PosteriorError, match="choose another --out"):
+    with pytest.raises(PosteriorError, match="choose another folder"):
         run_fit(tmp_path / "out")
     import argparse
 
     parser = argparse.ArgumentParser()
     imported.add_arguments(parser)
     words = [FORMAT_1 / "mood" / "map", "--out", tmp_path / "out", "--template", "{text}", "--answers", "a", "b"]
-    with pytest.raises(PosteriorError, match="choose another --out"):
+    with pytest.raises(PosteriorError, match="choose another folder"):
         imported.call(parser.parse_args(list(map(str, words))))
     assert snapshot(tmp_path / "out") == before
 
@@ -175,5 +175,5 @@ def test_names_that_cannot_be_served(out: str) -> None:
 
 
 def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
-    with pytest.raises(PosteriorError, match="File name too long; choose another --out"):
+    with pytest.raises(PosteriorError, match="File name too long; choose another folder"):
         artefact.destination(tmp_path / ("y" * 300) / "x")

@@ -104,5 +104,5 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step():
     run = trainer()
     with torch.no_grad():
         next(iter(run.matrices.values())).weight.fill_(float("nan"))
-    with pytest.raises(PosteriorError, match="step 0; lower --learning-rate"):
+    with pytest.raises(PosteriorError, match="step 0; lower the learning rate"):
         run.run_epoch()
