@@ -218,7 +218,7 @@ class Cell:
             "MAP": lambda rows: point(map_scores(model, rows)),
         }
         if posterior.family == "laplace":
-            found["linearized"] = lambda rows: linearized(model, posterior.law, rows)
+            found["linearized"] = lambda rows: linearized(model, posterior.covariance, rows)
         if (posterior.family == "particles" and self.family not in POINTS) or self.family == "laplace":
             found["particles"] = lambda rows: sampled(model, posterior, PARTICLES, rows)
         return found

@@ -82,7 +82,7 @@ def worth(base: Base, posterior: artefact.Posterior, rows: list[Row], dtype: str
     model.eval().requires_grad_(False)
     examples = encode(posterior.task, load_tokenizer(base), rows)
     y = torch.tensor([example.label for example in examples])
-    predictive = linearized(model, posterior.law, examples).probability
+    predictive = linearized(model, posterior.covariance, examples).probability
     return [estimate(map_scores(model, examples).softmax(1), y), estimate(predictive, y)]
 
 

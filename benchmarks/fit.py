@@ -116,7 +116,7 @@ class Bench:
     def linearised(self) -> None:
         matrices = lora.matrices(self.model)
         for batch in self.batches():
-            moments(self.model, matrices, self.posterior.law, batch)
+            moments(self.model, matrices, self.posterior.covariance, batch)
 
     def questions(self) -> Bench:
         """The same rows with four answers of several tokens."""

@@ -81,7 +81,7 @@ def probabilities(base: Base, posterior: artefact.Posterior, examples: Examples)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval().requires_grad_(False)
     return {
         "mean alone": map_scores(model, examples).softmax(1),
-        "linearised": linearized(model, posterior.law, examples).probability,
+        "linearised": linearized(model, posterior.covariance, examples).probability,
     }
 
 

@@ -95,18 +95,18 @@ def report(data: Set, seed: int, args: argparse.Namespace, work: Path) -> None:
             (f / temperature).softmax(1), labels
         ),
         f"MAP, best temperature {best:.2f} chosen on test (not honest)": estimate((f / best).softmax(1), labels),
-        "plain Laplace, linearised": estimate(linearized(model, plain.law, test).probability, labels),
+        "plain Laplace, linearised": estimate(linearized(model, plain.covariance, test).probability, labels),
         f"plain Laplace, {PARTICLES} samples": estimate(sampled(model, plain, PARTICLES, test).probability, labels),
     }
     model = adapted(base, default)
-    ours = linearized(model, default.law, test).probability
+    ours = linearized(model, default.covariance, test).probability
     table["variational mean alone"] = estimate(map_scores(model, test).softmax(1), labels)
     table["Laplace, linearised (default)"] = estimate(ours, labels)
     for name, each in ((f"width {default.width:.2f} (default)", default), ("width 1", replace(default, width=1.0))):
         table[f"Laplace, {PARTICLES} samples, {name}"] = estimate(
             sampled(model, each, PARTICLES, test).probability, labels
         )
-    heldout = default.law.rescaled(gaussian.heldout_factor(model, default.law, calibration, 16))
+    heldout = default.covariance.rescaled(gaussian.heldout_factor(model, default.covariance, calibration, 16))
     table["Laplace, linearised, prior by held-out NLL"] = estimate(linearized(model, heldout, test).probability, labels)
     print(f"\n## {data.name}: {len(data.train)} rows, {args.epochs} epochs, seed {seed}\n")
     print(markdown(table, len(test)))

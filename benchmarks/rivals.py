@@ -59,11 +59,11 @@ class Ours:
         lambdas = dict.fromkeys(blocks, self.precision)
         c = blockwise.coupling(blocks, lambdas, sketch.eigenvalues(self.precision))
         by_blocks = blockwise.Blocks(blockwise.coupled(blocks, c), lambdas)
-        self.law: blockwise.Law = sketch.full(self.precision) if self.structure == "full" else by_blocks
+        self.covariance: blockwise.Covariance = sketch.full(self.precision) if self.structure == "full" else by_blocks
 
     def variance(self, batch: Batch) -> Tensor:
         matrices = lora.matrices(self.model)
-        _, (covariance,) = moments(self.model, matrices, self.law, batch)
+        _, (covariance,) = moments(self.model, matrices, self.covariance, batch)
         return covariance.diagonal(dim1=1, dim2=2)[:, 1:]
 
 

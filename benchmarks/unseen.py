@@ -146,12 +146,14 @@ def dense(model: Any, posterior: artefact.Posterior, examples: Examples) -> tupl
 
 
 def _scores(model: Any, posterior: artefact.Posterior, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [B, C], the Jacobians of B [B, C-1, D], and the scores' covariance [B, C, C] by the posterior's law."""
-    uncertain = {name: module for name, module in lora.matrices(model).items() if name in posterior.law.precision}
+    """Scores [B, C], the Jacobians of B [B, C-1, D], and the scores' covariance [B, C, C] by the posterior."""
+    uncertain = {
+        name: module for name, module in lora.matrices(model).items() if name in posterior.covariance.precision
+    }
     f, parts = jacobians(model, uncertain, batch)
     found = [(name, part.cpu()) for name, part in parts]
     jacobian = torch.cat([part.flatten(2) for name, part in found if name.endswith(".B")], 2).float()
-    (covariance,) = posterior.law.covariance(iter(found))
+    (covariance,) = posterior.covariance.of_scores(iter(found))
     return f.cpu(), jacobian, torch.nn.functional.pad(covariance, (1, 0, 1, 0))
 
 
@@ -162,7 +164,7 @@ def report(base: Base, posterior: artefact.Posterior, train: Any, other: Any, dt
     tokenizer: Any = load_tokenizer(base)
     rows, others = (encode(posterior.task, tokenizer, each) for each in (train, other))
     data, stacked = dense(model, posterior, rows)
-    precision = next(value for name, value in posterior.law.precision.items() if name.endswith(".B"))
+    precision = next(value for name, value in posterior.covariance.precision.items() if name.endswith(".B"))
     share = float(data.in_span(data.moved[None])) / data.distance
     lines = [
         f"lambda {precision:.2f}; by the dense Fisher {best(data.evidence):.2f}, and where theta* need not be the "
@@ -191,7 +193,7 @@ def covariances(
     stacked: Tensor,
     precision: float,
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """The scores' covariances [C, C] of each example by each law, and its scores [C]."""
+    """The scores' covariances [C, C] of each example by each Gaussian, and its scores [C]."""
     found: dict[str, list[Tensor]] = {}
     scores: dict[int, Tensor] = {}
     order: list[int] = []

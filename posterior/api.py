@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,19 +88,33 @@ def fit(
     Raises:
         PosteriorError: for whatever the user can change.
     """
-    folder = Path(tempfile.mkdtemp(prefix="posterior-")) / "posterior" if out is None else out
-    found = fitting.fit(
-        rows,
-        task=task,
-        method=method or Laplace(),
-        out=folder,
-        base=base,
-        heldout=heldout,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-    )
+    with _folder(out) as folder:
+        found = fitting.fit(
+            rows,
+            task=task,
+            method=method or Laplace(),
+            out=folder,
+            base=base,
+            heldout=heldout,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+        )
     return Posterior(found, base=base, device=device)
+
+
+@contextmanager
+def _folder(out: Path | str | None) -> Iterator[Path | str]:
+    """Where to write; a temporary folder goes again if nothing comes of it."""
+    if out is not None:
+        yield out
+        return
+    parent = Path(tempfile.mkdtemp(prefix="posterior-"))
+    try:
+        yield parent / "posterior"
+    except BaseException:
+        shutil.rmtree(parent, ignore_errors=True)
+        raise
 
 
 def load(path: Path | str, *, base: str | None = None, device: str | None = None) -> Posterior:
@@ -229,7 +245,7 @@ class Posterior:
 
     def _predictives(self, which: PredictiveName, k: int, examples: Examples) -> list[Predictive]:
         if which == "linearized":
-            return each_linearized(self._model, self._stored.law, examples)
+            return each_linearized(self._model, self._stored.covariance, examples)
         return (
             each_sampled(self._model, self._stored, k, examples)
             if which == "mixture"

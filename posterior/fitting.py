@@ -142,9 +142,7 @@ def _model(base: Base, method: Method, tokenizer: Any, task: Task, dtype: Dtype 
     """The base, checked, with a fresh adapter or somebody's."""
     precision = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if (precision, device, torch.backends.cpu.get_cpu_capability()) == (torch.bfloat16, "cpu", "AVX2"):
-        warn(
-            "this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); float32 is many times faster here"
-        )
+        warn("this CPU does not multiply bfloat16 numbers (AVX512-BF16, AMX); float32 is many times faster here")
     model = load_model(base, precision, device)
     warn(*base_check.check(tokenizer, base_check.scorer(model), task))
     given: Path | None = getattr(method, "adapter", None)

@@ -137,7 +137,7 @@ class Full:
         precision = {name: value * factor for name, value in self.precision.items()}
         return Full(self.signs, precision, self.basis, self.values / factor)
 
-    def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
+    def of_scores(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
         """J P^-1 J^T [M, B, C, C] in float64, at M multiples of the prior precision, from each matrix's
         [B, C, r, d].
 

@@ -183,7 +183,7 @@ def encode(
 def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     answers = task.answers or row.get("choices")
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
-        raise PosteriorError("the task has no answers and the row no list 'choices'; give the task answers, or add 'choices'")
+        raise PosteriorError("the task has no answers and the row no list 'choices'; give one of them")
     label = row.get("label")
     label = _index(label, answers) if isinstance(label, str) else label
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):

@@ -151,7 +151,7 @@ def probabilities(
 ) -> Tensor:
     """The predictive's probabilities [N, C], float64, as the server computes them."""
     if predictive == "linearized":
-        return linearized(model, posterior.law, examples, batch_size).probability
+        return linearized(model, posterior.covariance, examples, batch_size).probability
     if predictive == "mixture":
         return sampled(model, posterior, k, examples, batch_size).probability
     return map_scores(model, examples, batch_size).softmax(1)

@@ -45,7 +45,7 @@ def predictives(
     if temperature is not None:
         found[f"MAP, temperature {temperature:.2f}"] = point(f / temperature)
     if posterior.family == "laplace":
-        found["linearized"] = linearized(model, posterior.law, examples, batch_size)
+        found["linearized"] = linearized(model, posterior.covariance, examples, batch_size)
     found[f"{_available(posterior, k)} particles"] = sampled(model, posterior, k, examples, batch_size)
     for each in found.values():
         check(each.probability)
@@ -80,24 +80,26 @@ def point(scores: Tensor) -> Predictions:
 
 def linearized(
     model: Any,
-    law: blockwise.Law,
+    covariance: blockwise.Covariance,
     examples: Examples,
     batch_size: int = ROWS,
 ) -> Predictions:
     """The posterior predictive under the linearised Laplace covariance at the active adapter."""
-    return _stack(each_linearized(model, law, examples, batch_size))
+    return _stack(each_linearized(model, covariance, examples, batch_size))
 
 
-def each_linearized(model: Any, law: blockwise.Law, examples: Examples, batch_size: int = ROWS) -> list[Predictive]:
+def each_linearized(
+    model: Any, covariance: blockwise.Covariance, examples: Examples, batch_size: int = ROWS
+) -> list[Predictive]:
     """`linearized`, an example at a time."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     device = next(model.parameters()).device
-    law = law.to(device)
+    covariance = covariance.to(device)
     found: dict[int, Predictive] = {}
     parts = list(batches(examples, batch_size, tokens=TOKENS))
     for indices, batch in tqdm(parts, desc="linearising", unit="batch", leave=False):
-        found.update(zip(indices, linear.predictives(model, matrices, law, batch.to(device)), strict=True))
+        found.update(zip(indices, linear.predictives(model, matrices, covariance, batch.to(device)), strict=True))
     return [found[index] for index in range(len(examples))]
 
 

@@ -43,19 +43,19 @@ SAMPLER = 1  # names cached draws: raise it whenever `sample` would draw others
 LOG_BOUNDS = (math.log(1e-4), math.log(1e8))
 
 
-class Law(Protocol):
+class Covariance(Protocol):
     """The Gaussian's covariance, as the linearised predictive needs it. precision: of each uncertain matrix."""
 
     @property
     def precision(self) -> Mapping[str, float]: ...
 
-    def to(self, device: torch.device | str) -> Law: ...
+    def to(self, device: torch.device | str) -> Covariance: ...
 
-    def rescaled(self, factor: float) -> Law:
+    def rescaled(self, factor: float) -> Covariance:
         """With `factor` times the prior precision."""
         ...
 
-    def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
+    def of_scores(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
         """J P^-1 J^T [M, B, C, C] in float64, at M multiples of the prior precision, from each matrix's
         [B, C, r, d]."""
         ...
@@ -74,7 +74,7 @@ class Blocks:
     def rescaled(self, factor: float) -> Blocks:
         return Blocks(self.curvature, {name: value * factor for name, value in self.precision.items()})
 
-    def covariance(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
+    def of_scores(self, jacobians: Iterable[tuple[str, Tensor]], factors: Sequence[float] = (1.0,)) -> Tensor:
         total = torch.zeros(())
         for name, jacobian in jacobians:
             precisions = [self.precision[name] * factor for factor in factors]

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from posterior.curvature import kfac
 from posterior.curvature.sketch import Full, Sketch
 from posterior.data.examples import Examples, batches
-from posterior.errors import PosteriorError
 from posterior.laplace import blockwise, width
 from posterior.laplace.linearized import moments
 from posterior.models import lora
@@ -49,7 +48,7 @@ class Gaussian:
     full: Full | None
 
     @property
-    def law(self) -> blockwise.Law:
+    def covariance(self) -> blockwise.Covariance:
         return self.full or blockwise.Blocks(self.curvature, self.precision)
 
     @property
@@ -162,10 +161,10 @@ class Laplace(Trained):
         else:
             origin, gaussian = train(model, examples, self, training, job.checkpoint)
         if self.prior_precision == HELDOUT:
-            gaussian = rescaled(gaussian, heldout_factor(model, gaussian.law, job.heldout, self.batch_size))
+            gaussian = rescaled(gaussian, heldout_factor(model, gaussian.covariance, job.heldout, self.batch_size))
         drawn = 1.0  # a text's predictive has no linearised twin
         if examples[0].is_choice:
-            parts = gaussian.law, gaussian.curvature, gaussian.precision
+            parts = gaussian.covariance, gaussian.curvature, gaussian.precision
             drawn = width.fit(model, *parts, examples, self.batch_size)
         log_likelihood = job.log_likelihood(self.batch_size)
         return Result(
@@ -301,12 +300,12 @@ def spread(model: Any, examples: Examples, gaussian: Gaussian, batch_size: int) 
     """The examples with the posterior covariance of their scores, S_n = J_n P^-1 J_n^T."""
     matrices = lora.matrices(model)
     device = next(iter(matrices.values())).weight.device
-    law = gaussian.law.to(device)
+    covariance = gaussian.covariance.to(device)
     result = list(examples)
     for indices, batch in batches(examples, batch_size):
-        _, (covariance,) = moments(model, matrices, law, batch.to(device))
+        _, (found,) = moments(model, matrices, covariance, batch.to(device))
         for row, index in enumerate(indices):
-            result[index] = replace(examples[index], spread=covariance[row].float().cpu())
+            result[index] = replace(examples[index], spread=found[row].float().cpu())
     return replace(examples, rows=result)
 
 
@@ -336,16 +335,16 @@ def measure(
     return blocks, sketch
 
 
-def heldout_factor(model: Any, law: blockwise.Law, heldout: Examples, batch_size: int) -> float:
+def heldout_factor(model: Any, covariance: blockwise.Covariance, heldout: Examples, batch_size: int) -> float:
     """The multiple of the prior precision whose linearised predictive has the lowest NLL on held-out rows."""
     loss = torch.zeros(len(HELDOUT_FACTORS), dtype=torch.float64)
     device = next(iter(lora.matrices(model).values())).weight.device
-    law = law.to(device)
+    covariance = covariance.to(device)
     for _, batch in batches(heldout, batch_size):
-        mean, covariance = moments(model, lora.matrices(model), law, batch.to(device), HELDOUT_FACTORS)
+        mean, spread = moments(model, lora.matrices(model), covariance, batch.to(device), HELDOUT_FACTORS)
         for choice in range(len(loss)):
             for row, label in enumerate(batch.label.tolist()):
-                loss[choice] -= from_gaussian(mean[row].cpu(), covariance[choice, row].cpu()).probability[label].log()
+                loss[choice] -= from_gaussian(mean[row].cpu(), spread[choice, row].cpu()).probability[label].log()
     return HELDOUT_FACTORS[int(loss.argmin())]
 
 

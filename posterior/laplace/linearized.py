@@ -37,15 +37,15 @@ def dtype_on(device: str) -> Dtype:
 def moments(
     model: nn.Module,
     matrices: Mapping[str, nn.Linear],
-    law: blockwise.Law,
+    covariance: blockwise.Covariance,
     batch: Batch,
     factors: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
     """Mean [B, C] of the scores and, at M multiples of the prior precision, covariance [M, B, C, C] of the scores
-    relative to the first candidate's (row and column 0 are 0). float64. Matrices that the law does not name are
+    relative to the first candidate's (row and column 0 are 0). float64. Matrices that `covariance` does not name are
     certain."""
-    f, parts = jacobians(model, {name: matrices[name] for name in law.precision}, batch)
-    return f, torch.nn.functional.pad(law.covariance(parts, factors), (1, 0, 1, 0))
+    f, parts = jacobians(model, {name: matrices[name] for name in covariance.precision}, batch)
+    return f, torch.nn.functional.pad(covariance.of_scores(parts, factors), (1, 0, 1, 0))
 
 
 def jacobians(
@@ -72,11 +72,11 @@ def _jacobian(name: str, inputs: Tensor, gradient: Tensor, batch: Batch) -> Tens
 
 
 def predictives(
-    model: nn.Module, matrices: Mapping[str, nn.Linear], law: blockwise.Law, batch: Batch
+    model: nn.Module, matrices: Mapping[str, nn.Linear], covariance: blockwise.Covariance, batch: Batch
 ) -> list[Predictive]:
     """The linearised predictive of each example of a batch of choices."""
-    mean, (covariance,) = moments(model, matrices, law, batch)
-    return [from_gaussian(f, spread) for f, spread in zip(mean.cpu(), covariance.cpu(), strict=True)]
+    mean, (spread,) = moments(model, matrices, covariance, batch)
+    return [from_gaussian(f, each) for f, each in zip(mean.cpu(), spread.cpu(), strict=True)]
 
 
 def _difference(f: Tensor, c: int) -> Tensor:
@@ -92,7 +92,7 @@ class Linearizable(Protocol):
     @property
     def map_dir(self) -> Path: ...
     @property
-    def law(self) -> blockwise.Law: ...
+    def covariance(self) -> blockwise.Covariance: ...
     @property
     def task(self) -> Task: ...
 
@@ -112,23 +112,23 @@ class LinearizedModel:
     ):
         model: nn.Module | None = None
         self.device = device
-        self.parts: dict[str, tuple[dict[str, nn.Linear], blockwise.Law, Task]] = {}
+        self.parts: dict[str, tuple[dict[str, nn.Linear], blockwise.Covariance, Task]] = {}
         for number, (name, posterior) in enumerate(posteriors.items()):
             adapter = f"p{number}"
             if model is None:
                 model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
             else:
                 model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            self.parts[name] = (lora.matrices(model, adapter), posterior.law.to(device), posterior.task)
+            self.parts[name] = (lora.matrices(model, adapter), posterior.covariance.to(device), posterior.task)
         if model is None:
             raise PosteriorError("no Laplace posterior was given to linearise")
         self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
         self.model = model.eval().requires_grad_(False)
         self.footprints = {}
-        for name, (matrices, law, _) in self.parts.items():
+        for name, (matrices, covariance, _) in self.parts.items():
             self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
             self.model.requires_grad_(False)
-            self.footprints[name] = measure(model, {each: matrices[each] for each in law.precision}, device)
+            self.footprints[name] = measure(model, {each: matrices[each] for each in covariance.precision}, device)
 
     def logits(
         self,
@@ -165,14 +165,14 @@ class LinearizedModel:
 
     def _moments(self, name: str, examples: Examples) -> list[tuple[Tensor, Tensor]] | None:
         """Moments of one batch; None if there is no memory for it."""
-        matrices, law, _ = self.parts[name]
+        matrices, covariance, _ = self.parts[name]
         try:
-            mean, (covariance,) = moments(self.model, matrices, law, collate(examples).to(self.device))
+            mean, (spread,) = moments(self.model, matrices, covariance, collate(examples).to(self.device))
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             return None  # only now, without the error's traceback, are the batch's tensors freed
-        return list(zip(mean.cpu(), covariance.cpu(), strict=True))
+        return list(zip(mean.cpu(), spread.cpu(), strict=True))
 
 
 def _out_of_memory(error: Exception) -> bool:

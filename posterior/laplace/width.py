@@ -34,22 +34,24 @@ TOLERANCE = 0.03  # of w, about as well as so few draws tell it
 
 def fit(
     model: Any,
-    law: blockwise.Law,
+    covariance: blockwise.Covariance,
     curvature: blockwise.Curvature,
     precision: Mapping[str, float],
     examples: Examples,
     batch_size: int,
     seed: int = 0,
 ) -> float:
-    """The width w of draws around the adapter as it is, which stays. `law` is what the linearised predictive uses,
-    `curvature` and `precision` what draws are made of; the seed is that of the draws."""
+    """The width w of draws around the adapter as it is, which stays. `covariance` is what the linearised predictive
+    uses, `curvature` and `precision` are what draws are made of; the seed is that of the draws."""
     model.eval().requires_grad_(False)
     matrices = lora.matrices(model)
     device = next(iter(matrices.values())).weight.device
-    law = law.to(device)
+    covariance = covariance.to(device)
     step = max(1, len(examples) // ROWS)
     held = [batch.to(device) for _, batch in batches(spliced(examples)[::step][:ROWS], batch_size)]
-    targets = [torch.stack([each.probability for each in predictives(model, matrices, law, batch)]) for batch in held]
+    targets = [
+        torch.stack([each.probability for each in predictives(model, matrices, covariance, batch)]) for batch in held
+    ]
     mean, generator = lora.get(model), torch.Generator().manual_seed(seed)
     draws = [blockwise.sample(curvature, precision, mean, generator) for _ in range(DRAWS)]
 

@@ -177,8 +177,7 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
     name, _, pinned = spec.partition("@")
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise PosteriorError(
-            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face "
-            "org/name@revision"
+            f"base {spec!r} is no model: expected an HF model folder, a .gguf file or a Hugging Face org/name@revision"
         )
     return _downloaded(name, pinned or revision)
 

@@ -1,9 +1,9 @@
 """Text under the posterior predictive: what the particles' log-probabilities of its tokens say about it.
 
 Particle k, of weight w_k, gives token t the probability p_k(y_t|y_<t, x). Two mixings:
-- sequence (exact): p(y|x, D) = sum_k w_k prod_t p_k(y_t|y_<t, x). The next token's law is sum_k w_k(t) p_k with
-  w_k(t) proportional to w_k prod_{s<t} p_k(y_s|y_<s, x): Bayes' rule, the text itself being the data;
-- token: the weights stay w_k, so that every token's law is an average over the whole posterior.
+- sequence (exact): p(y|x, D) = sum_k w_k prod_t p_k(y_t|y_<t, x). The next token's distribution is sum_k w_k(t) p_k
+  with w_k(t) proportional to w_k prod_{s<t} p_k(y_s|y_<s, x): Bayes' rule, the text itself being the data;
+- token: the weights stay w_k, so that every token's distribution is an average over the whole posterior.
 Either way log p(y|x, D) = sum_t log sum_k w_k(t) p_k(y_t) = expected + information, with expected = sum_k w_k log
 p_k(y|x) and information >= 0 by Jensen; under sequence mixing information = KL(w || w(T+1)), what the text tells
 about the weights."""
@@ -26,7 +26,7 @@ class TextPredictive:
     log_weights: [T + 1, K], normalised, those each token was drawn under and, last, those after the text;
     particles: log p_k(y_t|y_<t, x), [T, K];
     logprob, variance (of p_k(y_t) over the particles: epistemic), effective_particles 1 / sum_k w_k(t)^2: [T];
-    total, aleatoric, epistemic: entropies of each token's law over the whole vocabulary, [T];
+    total, aleatoric, epistemic: entropies of each token's distribution over the whole vocabulary, [T];
     expected: sum_k w_k log p_k(y|x); mc_error: standard error of log p(y|x, D) as an average of K weighted draws.
     """
 

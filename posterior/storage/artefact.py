@@ -70,7 +70,7 @@ class Posterior:
     width: float = 1.0
 
     @property
-    def law(self) -> blockwise.Law:
+    def covariance(self) -> blockwise.Covariance:
         """The covariance of family "laplace" that the linearised predictive uses."""
         return self.full or blockwise.Blocks(self.curvature, self.precision)
 
@@ -264,8 +264,8 @@ def destination(out: Path | str) -> Path:
     folder = Path(os.path.abspath(out))
     if not str(out) or not NAME.fullmatch(folder.name):
         raise PosteriorError(
-            f"cannot write {str(out)!r}: the folder's name is the model's name when served; end it with a name of letters, "
-            "digits, '.', '_' and '-', such as posteriors/reviews"
+            f"cannot write {str(out)!r}: the folder's name is the model's name when served; end it with a name of "
+            "letters, digits, '.', '_' and '-', such as posteriors/reviews"
         )
     try:
         _check_replaceable(folder)

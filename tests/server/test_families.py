@@ -83,7 +83,7 @@ def test_served_answers_are_those_of_the_fitted_posterior(base: Base, fitted: Pa
     model: Any = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     expected = {"mixture": sampled(model, posterior, K, rows)}
     if posterior.family == "laplace":
-        expected["linearized"] = linearized(model, posterior.law, rows)
+        expected["linearized"] = linearized(model, posterior.covariance, rows)
     for predictive, ours in expected.items():
         body = {"model": name, "inputs": INPUTS, "predictive": predictive}
         key = {"Authorization": f"Bearer {KEY}"}

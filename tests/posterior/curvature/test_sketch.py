@@ -143,17 +143,17 @@ def test_covariance_without_data_is_the_prior_s(model):
 
 def test_the_folder_keeps_the_covariance(run_fit, tiny_base):
     posterior = run_fit(structure="full")
-    assert isinstance(posterior.law, Full) and posterior.law.precision == posterior.precision
+    assert isinstance(posterior.covariance, Full) and posterior.covariance.precision == posterior.precision
     model = lora.load_peft(load_model(resolve(str(tiny_base)), torch.float32, "cpu"), posterior.map_dir).eval()
     model.requires_grad_(False)
     (example,) = make_examples(1)
-    _, (found,) = moments(model, lora.matrices(model), posterior.law, collate(summed(example)))
+    _, (found,) = moments(model, lora.matrices(model), posterior.covariance, collate(summed(example)))
     (served,) = LinearizedModel(resolve(str(tiny_base)), {"tiny": posterior}).logits(
         "tiny", [example.prompt], [example.continuations]
     )
     torch.testing.assert_close(served[1], found[0])
     blocks = run_fit(posterior.path.parent / "blocks")
-    assert isinstance(blocks.law, blockwise.Blocks)
+    assert isinstance(blocks.covariance, blockwise.Blocks)
 
 
 def block(v: float, small: int = 2, large: int = 5) -> kfac.Kronecker:

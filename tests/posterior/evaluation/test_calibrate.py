@@ -92,7 +92,7 @@ def test_it_calibrates_the_predictive_the_server_gives(
     examples = encode(posterior.task, tokenizer, rows)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     p = {
-        "linearized": lambda: linearized(model, posterior.law, examples).probability,
+        "linearized": lambda: linearized(model, posterior.covariance, examples).probability,
         "mixture": lambda: sampled(model, posterior, 3, examples).probability,
         "map": lambda: map_scores(model, examples).softmax(1),
     }[record.key.predictive]()

@@ -26,7 +26,7 @@ def test_the_shipped_posterior_answers_well():
     examples = encode(posterior.task, load_tokenizer(base), read_rows(TEST)[:32])
     labels = torch.tensor([example.label for example in examples])
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval().requires_grad_(False)
-    exact = linearized(model, posterior.law, examples).probability
+    exact = linearized(model, posterior.covariance, examples).probability
     assert accuracy(exact, labels) >= 0.85 and nll(exact, labels) < 0.4
     mixture = sampled(model, posterior, 4, examples).probability
     assert accuracy(mixture, labels) >= 0.8 and nll(mixture, labels) < 0.5
