@@ -35,7 +35,7 @@ def main() -> None:
         doubt = f"{answer.predictive.total:.2f} nats of doubt, {answer.predictive.epistemic:.2f} of it the model's own"
         print(f"{answer.answer.strip()}: {answer.confidence:.2f} ({doubt})")
 
-    print(f"{len(fitted.sample(4))} samples of the posterior, each an adapter")
+    print(f"{len(fitted.sample(4))} adapters drawn from the posterior")
 
 
 if __name__ == "__main__":
