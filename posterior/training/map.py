@@ -1,7 +1,7 @@
 """MAP LoRA: theta* = argmin - sum_n log p(y_n|x_n, theta) + sum_m (lambda_m / 2) |theta_m - theta_0,m|^2.
 
 The Gaussian prior is a term of the loss, scaled 1/N as the likelihood is a mean; it is not AdamW's decoupled decay,
-which is another objective. When the examples carry a spread (see posterior.fit), log p is its expectation over the
+which is another objective. When the examples carry a spread (laplace/gaussian.py), log p is its expectation over the
 posterior of the scores, and theta* the mean of a variational posterior instead of a mode. A training state is saved
 after each epoch and resumed exactly: data order and dropout depend on (seed, epoch) only.
 """

@@ -11,112 +11,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from posterior.data.candidates import Candidates
 from posterior.data.examples import Example
-from posterior.errors import PosteriorError
-from posterior.laplace.linearized import LinearizedModel, dtype_on
+from posterior.laplace.linearized import dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
-from posterior.storage import artefact
 from server.errors import Refused, RequestError, Unavailable, reason
 from server.metrics import Metrics
-from server.workers import memory
+from server.workers import inside, memory
+from server.workers.inside import Folder, Loaded, Moments
+from server.workers.suspects import FORGIVEN_SECONDS, STRIKES, Prompt, Suspects
 
 MAX_BATCH = 32  # prompts
 MAX_WAITING = 4096  # prompts; a queue without bound would only grow older
-THREADS = 2  # of torch, on the CPU
 SHARE = 0.5  # of the memory that is free once everything is loaded; the rest is for vLLM's requests and other programs
 PAUSE, LONGEST_PAUSE = 0.1, 60.0  # seconds before a lost worker is loaded again; twice as long after each failure
-STRIKES, FORGIVEN_SECONDS = 2, 600.0  # workers that a prompt may end within that time
-
-Moments = tuple[
-    np.ndarray, np.ndarray
-]  # mean [C], covariance [C, C]; arrays, because tensors would travel in shared memory
-
-Folder = tuple[Path, str]  # of a posterior, and its hash
-Loaded = tuple[dict[str, Footprint], dict[str, str]]  # by posterior: what its moments take, or why it cannot be read
 
 logger = logging.getLogger("posterior.server")
-_model: LinearizedModel | None = None  # of a worker process; None in the server's own
-
-
-def _load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
-    """In the worker: hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
-    be read."""
-    global _model
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    posteriors, refused = _readable(folders)
-    _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
-    return _model.footprints, refused
-
-
-def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
-    """The posteriors, and why others cannot be read. Raises PosteriorError where there is no posterior."""
-    posteriors, refused = {}, {}
-    for name, folder in folders.items():
-        try:
-            posteriors[name] = _unchanged(*folder)
-        except (PosteriorError, OSError) as error:
-            refused[name] = str(error)
-    if not posteriors:
-        raise PosteriorError("; ".join(refused.values()))
-    return posteriors, refused
-
-
-def _unchanged(path: Path, expected: str) -> artefact.Posterior:
-    """The posterior that the server started with: answers are labelled with its hash."""
-    posterior = artefact.load(path)
-    if posterior.hash != expected:
-        raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
-    return posterior
-
-
-def _follow(parent: Any) -> None:
-    """End with the server, even if it was killed: an orphan would hold the base in memory for ever."""
-    parent.join()
-    os._exit(1)
-
-
-def _moments(name: str, prompts: list[tuple[int, ...]], candidates: list[Candidates], room: float) -> list[Moments]:
-    """In the worker: one batch. An error of a GPU stays, so that every later batch would fail: the worker ends."""
-    if _model is None:
-        raise RuntimeError("the worker has no model")
-    try:
-        found = _model.logits(name, prompts, candidates, room)
-    except RuntimeError as error:
-        if isinstance(error, torch.AcceleratorError) or _lost(_model.device):
-            logger.error("the GPU failed: %s", error)
-            os._exit(1)
-        raise
-    return [(mean.numpy(), covariance.numpy()) for mean, covariance in found]
-
-
-def _lost(device: str) -> bool:
-    """Whether a GPU answers with errors from now on."""
-    try:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 @dataclass(frozen=True)
@@ -127,29 +47,9 @@ class _Item:
     result: asyncio.Future[Moments]
     since: float
 
-
-class _Suspects:
-    """Prompts whose batch ended a worker: when, within the last FORGIVEN_SECONDS."""
-
-    def __init__(self) -> None:
-        self._times: dict[tuple[str, tuple[int, ...], Candidates], list[float]] = {}
-
-    def blame(self, batch: Sequence[_Item]) -> None:
-        """Note that these prompts were in the batch that ended a worker."""
-        now = time.monotonic()
-        for item in batch:
-            self._times.setdefault((item.name, item.prompt, item.candidates), []).append(now)
-        self._times = {key: times for key, times in self._times.items() if now - times[-1] < FORGIVEN_SECONDS}
-
-    def acquit(self, batch: Sequence[_Item]) -> None:
-        """Forget prompts that have been answered."""
-        for item in batch:
-            self._times.pop((item.name, item.prompt, item.candidates), None)
-
-    def strikes(self, name: str, prompt: tuple[int, ...], candidates: Candidates) -> int:
-        """How many workers this prompt may have ended within FORGIVEN_SECONDS."""
-        times = self._times.get((name, prompt, candidates), [])
-        return sum(time.monotonic() - each < FORGIVEN_SECONDS for each in times)
+    @property
+    def key(self) -> Prompt:
+        return self.name, self.prompt, self.candidates
 
 
 class Linearizer:
@@ -160,7 +60,7 @@ class Linearizer:
         self._parts = (base, dict(folders), device)
         self._metrics = metrics
         self._waiting: list[_Item] = []
-        self._suspects = _Suspects()
+        self._suspects = Suspects()
         self._drain: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._problem: str | None = "is being loaded"
@@ -171,7 +71,7 @@ class Linearizer:
 
     def _new_pool(self) -> None:
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        self._loaded: Future[Loaded] = self._pool.submit(_load, *self._parts)
+        self._loaded: Future[Loaded] = self._pool.submit(inside.load, *self._parts)
         (self._process,) = self._pool._processes.values()
 
     async def start(self) -> None:
@@ -254,7 +154,7 @@ class Linearizer:
                 + (f"send at most {longest} tokens, or " if longest else "give fewer answers, or ")
                 + "ask for the predictive 'mixture'"
             )
-        if self._suspects.strikes(name, prompt, candidates) >= STRIKES:
+        if self._suspects.strikes((name, prompt, candidates)) >= STRIKES:
             raise Refused(
                 f"prompt {index} has ended the linearised predictive's worker {STRIKES} times, most likely for lack of "
                 f"memory, and is not tried again for {FORGIVEN_SECONDS / 60:.0f} minutes: send fewer tokens or "
@@ -273,7 +173,7 @@ class Linearizer:
             except Exception as error:
                 self._fail(batch, error)
             else:
-                self._suspects.acquit(batch)
+                self._suspects.acquit(item.key for item in batch)
                 for item, moments in zip(batch, results, strict=True):
                     if not item.result.done():  # its client may have left
                         item.result.set_result(moments)
@@ -283,7 +183,7 @@ class Linearizer:
         if not isinstance(error, RequestError):
             logger.error("linearised batch failed", exc_info=error)
         if isinstance(error, BrokenProcessPool):
-            self._suspects.blame(batch)
+            self._suspects.blame(item.key for item in batch)
             error = Unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
         elif isinstance(error, MemoryError):
             error = Unavailable("there is no memory for the linearised predictive now; try again later, or 'mixture'")
@@ -295,7 +195,7 @@ class Linearizer:
         """What the worker computes of a batch."""
         loop = asyncio.get_running_loop()
         prompts, candidates = [item.prompt for item in batch], [item.candidates for item in batch]
-        return await loop.run_in_executor(self._pool, _moments, batch[0].name, prompts, candidates, self._room)
+        return await loop.run_in_executor(self._pool, inside.moments, batch[0].name, prompts, candidates, self._room)
 
     def _next_batch(self) -> list[_Item]:
         """The oldest waiting prompts of one posterior, at most MAX_BATCH, or one suspect alone; those whose client has
@@ -303,7 +203,7 @@ class Linearizer:
         self._waiting = [item for item in self._waiting if not item.result.done()]
         batch: list[_Item] = []
         for item in self._waiting:
-            alone = self._suspects.strikes(item.name, item.prompt, item.candidates) > 0
+            alone = self._suspects.strikes(item.key) > 0
             if not batch or (item.name == batch[0].name and not alone and len(batch) < MAX_BATCH):
                 batch.append(item)
             if alone and item is batch[0]:
@@ -317,7 +217,7 @@ class Linearizer:
         if self._keeper is not None and not self._keeper.done():
             self._keeper.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._process.terminate()
+        self._process.kill()  # it holds nothing that could be half written
 
 
 async def _end(process: Any) -> None:

@@ -63,7 +63,7 @@ class PosteriorClient:
             inputs, prompts, messages: exactly one. The task's own fields, rendered with the template the
                 posterior was fitted with; raw text; or chats. The answers continue them.
             answers: candidate answers, exactly as they continue the prompt; default the task's own.
-            predictive: which predictive law; default the posterior's best.
+            predictive: which predictive; default the posterior's best.
             particles: how many particles a mixture uses.
             per_particle: also return each particle's distribution.
             coverage: of the credible intervals, in (0, 1).

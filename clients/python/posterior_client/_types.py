@@ -94,7 +94,7 @@ class Particles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One token of a text: log-probability under the mixture, entropies of its law over the whole vocabulary.
+    """One token of a text: log-probability under the mixture, entropies of its distribution over the whole vocabulary.
 
     `epistemic_variance` is that of the token's probability over the particles.
     """

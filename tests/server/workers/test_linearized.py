@@ -21,7 +21,9 @@ from posterior.models.base import Base
 from posterior.storage.artefact import Posterior
 from server.errors import Refused, RequestError, Unavailable
 from server.metrics import Metrics
-from server.workers.linearized import SHARE, Linearizer, _moments, _readable, _unchanged
+from server.workers import inside
+from server.workers.inside import _readable, _unchanged
+from server.workers.linearized import SHARE, Linearizer
 from tests.server import folders
 from tests.server.workers import weightless
 
@@ -57,11 +59,11 @@ def linearizer(tiny: tuple[Base, Posterior], metrics: Metrics) -> Iterator[Linea
 def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Linearizer]:
     """With a worker that computes nothing."""
     for name, function in (
-        ("_load", weightless.load),
-        ("_moments", weightless.moments),
+        ("inside.load", weightless.load),
+        ("inside.moments", weightless.moments),
         ("memory.free", weightless.free),
     ):
-        monkeypatch.setattr(f"server.workers.linearized.{name}", function)
+        monkeypatch.setattr(f"server.workers.{name}", function)
     (tmp_path / "mood").mkdir()
     (tmp_path / "mood" / "posterior.json").touch()
     linearizer = Linearizer(
@@ -121,6 +123,17 @@ async def test_batches_and_survives_the_loss_of_its_worker(
     await ready(linearizer)
     assert worker(linearizer) != before and sample(metrics, "posterior_linearized_restarts_total") == 1
     await asyncio.wait_for(check(), 60)
+
+
+@pytest.mark.asyncio
+async def test_a_signal_to_the_whole_group_leaves_the_worker_to_the_server(linearizer: Linearizer) -> None:
+    """systemd sends SIGTERM to every process, a terminal SIGINT: the server then drains, and the worker must answer."""
+    await linearizer.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(linearizer._process.pid, number)
+    assert len(await linearizer.moments("mood", PROMPTS, CANDIDATES)) == len(PROMPTS)
+    linearizer.stop()
+    await asyncio.wait_for(asyncio.to_thread(linearizer._process.join), 10)
 
 
 @pytest.mark.asyncio
@@ -185,8 +198,8 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
     await refused(ask(guilty), Refused, "prompt 0 has ended the .* worker 2 times.*'mixture'")
     assert len(await ask(innocent)) == 1
     assert sample(metrics, "posterior_linearized_restarts_total") == 2
-    monkeypatch.setattr("server.workers.linearized.FORGIVEN_SECONDS", 0.0)
-    assert light._suspects.strikes("mood", tuple(guilty), CANDIDATES) == 0
+    monkeypatch.setattr("server.workers.suspects.FORGIVEN_SECONDS", 0.0)
+    assert light._suspects.strikes(("mood", tuple(guilty), CANDIDATES)) == 0
 
 
 @pytest.mark.asyncio
@@ -220,13 +233,13 @@ def test_a_worker_does_not_live_on_after_an_error_that_stays(monkeypatch: pytest
     def end(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr("server.workers.linearized._model", Model())
-    monkeypatch.setattr("server.workers.linearized.os._exit", end)
+    monkeypatch.setattr("server.workers.inside._model", Model())
+    monkeypatch.setattr("server.workers.inside.os._exit", end)
     with pytest.raises(SystemExit):
-        _moments("mood", [(1,)], [CANDIDATES], 1.0)
+        inside.moments("mood", [(1,)], [CANDIDATES], 1.0)
     monkeypatch.setattr(Model, "error", RuntimeError("a fault of one batch"))
     with pytest.raises(RuntimeError, match="one batch"):
-        _moments("mood", [(1,)], [CANDIDATES], 1.0)
+        inside.moments("mood", [(1,)], [CANDIDATES], 1.0)
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,100 @@
+"""What runs in the worker's process: the base, the MAP adapters of Laplace posteriors, and the moments of scores."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posterior.data.candidates import Candidates
+from posterior.errors import PosteriorError
+from posterior.laplace.linearized import LinearizedModel, dtype_on
+from posterior.likelihood.footprint import Footprint
+from posterior.models.base import Base
+from posterior.storage import artefact
+
+THREADS = 2  # of torch, on the CPU
+
+Moments = tuple[
+    np.ndarray, np.ndarray
+]  # mean [C], covariance [C, C]; arrays, because tensors would travel in shared memory
+
+Folder = tuple[Path, str]  # of a posterior, and its hash
+Loaded = tuple[dict[str, Footprint], dict[str, str]]  # by posterior: what its moments take, or why it cannot be read
+
+logger = logging.getLogger("posterior.server")
+_model: LinearizedModel | None = None  # of a worker process; None in the server's own
+
+
+def load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
+    """Hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
+    be read."""
+    global _model
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group; the server decides
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    posteriors, refused = _readable(folders)
+    _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
+    return _model.footprints, refused
+
+
+def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
+    """The posteriors, and why others cannot be read. Raises PosteriorError where there is no posterior."""
+    posteriors, refused = {}, {}
+    for name, folder in folders.items():
+        try:
+            posteriors[name] = _unchanged(*folder)
+        except (PosteriorError, OSError) as error:
+            refused[name] = str(error)
+    if not posteriors:
+        raise PosteriorError("; ".join(refused.values()))
+    return posteriors, refused
+
+
+def _unchanged(path: Path, expected: str) -> artefact.Posterior:
+    """The posterior that the server started with: answers are labelled with its hash."""
+    posterior = artefact.load(path)
+    if posterior.hash != expected:
+        raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
+    return posterior
+
+
+def _follow(parent: Any) -> None:
+    """End with the server, even if it was killed: an orphan would hold the base in memory for ever."""
+    parent.join()
+    os._exit(1)
+
+
+def moments(name: str, prompts: list[tuple[int, ...]], candidates: list[Candidates], room: float) -> list[Moments]:
+    """One batch. An error of a GPU stays, so that every later batch would fail: the worker ends."""
+    if _model is None:
+        raise RuntimeError("the worker has no model")
+    try:
+        found = _model.logits(name, prompts, candidates, room)
+    except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError) or _lost(_model.device):
+            logger.error("the GPU failed: %s", error)
+            os._exit(1)
+        raise
+    return [(mean.numpy(), covariance.numpy()) for mean, covariance in found]
+
+
+def _lost(device: str) -> bool:
+    """Whether a GPU answers with errors from now on."""
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
