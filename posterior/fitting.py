@@ -27,6 +27,7 @@ from posterior.models import adalora, devices, lora, pissa, servable
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.settings import Range, SettingError
 from posterior.storage import artefact
+from posterior.storage.destination import destination
 from posterior.training.map import Checkpoint
 from posterior.training.method import Job, Method, Trained
 
@@ -65,7 +66,7 @@ def fit(
         PosteriorError: for whatever the user can change.
     """
     device = devices.check(device)
-    folder = artefact.destination(out)
+    folder = destination(out)
     if max_length is not None and max_length not in LENGTHS:
         raise SettingError("{max_length} is {value}; it must be {allowed}", value=max_length, allowed=LENGTHS)
     _check_together(task, method, bool(heldout))

@@ -16,6 +16,7 @@ from posterior.errors import PosteriorError, warn
 from posterior.models import adalora, lora, servable
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.storage import artefact
+from posterior.storage.destination import destination
 
 # What makes an update of A and B, and so must be the same for all: the artefact keeps one configuration.
 SCALE: dict[str, Any] = {"r": None, "lora_alpha": None, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -34,7 +35,7 @@ def collect(
     Raises PosteriorError for adapters that are neither LoRA nor AdaLoRA, do not fit the base or each other, or that
     vLLM would not serve (posterior/models/servable.py).
     """
-    folder = artefact.destination(out)
+    folder = destination(out)
     shares = normalised(weights or [1.0] * len(adapters), len(adapters))
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(adalora.ordinary(each)) for each in adapters]

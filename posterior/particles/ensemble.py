@@ -1,7 +1,8 @@
 """`--method ensemble`: K MAP adapters, each from its own initialisation and data order (Lakshminarayanan et al. 2017).
 
 Members share the prior's precisions, not its mean: A's is each member's own initialisation, drawn from what
-posterior/training/prior.py takes for A's prior, so that members do not all fall back to one A where the data say nothing.
+posterior/training/prior.py takes for A's prior, so that members do not all fall back to one A where the data say
+nothing.
 """
 
 from __future__ import annotations

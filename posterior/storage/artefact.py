@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from posterior.calibration import records
 from posterior.calibration.records import Key, Record
-from posterior.curvature.diagonal import Diagonal
-from posterior.curvature.kfac import Block, Factor, Kronecker
-from posterior.curvature.sketch import Full, Signs
+from posterior.curvature.kfac import Block
+from posterior.curvature.sketch import Full
 from posterior.data.examples import Example, digests
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
@@ -41,12 +37,12 @@ from posterior.files.tensors import save_file
 from posterior.laplace import blockwise
 from posterior.models import lora
 from posterior.models.lora import Theta
-from posterior.storage import draws, record
+from posterior.storage import draws, packing, record
+from posterior.storage.destination import check_replaceable, destination
 from posterior.storage.record import ROWS
 from posterior.training.method import Family
 
 FULL = "full.safetensors"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a posterior's folder, which is its name when served
 
 
 @dataclass(frozen=True)
@@ -195,14 +191,14 @@ def save(
     distribution stay.
     """
     folder = destination(folder)
-    with atomic.folder(folder, _check_replaceable) as work:
+    with atomic.folder(folder, check_replaceable) as work:
         lora.write_adapter(work / "map", mean, lora_config)
         for index, theta in enumerate(particles):
             lora.write_adapter(work / "particles" / f"{index:03d}", theta, lora_config)
         if family == "laplace":
-            save_file(_pack(curvature or {}, precision or {}), work / "laplace.safetensors")
+            save_file(packing.pack(curvature or {}, precision or {}), work / "laplace.safetensors")
         if full is not None:
-            save_file(_pack_full(full), work / FULL)
+            save_file(packing.pack_full(full), work / FULL)
         if rows:
             save_file({"digest": digests(rows)}, work / ROWS)
         written = record.write(
@@ -232,7 +228,7 @@ def load(folder: Path | str) -> Posterior:
         family = content["family"]
         if family not in ("laplace", "particles"):
             raise PosteriorError(f"{folder} has family {family!r}; this version knows 'laplace' and 'particles'")
-        curvature, precision = _unpack(folder / "laplace.safetensors") if family == "laplace" else ({}, {})
+        curvature, precision = packing.unpack(folder / "laplace.safetensors") if family == "laplace" else ({}, {})
         task = Task.from_json(content["task"])
         posterior = Posterior(
             path=folder,
@@ -247,69 +243,13 @@ def load(folder: Path | str) -> Posterior:
             calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
             curvature=curvature,
             precision=precision,
-            full=_unpack_full(folder / FULL, precision) if FULL in found.files else None,
+            full=packing.unpack_full(folder / FULL, precision) if FULL in found.files else None,
             width=float(content.get("width", 1.0)),  # older folders have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PosteriorError(record.damaged(folder, error)) from None
     _verify_tensors(posterior)
     return posterior
-
-
-def destination(out: Path | str) -> Path:
-    """The absolute path of a place where a posterior may be written. Raises PosteriorError for any other.
-
-    Its name can be a model's. Nothing is there, or an empty folder, or one posterior and nothing else.
-    """
-    folder = Path(os.path.abspath(out))
-    if not str(out) or not NAME.fullmatch(folder.name):
-        raise PosteriorError(
-            f"cannot write {str(out)!r}: the folder's name is the model's name when served; end it with a name of "
-            "letters, digits, '.', '_' and '-', such as posteriors/reviews"
-        )
-    try:
-        _check_replaceable(folder)
-        parent = next(path for path in folder.parents if _is_there(path))
-    except OSError as error:
-        raise PosteriorError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise PosteriorError(
-            f"cannot write {folder}: {parent} is no folder that you may write into; choose another folder"
-        )
-    return folder
-
-
-def _is_there(path: Path) -> bool:
-    """As os.path.lexists, but a name that cannot be is an OSError."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _check_replaceable(folder: Path) -> None:
-    atomic.recover(folder)
-    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
-        kind = "a symbolic link" if folder.is_symlink() else "not a folder"
-        raise PosteriorError(f"{folder} is {kind}; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    try:
-        listed = [Path(name) for name in (record.NAME, *record.read(folder).files)]
-    except (PosteriorError, KeyError, TypeError, ValueError):
-        raise PosteriorError(
-            f"{folder} is not empty, and no posterior that this version can read; nothing was touched: choose another "
-            "folder, or move what is there"
-        ) from None
-    own = {*listed, *(parent for path in listed for parent in path.parents), Path(records.FOLDER)}
-    inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # of a posterior, never of a whole disk
-    foreign = [path for path in inside if path not in own and not records.is_record(path)]
-    if foreign:
-        raise PosteriorError(
-            f"{folder} holds {str(foreign[0])!r}, which is no part of a posterior; nothing was touched: choose another "
-            "folder, or move it"
-        )
 
 
 def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -348,71 +288,4 @@ def _verify_tensors(posterior: Posterior) -> None:
         theta = lora.read_adapter(folder)
         if {name: value.shape for name, value in theta.items()} != shapes:
             raise PosteriorError(f"{folder} has other matrices than map/; refit")
-        _finite(folder, theta)
-
-
-def _finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise PosteriorError(
-                f"{where} holds a value in {name} that is not finite; refit with a lower learning rate"
-            )
-
-
-def _pack(curvature: Mapping[str, Block], precision: Mapping[str, float]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, block in curvature.items():
-        parts = {"precision": torch.tensor([precision[name]], dtype=torch.float64)}
-        if isinstance(block, Diagonal):
-            parts["diagonal"] = block.values
-        else:
-            parts |= {
-                "small.basis": block.small.basis,
-                "small.values": block.small.values,
-                "large.basis": block.large.basis,
-                "large.values": block.large.values,
-                "large.rest": torch.tensor([block.large.rest], dtype=torch.float64),
-            }
-        tensors |= {f"{name}/{part}": value.cpu().contiguous() for part, value in parts.items()}
-    return tensors
-
-
-def _unpack(path: Path) -> tuple[dict[str, Block], dict[str, float]]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):
-        raise PosteriorError(f"{path} is missing or no safetensors file; restore it or refit") from None
-    _finite(path, tensors)
-    curvature: dict[str, Block] = {}
-    precision = {}
-    for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
-        precision[name] = float(tensors[f"{name}/precision"][0])
-        if f"{name}/diagonal" in tensors:
-            curvature[name] = Diagonal(tensors[f"{name}/diagonal"])
-            continue
-        small = Factor(tensors[f"{name}/small.basis"], tensors[f"{name}/small.values"], 0.0)
-        large = Factor(
-            tensors[f"{name}/large.basis"], tensors[f"{name}/large.values"], float(tensors[f"{name}/large.rest"][0])
-        )
-        curvature[name] = Kronecker(small, large)
-    return curvature, precision
-
-
-def _pack_full(full: Full) -> dict[str, Tensor]:
-    tensors = {f"narrow/{name}": signs for name, signs in full.signs.narrow.items()}
-    tensors |= {f"wide/{width}": signs for width, signs in full.signs.wide.items()}
-    tensors |= {"basis": full.basis.float(), "values": full.values}
-    return {name: value.cpu().contiguous() for name, value in tensors.items()}
-
-
-def _unpack_full(path: Path, precision: Mapping[str, float]) -> Full:
-    tensors = load_file(path)
-    _finite(path, {name: tensors[name] for name in ("basis", "values")})
-    parts = [(name.partition("/"), value) for name, value in tensors.items() if "/" in name]
-    signs = Signs(
-        {key: value for (kind, _, key), value in parts if kind == "narrow"},
-        {int(key): value for (kind, _, key), value in parts if kind == "wide"},
-    )
-    if set(signs.narrow) != set(precision) or len(tensors["basis"]) != signs.columns:
-        raise PosteriorError(f"{path} does not fit laplace.safetensors; restore it or refit")
-    return Full(signs, precision, tensors["basis"].double(), tensors["values"].double())
+        packing.check_finite(folder, theta)

@@ -13,7 +13,8 @@ from posterior.files import atomic
 from posterior.models import lora, servable
 from posterior.models.base import Base
 from posterior.storage import artefact
-from posterior.storage.artefact import NAME, Posterior
+from posterior.storage.artefact import Posterior
+from posterior.storage.destination import NAME
 from server.engine import Adapter
 from server.metrics import Metrics
 from server.services.options import PredictiveName

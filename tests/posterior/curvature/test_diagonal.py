@@ -15,7 +15,7 @@ from posterior.laplace import blockwise
 from posterior.laplace.linearized import LinearizedModel, moments
 from posterior.models import lora
 from posterior.models.base import resolve
-from posterior.storage.artefact import _pack, _unpack
+from posterior.storage import packing
 from tests.posterior.conftest import dense_jacobian, make_examples
 from tests.posterior.curvature.test_kfac import exact_blocks, fit
 
@@ -109,8 +109,8 @@ def test_coupled_blocks_have_the_effective_dimension_of_the_whole(model):
 def test_round_trip(curvature, tmp_path):
     from safetensors.torch import save_file
 
-    save_file(_pack(curvature, precision_of(curvature)), tmp_path / "laplace.safetensors")
-    found, precision = _unpack(tmp_path / "laplace.safetensors")
+    save_file(packing.pack(curvature, precision_of(curvature)), tmp_path / "laplace.safetensors")
+    found, precision = packing.unpack(tmp_path / "laplace.safetensors")
     assert precision == precision_of(curvature)
     assert all(torch.equal(found[name].values, block.values) for name, block in curvature.items())
 

@@ -15,6 +15,7 @@ from posterior.cli import imported
 from posterior.errors import PosteriorError
 from posterior.models import lora
 from posterior.storage import artefact
+from posterior.storage.destination import destination
 from tests.killing import leftovers, snapshot
 
 FORMAT_1 = Path(__file__).parents[1] / "format1"
@@ -96,7 +97,7 @@ def test_what_is_not_one_posterior_is_refused(tmp_path: Path, make: Callable[[Pa
     make(tmp_path / "out")
     before = snapshot(tmp_path)
     with pytest.raises(PosteriorError, match="choose another folder") as caught:
-        artefact.destination(tmp_path / "out")
+        destination(tmp_path / "out")
     assert "\n" not in str(caught.value) and str(tmp_path / "out") in str(caught.value)
     source = artefact.load(FORMAT_1 / "mood")
     with pytest.raises(PosteriorError, match="choose another folder"):
@@ -107,7 +108,7 @@ def test_what_is_not_one_posterior_is_refused(tmp_path: Path, make: Callable[[Pa
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
 def test_one_posterior_and_nothing_else_is_replaced(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "out")
-    assert artefact.destination(tmp_path / "out") == tmp_path / "out"
+    assert destination(tmp_path / "out") == tmp_path / "out"
     assert write(tmp_path / "out", artefact.load(FORMAT_1 / "mood")).path == tmp_path / "out"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -123,16 +124,16 @@ def write(out: Path, source: artefact.Posterior) -> artefact.Posterior:
 def test_a_name_is_taken_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for out in (".", "./", "deep/../here/"):
-        assert artefact.destination(out) == Path(os.path.abspath(out))
+        assert destination(out) == Path(os.path.abspath(out))
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PosteriorError, match="file is no folder that you may write into"):
-        artefact.destination(tmp_path / "file" / "out")
+        destination(tmp_path / "file" / "out")
     monkeypatch.setattr(artefact.os, "access", lambda path, mode: False)
     with pytest.raises(PosteriorError, match="is no folder that you may write into"):
-        artefact.destination(tmp_path / "deep" / "out")
+        destination(tmp_path / "deep" / "out")
 
 
 def test_fit_and_import_refuse_before_any_work(
@@ -171,9 +172,9 @@ def test_an_equal_fit_keeps_the_calibrations(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["", "/", "a b", "-x", ".hidden", "x" * 65, "naïve", "x/../.y"])
 def test_names_that_cannot_be_served(out: str) -> None:
     with pytest.raises(PosteriorError, match="the folder's name is the model's name"):
-        artefact.destination(out)
+        destination(out)
 
 
 def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
     with pytest.raises(PosteriorError, match="File name too long; choose another folder"):
-        artefact.destination(tmp_path / ("y" * 300) / "x")
+        destination(tmp_path / ("y" * 300) / "x")
