@@ -5,10 +5,10 @@
 # make fit     refit the shipped posterior make fit-check   fit it again elsewhere, and compare both
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
-# make clean   remove the environment
+# make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
+.PHONY: serve test oracles docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -27,6 +27,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+oracles:
+	@ORACLES=1 $(SETUP)
+	.venv-oracles/bin/python -m pytest tests/oracles/run_*.py
 
 docs:
 	@DOCS=1 $(SETUP)
@@ -50,7 +54,9 @@ crash: setup
 	$(BIN)/python -m tests.crash
 
 bench: setup
-	for question in laplace fit predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+	for question in laplace predictive decode cpu_lora; do $(BIN)/python -m benchmarks.$$question || exit 1; done
+	@ORACLES=1 $(SETUP)
+	.venv-oracles/bin/python -m benchmarks.fit
 
 grid: setup
 	$(BIN)/python -m benchmarks.calibration $(GRID)
@@ -65,4 +71,4 @@ fuzz: setup
 	CASES=2000 $(BIN)/python -m pytest tests/server/http/test_fuzz.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oracles

@@ -1,11 +1,12 @@
 """What do fits cost, and how close is the curvature? Everything as a ratio to other work of the same model on the same
 rows.
 
-    python -m benchmarks.fit                              the shipped posterior's adapter and the Yelp training rows
+    .venv-oracles/bin/python -m benchmarks.fit      the shipped posterior's adapter and the Yelp training rows
 
 Four tables (--tables): the curvature and the linearised predictive against passes over the rows; Laplace against
-laplace-torch and bayesian-lora (benchmarks/rivals.py); an epoch of SVGD's K particles against K epochs of MAP, one
-after the other; answers of several tokens that share their prompt's row against a row for each.
+laplace-torch and bayesian-lora (benchmarks/rivals.py; `make oracles` makes the environment that has them); an epoch of
+SVGD's K particles against K epochs of MAP, one after the other; answers of several tokens that share their prompt's row
+against a row for each.
 
 Time: repetitions take turns, so that a machine that slows down slows all of them; ratios are of the same repetition,
 quoted as median [min, max]. Memory: peak resident size of a process of its own for each job (on CUDA: the allocator's

@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from scipy.stats import qmc
 from torch import Tensor
 
 SCRAMBLES = 16  # independent randomisations of the quasi-Monte-Carlo points; their spread is the Monte-Carlo error
@@ -106,28 +108,23 @@ def _assemble(
 
 
 def _interval(p: Tensor, w: Tensor, coverage: float) -> Tensor:
-    """Central interval [C, 2]: weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2 (the inverse of the weighted
-    CDF)."""
-    values, order = p.sort(0)
-    cdf = w[order].cumsum(0)
-    levels = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=torch.float64)
-    index = torch.searchsorted(cdf.T.contiguous(), levels.expand(p.shape[1], 2).contiguous() - 1e-12).clamp(
-        max=len(p) - 1
-    )
-    return values.T.gather(1, index)
+    """Central interval [C, 2]: the weighted quantiles at (1 - coverage)/2 and (1 + coverage)/2.
+
+    A level counts as reached 1e-12 early: sums of weights are rounded, and ten times 0.1 is less than 1.
+    """
+    levels = np.array([(1 - coverage) / 2, (1 + coverage) / 2]) - 1e-12
+    found = np.quantile(p.numpy(), levels.clip(min=0), axis=0, weights=w.numpy(), method="inverted_cdf")
+    return torch.from_numpy(found.T)
 
 
 @lru_cache(maxsize=16)
 def normal_points(dimension: int, samples: int, seed: int, scrambles: int = 1) -> Tensor:
     """Standard normal points [scrambles * 2^m >= samples, dimension] from independently scrambled Sobol sequences."""
     each = 1 << max(0, math.ceil(math.log2(samples / scrambles)))
-    uniform = torch.cat([_sobol(dimension, each, seed * scrambles + scramble) for scramble in range(scrambles)])
-    return math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-12, 1 - 1e-12) - 1)
-
-
-def _sobol(dimension: int, count: int, seed: int) -> Tensor:
-    engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-    return engine.draw(count, dtype=torch.float64)
+    engines = [qmc.Sobol(dimension, rng=rng) for rng in np.random.default_rng(seed).spawn(scrambles)]
+    zero = np.zeros(dimension)
+    points = [qmc.MultivariateNormalQMC(zero, engine=engine).random(each) for engine in engines]
+    return torch.from_numpy(np.concatenate(points))
 
 
 def square_root(covariance: Tensor) -> Tensor:

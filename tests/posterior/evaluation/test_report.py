@@ -118,7 +118,10 @@ def test_the_page_of_a_tiny_posterior_has_the_numbers_of_json(run_fit, tiny_base
 def test_the_page_loads_nothing(tmp_path):
     content = make().to_html()
     assert b"http:" not in content and b"https:" not in content and b"url(" not in content and b"@import" not in content
+    assert content.startswith(START)
     page = Page(content)
+    policy = {"content": "default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
+    assert ("meta", {"http-equiv": "Content-Security-Policy"} | policy) in page.tags
     sources = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert len(sources) == 2 and not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     for source in sources:
@@ -130,13 +133,14 @@ def test_the_page_loads_nothing(tmp_path):
 
 
 def test_everything_is_escaped():
-    bad = "</pre><script>alert('é')</script>&amp;\ud800"
+    """As it was written, also where it looks like the template's own code."""
+    bad = "</pre><script>alert('é')</script>&amp;{{ 7 * 7 }}{% raw %}\ud800"
     content = make(
         posterior={"name": bad, "hash": bad, "family": bad}, fit={bad: bad}, data=Source(bad, bad, 1)
     ).to_html()
     page = Page(content)
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text["h1"][0].startswith("Evaluation of </pre><script>alert('é')</script>&amp;")
+    assert page.text["h1"][0].startswith("Evaluation of </pre><script>alert('é')</script>&amp;{{ 7 * 7 }}{% raw %}")
 
 
 def test_only_what_was_measured_is_explained():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from posterior.predictive.mixture import entropy, from_gaussian, from_particles
+from posterior.predictive.mixture import entropy, from_gaussian, from_particles, normal_points
 
 LOG_P = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64).log()
 WEIGHTS = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
@@ -58,6 +58,46 @@ def test_interval_is_the_weighted_quantile():
     p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     result = from_particles(torch.stack([p, 1 - p], 1).log(), torch.ones(99), coverage=0.9)
     assert result.interval[0].tolist() == pytest.approx([0.05, 0.95], abs=0.011)
+
+
+@pytest.mark.parametrize("k", [4, 20, 40, 100, 1000])
+def test_interval_ends_at_the_value_that_reaches_its_level(k):
+    """Levels 0.25 and 0.75 are reached by a quarter and three quarters of equal weights, however their sums are
+    rounded: not by the next value."""
+    p = torch.linspace(0.01, 0.99, k, dtype=torch.float64)
+    result = from_particles(torch.stack([p, 1 - p], 1).log(), torch.ones(k), coverage=0.5)
+    torch.testing.assert_close(result.interval[0], p[[k // 4 - 1, 3 * k // 4 - 1]])
+
+
+def test_interval_of_unequal_weights():
+    """By hand: weights 0, 0.3, 0.5, 0.2, 0 of rising values, so the CDF is 0.3, 0.8, 1 at the middle three. Equal
+    values add their weights up."""
+    p = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    log_p = torch.stack([p, 1 - p], 1).log()
+    weights = torch.tensor([0.0, 3.0, 5.0, 2.0, 0.0])
+    for coverage, expected in ((0.2, [0.5, 0.5]), (0.5, [0.3, 0.5]), (0.9, [0.3, 0.7]), (1 - 1e-13, [0.3, 0.7])):
+        for order in (slice(None), [3, 1, 4, 0, 2]):
+            result = from_particles(log_p[order], weights[order], coverage)
+            assert result.interval[0].tolist() == pytest.approx(expected)
+    halves = from_particles(log_p[[1, 1, 2, 3]], torch.tensor([2.0, 1.0, 5.0, 2.0]), 0.5)
+    assert halves.interval[0].tolist() == pytest.approx([0.3, 0.5])
+    one = from_particles(log_p[:1], torch.ones(1))
+    assert one.interval[0].tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_normal_points():
+    """Scrambles times a power of two points, in double precision. No two scrambles are the same, and each has a point
+    in each of 64 equally probable slices of each coordinate."""
+    points = normal_points(3, 1000, 0, 16)
+    assert points.shape == (16 * 64, 3) and points.dtype == torch.float64
+    assert normal_points(3, 5, 0, 16).shape == (16, 3)
+    each = points.view(16, 64, 3)
+    assert len(each[:, 0, 0].unique()) == 16
+    slices = (torch.special.ndtr(each) * 64).long().sort(1).values
+    assert torch.equal(slices, torch.arange(64)[None, :, None].expand_as(slices))
+    normal_points.cache_clear()
+    assert torch.equal(normal_points(3, 1000, 0, 16), points)
+    assert not torch.equal(normal_points(3, 1000, 1, 16), points)
 
 
 def test_zero_probability_is_fine():

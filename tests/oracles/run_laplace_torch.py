@@ -1,4 +1,7 @@
-"""laplace-torch as an independent oracle where Kronecker factors are exact: one matrix, one example, one position."""
+"""laplace-torch as an independent oracle where Kronecker factors are exact: one matrix, one example, one position.
+
+`make oracles` runs this folder; pytest does not find its files by their names.
+"""
 
 from __future__ import annotations
 
