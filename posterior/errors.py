@@ -20,6 +20,12 @@ def shortened(message: str) -> str:
     return f"{message[: 2 * LONGEST // 3]} ... {message[-LONGEST // 3 :]}"
 
 
+def first_line(said: BaseException | str, otherwise: str = "") -> str:
+    """The first line of an error or a text; where it says nothing, `otherwise`, or the error's type."""
+    text = str(said).strip()
+    return text.splitlines()[0] if text else otherwise or type(said).__name__
+
+
 def warn(*lines: str) -> None:
     """Print what the user should look at."""
     for line in lines:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from posterior.cli.options import EMPTY
 from posterior.data import tokens
-from posterior.errors import PosteriorError, shortened
+from posterior.errors import PosteriorError, first_line, shortened
 
 VERBS = {
     "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
@@ -106,7 +106,7 @@ def _run(given: list[str]) -> None:
 
 def explain(error: Exception) -> tuple[int, str]:
     """(exit status, one line) for any error of a verb: what happened and what to do."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, PosteriorError):
         return 2, str(error)
     if isinstance(error, BrokenExecutor):

@@ -48,13 +48,3 @@ class EngineLost(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("the engine has stopped; the server needs a restart")
-
-
-def first_line(text: str, otherwise: str) -> str:
-    """The first line of `text`, without the blanks around it; `otherwise` where there is none."""
-    return text.strip().splitlines()[0] if text.strip() else otherwise
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says in its first line, or its type's name."""
-    return first_line(str(error), type(error).__name__)

@@ -17,14 +17,13 @@ from typing import Any
 
 import posterior
 from posterior.cli.arguments import check_numbers
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.settings import Range
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.errors import reason
 from server.http import auth
 from server.http.lobby import Lobby
 from server.metrics import Metrics
@@ -158,7 +157,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
     try:
         return await VllmEngine.start(config, served.public, served.adapters, FIELDS)
     except (RuntimeError, ValueError) as error:
-        raise PosteriorError(f"vLLM did not start: {reason(error)}") from error
+        raise PosteriorError(f"vLLM did not start: {first_line(error)}") from error
 
 
 def _device(wanted: str) -> str:

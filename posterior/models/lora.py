@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.files.tensors import save_file
 from posterior.models import servable
@@ -52,9 +52,7 @@ def attach(
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise PosteriorError(
-            f"LoRA targets {list(targets)} do not fit this base: {str(error).splitlines()[0]}"
-        ) from None
+        raise PosteriorError(f"LoRA targets {list(targets)} do not fit this base: {first_line(error)}") from None
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_id
     return peft_model
 

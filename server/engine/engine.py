@@ -19,6 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from posterior.data.candidates import Candidates
+from posterior.errors import first_line
 from server.engine import Adapter, Call, Kind, Usage
 from server.engine.compat.starting import serving_classes, start_llm
 from server.engine.config import EngineConfig
@@ -27,7 +28,7 @@ from server.engine.gang import CURRENT, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
 from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
-from server.errors import EngineLost, Fault, Refused, first_line
+from server.errors import EngineLost, Fault, Refused
 
 STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 

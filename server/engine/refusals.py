@@ -12,8 +12,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from posterior.errors import first_line
 from server.engine.grammars import FIELDS
-from server.errors import EngineLost, Fault, NotFound, Refused, RequestError, Unavailable, first_line
+from server.errors import EngineLost, Fault, NotFound, Refused, RequestError, Unavailable
 from server.validation import from_validation
 
 

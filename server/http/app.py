@@ -16,6 +16,7 @@ from pydantic_core import from_json
 
 import posterior
 from posterior.data.reading import unique
+from posterior.errors import first_line
 from server.errors import EngineLost, Refused, Unavailable
 from server.http import answers, errors, openapi, predictive
 from server.http.auth import require_key
@@ -213,7 +214,7 @@ async def _read_json(request: Request) -> dict[str, Any]:
         body = json.loads(chunks, object_pairs_hook=unique)
         json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not valid JSON in UTF-8: {str(error).splitlines()[0]}") from error
+        raise Refused(f"the body is not valid JSON in UTF-8: {first_line(error)}") from error
     if not isinstance(body, dict):
         raise Refused("the body must be a JSON object")
     return body

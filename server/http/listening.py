@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from posterior.errors import PosteriorError
+from posterior.errors import PosteriorError, first_line
 from server.console import say
-from server.errors import reason
 from server.services.predictive import Service
 from server.services.warming import warm_up
 
@@ -46,7 +45,7 @@ async def listen(app: FastAPI, listener: socket.socket, service: Service, when_r
         if (error := warming.exception()) is not None:
             server.should_exit = True
             await serving
-            raise PosteriorError(f"the warm-up failed: {reason(error)}") from error
+            raise PosteriorError(f"the warm-up failed: {first_line(error)}") from error
         for line in warming.result():
             say(f"warning: {line}")
         app.state.ready = True

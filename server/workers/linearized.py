@@ -22,10 +22,11 @@ import torch
 
 from posterior.data.candidates import Candidates
 from posterior.data.examples import Example
+from posterior.errors import first_line
 from posterior.laplace.linearized import dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
-from server.errors import Refused, RequestError, Unavailable, reason
+from server.errors import Refused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers import inside, memory
 from server.workers.inside import Folder, Loaded, Moments
@@ -104,7 +105,7 @@ class Linearizer:
                     await self._load()
                 except Exception as error:
                     self._problem = "cannot be loaded again"
-                    logger.error("the linearised predictive cannot be loaded again: %s", reason(error))
+                    logger.error("the linearised predictive cannot be loaded again: %s", first_line(error))
 
     def check(self) -> None:
         """Raises Unavailable while no worker holds the models."""

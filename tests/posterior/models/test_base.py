@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posterior.errors import PosteriorError
-from posterior.models import base
+from posterior.models import base, gguf_files, weights
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_gguf_file_gives_the_same_weights(default: base.Base, cache: Path, monke
         asked.append(gguf)
         shutil.copytree(default.path, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(base, "_convert", convert)
+    monkeypatch.setattr(gguf_files, "_convert", convert)
     own = base.resolve(str(packaged), cache=cache)
     assert asked == [packaged]
     assert own.hash == default.hash and own.id == packaged.stem and own.path.is_relative_to(cache)
@@ -251,14 +251,14 @@ def test_a_conversion_that_was_killed_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what it had written, nor a folder that would be taken for a model."""
-    half = cache / "base" / f".half-v{base._CONVERSION}.posterior-work" / "new"
+    half = cache / "base" / f".half-v{gguf_files.CONVERSION}.posterior-work" / "new"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_text("half")
-    monkeypatch.setattr(base, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
-    folder = base._converted(tmp_path / "half.gguf", "half", cache)
+    monkeypatch.setattr(gguf_files, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    folder = gguf_files.converted(tmp_path / "half.gguf", "half", cache)
     assert [path.name for path in folder.iterdir()] == ["config.json"] and list(folder.parent.iterdir()) == [folder]
-    monkeypatch.setattr(base, "_convert", lambda gguf, folder: pytest.fail("it is there already"))
-    assert base._converted(tmp_path / "half.gguf", "half", cache) == folder
+    monkeypatch.setattr(gguf_files, "_convert", lambda gguf, folder: pytest.fail("it is there already"))
+    assert gguf_files.converted(tmp_path / "half.gguf", "half", cache) == folder
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
@@ -271,11 +271,11 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(base.atomic.os, "open", fail)
+    monkeypatch.setattr(gguf_files.atomic.os, "open", fail)
     with pytest.raises(
         PosteriorError, match=f"cannot write into the cache .*{os.strerror(number)}; set POSTERIOR_CACHE"
     ):
-        base._converted(tmp_path / "half.gguf", "half", cache)
+        gguf_files.converted(tmp_path / "half.gguf", "half", cache)
     assert base.resolve(str(plain), cache=cache).hash and not list((cache / "hashes").iterdir())
 
 
@@ -308,7 +308,7 @@ def test_hash_is_remembered_until_a_file_changes(tmp_path: Path, cache: Path, mo
     folder = _save(tmp_path / "m")
     first = base.resolve(str(folder), cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(base, "_hash_tensors", lambda *args: pytest.fail("hashed again"))
+        patch.setattr(weights, "_hash_tensors", lambda *args: pytest.fail("hashed again"))
         assert base.resolve(str(folder), cache=cache) == first
     next((cache / "hashes").iterdir()).write_text("{not json")
     assert base.resolve(str(folder), cache=cache) == first
