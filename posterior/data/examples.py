@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from posterior.data import candidates
+from posterior.data import candidates, decisions
 from posterior.data.chat import answered_ids
 from posterior.data.reading import Row
 from posterior.data.scoring import Scoring
@@ -171,13 +171,13 @@ def encode(
     where = f"{source}, row" if source else "row"
     for number, row in enumerate(rows, 1):
         try:
-            example = _choice(task, tokenizer, row) if task.kind == "choice" else _text(task, tokenizer, row)
+            example = _READERS[task.kind](task, tokenizer, row)
         except PosteriorError as error:
             raise PosteriorError(f"{where} {number}: {error}") from None
         if example.length > longest:
             raise PosteriorError(f"{where} {number} has {example.length} tokens, more than {limit}; shorten or drop it")
         examples.append(example)
-    return Examples(examples, task.scoring if task.kind == "choice" else Scoring("sum"))
+    return Examples(examples, Scoring("sum") if task.kind == "text" else task.scoring)
 
 
 def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
@@ -221,6 +221,19 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
         raise PosteriorError("the prompt is empty")
     return Example(tuple(prompt), ((*response, end),), 0)
 
+
+def _decision(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
+    """A row {"input", "question", "answer"} in the form of POST /v1/decisions."""
+    question = decisions.read(decisions.QUESTION, row.get("question"), "question")
+    prompt, answers = task.ask(tokenizer, decisions.read(decisions.INPUT, row.get("input"), "input"), question)
+    try:
+        label = decisions.answer(question, row.get("answer"))
+    except ValueError as error:
+        raise PosteriorError(str(error)) from None
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+
+
+_READERS = {"choice": _choice, "decision": _decision, "text": _text}
 
 ROWS, TOKENS = 32, 4096  # of a batch of predictions, at most: gradients of long rows would fill any memory
 WINDOW = 8  # batches whose rows are sorted by length, so that little is padded
