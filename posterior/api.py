@@ -176,14 +176,14 @@ class Posterior:
 
         Args:
             inputs: mappings of the template's fields, or texts where it has one field. With `choices`, where the task
-                has no answers of its own.
+                has no answers of its own. For decisions: `input` and `question`, as the training rows.
             predictive: "linearized" (default of a Laplace posterior), "mixture" (default of particles) or "map".
             particles: of the mixture; None: 8, or all of the folder.
 
         Raises:
             PosteriorError: for a text posterior (`posterior serve` writes text), and for bad inputs.
         """
-        if self.task.kind != "choice":
+        if not self.task.has_candidates:
             raise PosteriorError(
                 f"{self.name!r} is a text posterior; predict answers choices, `posterior serve` writes"
             )
@@ -192,13 +192,14 @@ class Posterior:
         which, k = calibration.choose(self._stored, predictive, particles)
         if not inputs:
             return []
-        rows = [{self.task.fields[0]: one} if isinstance(one, str) else dict(one) for one in inputs]
+        field = "input" if self.task.kind == "decision" else self.task.fields[0]
+        rows = [{field: one} if isinstance(one, str) else dict(one) for one in inputs]
         longest = context(self._base)
         labelled = [{**row, "label": 0} for row in rows]
         examples = encode(
             self.task, self._tokenizer, labelled, longest=longest, limit=f"the base's context of {longest}"
         )
-        answers = [self.task.answers or tuple(row["choices"]) for row in rows]
+        answers = [self.task.answers_of(row) for row in rows]
         found = self._predictives(which, k, examples)
         return [self._answer(which, k, *each) for each in zip(answers, found, strict=True)]
 

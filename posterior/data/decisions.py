@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
@@ -224,8 +224,9 @@ class Score(Form):
         return ""
 
 
-Question = Annotated[Predicate | Choice | Score, Field(discriminator="type")]
-QUESTION: TypeAdapter[Predicate | Choice | Score] = TypeAdapter(Question)
+Asked = Predicate | Choice | Score
+Question = Annotated[Asked, Field(discriminator="type")]
+QUESTION: TypeAdapter[Asked] = TypeAdapter(Question)
 INPUT: TypeAdapter[Any] = TypeAdapter(Input)
 
 
@@ -237,8 +238,8 @@ def read(form: TypeAdapter[Read], value: Any, what: str) -> Read:
         raise PosteriorError(f"{what}: {complaint(error, value)[1]}") from None
 
 
-def fields(input: Any, question: Predicate | Choice | Score, labels: Labels) -> dict[str, str]:
-    """What a decision task's template is filled with. Raises ValueError for an output without its call."""
+def fields(input: Any, question: Asked, labels: Labels) -> dict[str, str]:
+    """What a decision task's template is filled with. Raises PosteriorError for an output without its call."""
     named = zip(question.options, names(question, labels), strict=True)
     return {
         "input": transcript(input),
@@ -247,7 +248,7 @@ def fields(input: Any, question: Predicate | Choice | Score, labels: Labels) -> 
     }
 
 
-def names(question: Predicate | Choice | Score, labels: Labels) -> list[str]:
+def names(question: Asked, labels: Labels) -> list[str]:
     """How the model writes each option: by its words, or by a letter. A level has its number for a letter, a predicate
     always yes and no. Beyond 26 options there is no letter for each, and they are written by their words."""
     options = question.options
@@ -258,17 +259,17 @@ def names(question: Predicate | Choice | Score, labels: Labels) -> list[str]:
     return list(string.ascii_uppercase[: len(options)])
 
 
-def answer(question: Predicate | Choice | Score, said: Any) -> int:
+def answer(question: Asked, said: Any) -> int:
     """The index of the option that a row's `answer` is. A level may be named by its label or its number.
 
-    Raises ValueError.
+    Raises PosteriorError.
     """
     for index, each in enumerate(question.options):
         if type(said) is type(each.value) and said == each.value:
             return index
         if isinstance(question, Score) and said == each.words:
             return index
-    raise ValueError(f"the answer {said!r} is none of {[each.value for each in question.options]}")
+    raise PosteriorError(f"the answer {said!r} is none of {[each.value for each in question.options]}")
 
 
 def transcript(input: Any) -> str:
@@ -287,7 +288,7 @@ def _item(item: Any, calls: dict[str, str]) -> str:
         return f"{item.role}: {_text(item.content)}"
     if isinstance(item, Output):
         if item.call_id not in calls:
-            raise ValueError(f"the output of call {item.call_id!r} stands before any such call")
+            raise PosteriorError(f"the output of call {item.call_id!r} stands before any such call")
         return f"{calls[item.call_id]} returned: {_text(item.output)}"
     calls[item.call_id] = item.name
     return f"assistant called {item.name}: {item.arguments if isinstance(item, FunctionCall) else item.input}"
@@ -322,9 +323,9 @@ def _check_unique(values: Iterable[Any], what: str) -> None:
         raise ValueError(f"the {what} must differ from each other")
 
 
-def asked_of(
-    rows: Iterable[Mapping[str, Any]], question: str, text: str, answers: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Ordinary labelled rows as decisions: one choice, `question`, about the field `text`."""
-    choice = {"type": "choice", "instructions": question, "choices": [{"value": each} for each in answers]}
-    return [{"input": row.get(text), "question": choice, "answer": row.get("label")} for row in rows]
+def one_choice(instructions: str, answers: Iterable[str]) -> Choice:
+    """A choice of these answers. Raises PosteriorError."""
+    choices = [{"value": each} for each in answers]
+    found = read(QUESTION, {"type": "choice", "instructions": instructions, "choices": choices}, "question")
+    assert isinstance(found, Choice)
+    return found

@@ -184,16 +184,22 @@ def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     answers = task.answers or row.get("choices")
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
         raise PosteriorError("the task has no answers and the row no list 'choices'; give one of them")
+    label = _label(row, answers)
+    prompt = task.prompt_ids(tokenizer, row)
+    if not prompt:
+        raise PosteriorError("the prompt is empty")
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+
+
+def _label(row: Row, answers: Sequence[str]) -> int:
+    """The index that a row's `label` is or means."""
     label = row.get("label")
     label = _index(label, answers) if isinstance(label, str) else label
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):
         raise PosteriorError(
             f"label {row.get('label')!r} is neither one of {list(answers)} nor an index below {len(answers)}"
         )
-    prompt = task.prompt_ids(tokenizer, row)
-    if not prompt:
-        raise PosteriorError("the prompt is empty")
-    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+    return label
 
 
 def _index(label: str, answers: Sequence[str]) -> int | str:
@@ -223,13 +229,12 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
 
 
 def _decision(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
-    """A row {"input", "question", "answer"} in the form of POST /v1/decisions."""
-    question = decisions.read(decisions.QUESTION, row.get("question"), "question")
-    prompt, answers = task.ask(tokenizer, decisions.read(decisions.INPUT, row.get("input"), "input"), question)
-    try:
-        label = decisions.answer(question, row.get("answer"))
-    except ValueError as error:
-        raise PosteriorError(str(error)) from None
+    """A row {"input", "question", "answer"} in the form of POST /v1/decisions, or {"text", "label"} of the task's own
+    question."""
+    question, input = task.question_of(row), row.get("input", row.get("text"))
+    prompt, answers = task.ask(tokenizer, decisions.read(decisions.INPUT, input, "input"), question)
+    said = row.get("answer")
+    label = decisions.answer(question, said) if said is not None else _label(row, [o.words for o in question.options])
     return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
 
 

@@ -31,6 +31,7 @@ class Task:
     chat: send the rendered template as a user message through the base's chat template.
     scoring: how candidates are compared.
     labels: how a decision's options are put to the model, by their words or by letters.
+    question: what a decision's rows are asked that bring none of their own.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Task:
     chat: bool = False
     scoring: Scoring = Scoring()
     labels: decisions.Labels = "words"
+    question: decisions.Asked | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -64,6 +66,11 @@ class Task:
                 f"the template {self.template!r} of a decision needs {{input}} and {{question}}, and may have "
                 f"{{options}}; for example {decisions.TEMPLATE!r}"
             )
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether an answer is one of some, and not a text."""
+        return self.kind != "text"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -98,15 +105,26 @@ class Task:
             return chat_ids(tokenizer, [{"role": "user", "content": text}])
         return tokens.prompt(tokenizer, text)
 
-    def ask(self, tokenizer: Tokenizer, input: Any, question: Any) -> tuple[list[int], tuple[str, ...]]:
+    def ask(self, tokenizer: Tokenizer, input: Any, question: decisions.Asked) -> tuple[list[int], tuple[str, ...]]:
         """Token ids of a decision's prompt, and the texts of its options. Raises PosteriorError."""
-        try:
-            row = decisions.fields(input, question, self.labels)
-        except ValueError as error:
-            raise PosteriorError(str(error)) from None
+        row = decisions.fields(input, question, self.labels)
         blank = "" if self.chat or self.template[-1:].isspace() else " "
         answers = tuple(blank + name for name in decisions.names(question, self.labels))
         return self.prompt_ids(tokenizer, {name: row[name] for name in self.fields}), answers
+
+    def answers_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The candidates of a row in words. Raises PosteriorError for a decision's row without a question."""
+        if self.kind != "decision":
+            return self.answers or tuple(row["choices"])
+        return tuple(option.words for option in self.question_of(row).options)
+
+    def question_of(self, row: Mapping[str, Any]) -> decisions.Asked:
+        """What a decision's row asks. Raises PosteriorError."""
+        asked = row.get("question")
+        question = self.question if asked is None else decisions.read(decisions.QUESTION, asked, "question")
+        if question is None:
+            raise PosteriorError("the row has no 'question', and the task none for all rows; give one of them")
+        return question
 
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -121,6 +139,7 @@ class Task:
             record["scale"] = self.scoring.scale
         if self.kind == "decision":
             record["labels"] = self.labels
+            record["question"] = None if self.question is None else self.question.model_dump(exclude_none=True)
         return record
 
     @classmethod
@@ -133,4 +152,5 @@ class Task:
             bool(record.get("chat", False)),
             Scoring(record.get("scores", "sum"), record.get("scale", 1.0)),
             record.get("labels", "words"),
+            decisions.read(decisions.QUESTION, asked, "question") if (asked := record.get("question")) else None,
         )
