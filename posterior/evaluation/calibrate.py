@@ -194,8 +194,10 @@ def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: f
 
 def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibration) -> tuple[PredictiveName, int]:
     """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
-    if posterior.task.kind != "choice":
+    if not posterior.task.has_candidates:
         raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
+    if posterior.task.kind == "decision":
+        raise PosteriorError(f"{posterior.name!r} answers typed questions; decisions are not calibrated yet")
     if posterior.task.answers is None and settings.method == "vector":
         raise SettingError(
             "each row of {name!r} brings its own answers, but {method} vector learns a bias of each answer; use "
