@@ -201,7 +201,7 @@ class Posterior:
         )
         answers = [self.task.answers_of(row) for row in rows]
         found = self._predictives(which, k, examples)
-        return [self._answer(which, k, *each) for each in zip(answers, found, strict=True)]
+        return [self._answer(which, k, *each) for each in zip(rows, answers, found, strict=True)]
 
     def evaluate(
         self,
@@ -217,13 +217,14 @@ class Posterior:
             self._stored, rows, calibration=calibration, ood=ood, base=self._base_spec, settings=settings
         )
 
-    def calibrate(self, rows: Rows, settings: Calibration | None = None) -> Record:
-        """A calibration record of one predictive, from held-out rows; it is written into the folder, and `predict`
-        applies it where its dtype and particles are those of the prediction."""
+    def calibrate(self, rows: Rows, settings: Calibration | None = None) -> list[Record]:
+        """Calibration records of one predictive, from held-out rows: one, or of decisions one for each kind of
+        question. They are written into the folder, and `predict` applies them where dtype and particles are those of
+        the prediction."""
         settings = settings or Calibration(device=self._device, dtype="float32")
-        record, _ = calibration.calibrate(self._stored, rows, base=self._base_spec, settings=settings)
+        made = calibration.calibrate(self._stored, rows, base=self._base_spec, settings=settings)
         self._stored = artefact.load(self.path)
-        return record
+        return [record for record, _ in made]
 
     def sample(self, n: int, *, seed: int = 0) -> list[lora.Theta]:
         """n adapters, each {matrix: tensor}: draws of a Laplace posterior, or the n heaviest particles."""
@@ -253,7 +254,10 @@ class Posterior:
             else each_map(self._model, examples)
         )
 
-    def _answer(self, which: PredictiveName, k: int, answers: Sequence[str], found: Predictive) -> Answer:
+    def _answer(
+        self, which: PredictiveName, k: int, row: Mapping[str, Any], answers: Sequence[str], found: Predictive
+    ) -> Answer:
+        decision = self.task.kind == "decision"
         key = Key(
             base=self._base.hash,
             posterior=self.hash,
@@ -261,8 +265,9 @@ class Posterior:
             predictive=which,
             particles=k,
             dtype="float32",
-            answers=None if self.task.answers else len(answers),
+            answers=None if self.task.answers or decision else len(answers),
+            question=self.task.question_of(row).type if decision else None,
         )
-        record = self._stored.calibration.get(key)
+        record = self._stored.record_for(key)
         p = found.probability if record is None else record.apply(found.probability[None])[0]
         return Answer(tuple(answers), p, found, record)

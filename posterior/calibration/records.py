@@ -29,11 +29,13 @@ from posterior.models.devices import Dtype
 
 FOLDER = "calibration"
 PredictiveName = Literal["mixture", "linearized", "map"]
+QuestionKind = Literal["predicate", "choice", "score", "any"]
 
 
 class Key(Part):
     """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say; `dtype`: of the
-    base it is computed with; `answers`: how many each row brings itself, None where they are the task's."""
+    base it is computed with; `answers`: how many each row brings itself, None where they are the task's, or where they
+    differ; `question`: the kind of a decision's questions, "any" of all kinds together, None of another task."""
 
     base: str
     posterior: str
@@ -42,6 +44,7 @@ class Key(Part):
     particles: int
     dtype: Dtype
     answers: int | None = None
+    question: QuestionKind | None = None
 
     @property
     def file_name(self) -> str:
@@ -54,7 +57,8 @@ class Key(Part):
 
     @property
     def _stem(self) -> str:
-        return "-".join(str(part) for part in (self.predictive, self.particles, self.answers) if part is not None)
+        parts = (self.predictive, self.particles, self.answers, self.question)
+        return "-".join(str(part) for part in parts if part is not None)
 
 
 def template_hash(task: Task) -> str:
@@ -125,6 +129,7 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
                 "posterior": posterior,
                 "template": template_hash(task),
                 "answers": None if task.answers else one.key.answers,
+                "question": (one.key.question or "any") if task.kind == "decision" else None,
             }
         )
         calibrator = one.calibrator
@@ -145,7 +150,10 @@ def is_record(path: Path) -> bool:
     return bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
 
 
-_FILE_NAME = re.compile(rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(Dtype))}))?\.json")
+_FILE_NAME = re.compile(
+    rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(QuestionKind))}))?"
+    rf"(-({'|'.join(get_args(Dtype))}))?\.json"
+)
 _AGAIN = "delete it, or run `posterior calibrate` again"
 
 

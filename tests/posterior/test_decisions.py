@@ -56,6 +56,34 @@ def test_what_is_asked_is_loaded_again(fitted: posterior.Posterior) -> None:
     assert posterior.load(fitted.path).task == fitted.task
 
 
-def test_calibration_of_decisions_is_refused(fitted: posterior.Posterior) -> None:
-    with pytest.raises(PosteriorError, match="decisions are not calibrated yet"):
-        fitted.calibrate(40 * ROWS)
+SCORE = {"type": "score", "instructions": "How bad?", "levels": [{"label": "low"}, {"label": "high"}]}
+
+
+def held(kind: dict[str, Any], answers: list[Any], count: int) -> list[dict[str, Any]]:
+    return [{"input": f"h{i}", "question": kind, "answer": answers[i * i % 7 % len(answers)]} for i in range(count)]
+
+
+def test_each_kind_of_question_has_its_calibration_or_shares_one(fitted: posterior.Posterior) -> None:
+    """Choices and predicates have enough rows, scores do not: they share that of all rows."""
+    rows = held(CHOICE, ["a", "b", "c"], 70) + held(PREDICATE, [True, False], 60) + held(SCORE, ["low", "high"], 9)
+    settings = posterior.Calibration(method="platt", predictive="map", dtype="float32")
+    records = fitted.calibrate(rows, settings)
+    assert [(each.key.question, each.n) for each in records] == [("choice", 70), ("predicate", 60), ("any", 139)]
+    inputs = [{"input": "y", "question": question} for question in (CHOICE, PREDICATE, SCORE)]
+    answers = fitted.predict(inputs, predictive="map")
+    used = [each.calibration.key.question for each in answers if each.calibration]
+    assert used == ["choice", "predicate", "any"]
+    loaded = posterior.load(fitted.path, base=fitted._base_spec)
+    assert [each.confidence for each in loaded.predict(inputs, predictive="map")] == [a.confidence for a in answers]
+
+
+def test_a_temperature_needs_questions_alike(fitted: posterior.Posterior) -> None:
+    rows = held(CHOICE, ["a", "b", "c"], 30) + held(PREDICATE, [True, False], 30)
+    with pytest.raises(PosteriorError, match="the questions have 2 or 3 options; use the method platt or isotonic"):
+        fitted.calibrate(rows, posterior.Calibration(predictive="map"))
+
+
+def test_isotonic_of_all_kinds_keeps_what_is_no_option_out(fitted: posterior.Posterior) -> None:
+    rows = held(CHOICE, ["a", "b", "c"], 30) + held(PREDICATE, [True, False], 30)
+    (record,) = fitted.calibrate(rows, posterior.Calibration(method="isotonic", predictive="map", coverage=0.99))
+    assert record.key.question == "any" and record.sets["size"].value <= 2.5
