@@ -21,6 +21,7 @@ from torch import Tensor
 from posterior.calibration import scalers
 from posterior.calibration.conformal import MIN_ROWS, Conformal, prediction_set
 from posterior.calibration.metrics import Estimate
+from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import Calibrator, Part, Vector
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
@@ -68,12 +69,14 @@ def template_hash(task: Task) -> str:
 
 class Record(Part):
     """One calibration. n rows with the hash `data`; `before` and `after`: metrics of the calibration rows, `after` and
-    `sets` (covered, size, at `coverage`) by cross-fitting."""
+    `sets` (covered, size, at `coverage`) by cross-fitting; risk: None of the method vector, which may give another
+    answer than the predictive's, and of records that earlier versions wrote."""
 
     format: Literal[2] = 2
     key: Key
     calibrator: Calibrator
     conformal: Conformal
+    risk: Risk | None = None
     n: Annotated[int, Field(ge=MIN_ROWS)]
     data: str
     before: dict[str, Estimate]
@@ -85,6 +88,8 @@ class Record(Part):
     def _enough(self) -> Self:
         if len(self.conformal.scores) != min(self.n, scalers.MAX_NUMBERS):
             raise ValueError(f"{len(self.conformal.scores)} conformal scores do not belong to {self.n} rows")
+        if self.risk is not None and len(self.risk.right) != len(self.conformal.scores):
+            raise ValueError(f"{len(self.risk.right)} rows of risk do not belong to {self.n} rows")
         return self
 
     def apply(self, p: Tensor) -> Tensor:

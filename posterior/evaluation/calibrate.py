@@ -16,6 +16,7 @@ from posterior.calibration import records
 from posterior.calibration.conformal import MIN_ROWS, Conformal, Score, prediction_set
 from posterior.calibration.metrics import Estimate, check, estimate
 from posterior.calibration.records import Key, PredictiveName, QuestionKind, Record
+from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
 from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
@@ -200,6 +201,7 @@ def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: flo
         key=key,
         calibrator=CALIBRATORS[method].fit(p, y),
         conformal=Conformal.fit(score, p, y),
+        risk=None if method == "vector" else Risk.fit(p, y),
         n=len(y),
         data=data,
         before=_defined(estimate(p.clamp(min=FLOOR), y)),
