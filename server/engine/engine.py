@@ -27,7 +27,7 @@ from server.engine.fields import check_fields
 from server.engine.gang import CURRENT, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
-from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
+from server.engine.scoring import Prefix, reads, sum_over_tokens
 from server.errors import EngineLost, Fault, Refused
 
 STOP_SECONDS = 5  # for vLLM's processes to end by themselves
@@ -85,23 +85,23 @@ class VllmEngine:
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
     ) -> torch.Tensor:
-        """As Engine.score: a request for each prompt, adapter and prefix, all at once."""
-        tree = prefix_tree(candidates)
+        """As Engine.score: a request for each prompt, adapter and read of the candidates, all at once."""
+        plan = reads(candidates)
         try:
             async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
-                reads = [
+                tasks = [
                     [
-                        {
-                            prefix: group.create_task(self._read([*prompt, *prefix], children, adapter))
-                            for prefix, children in tree.items()
-                        }
+                        [
+                            group.create_task(self._read([*prompt, *prefix], children, adapter))
+                            for prefix, children in plan
+                        ]
                         for adapter in adapters
                     ]
                     for prompt in prompts
                 ]
         except ExceptionGroup as errors:
             raise _first(errors) from errors
-        return torch.stack([torch.stack([_joint(candidates, read) for read in row]) for row in reads])
+        return torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in tasks])
 
     async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> dict[int, float]:
         """Log-probabilities over the whole vocabulary of the tokens `children` right after `tokens`."""
@@ -209,9 +209,16 @@ def _lora(adapter: Adapter) -> LoRARequest:
     return LoRARequest(adapter.name, adapter.number, str(adapter.path))
 
 
-def _joint(candidates: Candidates, tasks: Mapping[Prefix, asyncio.Task[dict[int, float]]]) -> torch.Tensor:
-    """log p(candidate | prompt) from the finished reads, [candidates]."""
-    return sum_over_tokens(candidates, {prefix: task.result() for prefix, task in tasks.items()})
+def _joint(
+    candidates: Candidates, plan: Sequence[tuple[Prefix, list[int]]], tasks: Sequence[asyncio.Task[dict[int, float]]]
+) -> torch.Tensor:
+    """log p(candidate | prompt) from the finished reads of the plan, [candidates]."""
+    found = {
+        (*prefix, token): logprob
+        for (prefix, _), task in zip(plan, tasks, strict=True)
+        for token, logprob in task.result().items()
+    }
+    return sum_over_tokens(candidates, found)
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> BaseException:

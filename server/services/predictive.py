@@ -18,7 +18,7 @@ from posterior.models.base import Base
 from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine
-from server.engine.scoring import prefix_tree
+from server.engine.scoring import reads
 from server.errors import NotFound, Refused
 from server.metrics import Metrics
 from server.services.messages import check_messages
@@ -42,6 +42,25 @@ class Question:
     candidates: Candidates
     options: Uncertainty
     template: str | None = None
+
+    @property
+    def particles(self) -> int:
+        """How many adapters score the candidates; one where the predictive is not a mixture."""
+        if self.predictive != "mixture":
+            return 1
+        return self.options.particles or len(self.served.particles)
+
+    @property
+    def evaluations(self) -> int:
+        """Passes of the model that it takes, forward or backward."""
+        if self.predictive == "linearized":
+            return len(self.prompts) * len(self.candidates)
+        return len(self.prompts) * self.particles * len(reads(self.candidates))
+
+    @property
+    def backward(self) -> int:
+        """Backward passes among them."""
+        return len(self.prompts) * (len(self.candidates) - 1) if self.predictive == "linearized" else 0
 
 
 @dataclass(frozen=True)
@@ -128,16 +147,14 @@ class Service:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
             raise Refused(str(error), "answers") from error
-        predictive = _predictive(served, options)
+        predictive = predictive_name(served, options)
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
-        passes = len(candidates)
-        if predictive != "linearized":
-            passes = len(prefix_tree(candidates)) * _particles(served, predictive, options)
-        _check_size(len(prompts) * passes, MAX_SEQUENCES, "evaluations")
+        question = Question(served, predictive, prompts, tuple(answers), candidates, options, template)
+        _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
         _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
-        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
+        return question
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
@@ -163,7 +180,7 @@ class Service:
         if question.predictive == "map":
             adapters, weights = [served.map], torch.ones(1)
         else:
-            k = _particles(served, "mixture", options)
+            k = question.particles
             adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
         log_p = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
         lengths = torch.tensor([len(tokens) for tokens in question.candidates])
@@ -260,7 +277,7 @@ class Service:
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
-def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
+def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:
     """The predictive to use. Raises Refused for one this model cannot give, or options it does not take."""
     name = options.predictive or served.predictives[0]
     if name not in served.predictives:
@@ -285,10 +302,6 @@ def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
 def _check_size(size: int, limit: int, what: str) -> None:
     if size > limit:
         raise Refused(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
-
-
-def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:
-    return 1 if predictive == "map" else options.particles or len(served.particles)
 
 
 def _rendered(task: Task, tokenizer: Tokenizer, inputs: Sequence[Mapping[str, str]]) -> list[list[int]]:
