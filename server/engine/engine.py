@@ -28,7 +28,7 @@ from server.engine.gang import CURRENT, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
 from server.engine.scoring import Prefix, reads, sum_over_tokens
-from server.errors import EngineLost, Fault, Refused
+from server.errors import EngineLost, Fault, Refused, first
 
 STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
@@ -100,7 +100,7 @@ class VllmEngine:
                     for prompt in prompts
                 ]
         except ExceptionGroup as errors:
-            raise _first(errors) from errors
+            raise first(errors) from errors
         return torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in tasks])
 
     async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> dict[int, float]:
@@ -219,9 +219,3 @@ def _joint(
         for token, logprob in task.result().items()
     }
     return sum_over_tokens(candidates, found)
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    """The first leaf of a group: one cause is what a client can use."""
-    error: BaseException = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

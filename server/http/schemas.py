@@ -1,8 +1,9 @@
 """What clients may send, with its limits: the bodies of our routes.
 
-Inside `uncertainty` and in POST /v1/predictive an unknown field is an error. Chat and completion requests are OpenAI's:
-at their top level a field that nobody knows is ignored, and one of vLLM's that is not listed here is refused unless it
-only spells out vLLM's default (server/engine/fields.py). vLLM checks the fields again, with the model at hand.
+Inside `uncertainty`, in the questions of decisions and in POST /v1/predictive an unknown field is an error. Decision,
+chat and completion requests are OpenAI's: at their top level a field that nobody knows is ignored. In those for text
+one of vLLM's that is not listed here is refused unless it only spells out vLLM's default (server/engine/fields.py).
+vLLM checks their fields again, with the model at hand.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from posterior.data.decisions import MAX_QUESTIONS, Input, Question
 from server.engine import Kind
 from server.services.options import MAX_INTEGER, Uncertainty
 
@@ -45,6 +47,20 @@ class PredictiveRequest(Uncertainty):
         if len(given) != 1:
             raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {given or 'none'}")
         return self
+
+
+class DecisionRequest(BaseModel):
+    """The body of POST /v1/decisions."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    input: Input
+    questions: Annotated[list[Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    uncertainty: Uncertainty | None = None
+    prompt_cache_key: str | None = Field(default=None, description="without effect")
+    prompt_cache_options: dict[str, Any] | None = Field(default=None, description="without effect")
+    safety_identifier: str | None = Field(default=None, description="without effect")
 
 
 class StreamOptions(BaseModel):

@@ -96,13 +96,14 @@ class Judged:
         return float(self.probability[self.best])
 
     @property
-    def prediction_set(self) -> list[str] | None:
-        """The candidates that hold the right one with the coverage asked for; None without a calibration."""
+    def prediction_set(self) -> list[int] | None:
+        """The numbers of the candidates that hold the right one with the coverage asked for; None without a
+        calibration."""
         if self.calibration is None:
             return None
         p, coverage = self.answer.predictive.probability, self.question.options.coverage
         within = self.calibration.prediction_set(p, coverage).tolist()
-        return [text for text, inside in zip(self.question.answers, within, strict=True) if inside]
+        return [c for c, inside in enumerate(within) if inside]
 
 
 class Service:
