@@ -18,7 +18,7 @@ import posterior
 from posterior.data.reading import unique
 from posterior.errors import first_line
 from server.errors import EngineLost, Refused, Unavailable
-from server.http import answers, decisions, errors, openapi, predictive
+from server.http import answers, decisions, errors, openapi, predictive, systemone
 from server.http.auth import require_key
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
@@ -30,6 +30,7 @@ from server.http.replies import (
     ModelList,
     PredictiveReply,
     Status,
+    SystemOneReply,
     Version,
 )
 from server.http.schemas import (
@@ -38,6 +39,7 @@ from server.http.schemas import (
     CompletionRequest,
     DecisionRequest,
     PredictiveRequest,
+    SystemOneRequest,
     TextRequest,
 )
 from server.metrics import Observation
@@ -79,6 +81,7 @@ def create_app(service: Service, key: str | None) -> FastAPI:
     for path, handler, summary, body, answer in (
         ("/v1/predictive", _predictive, "Posterior predictives of many inputs", PredictiveRequest, PredictiveReply),
         ("/v1/decisions", _decisions, "OpenAI's decisions", DecisionRequest, DecisionReply),
+        ("/v1/systemone", _systemone, "vLLM's decisions", SystemOneRequest, SystemOneReply),
         ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
         ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
     ):
@@ -165,6 +168,12 @@ async def _predictive(request: Request) -> Response:
 async def _decisions(request: Request) -> Response:
     return await _respond(
         request, "decisions", lambda body, _, observation: decisions.reply(_service(request), body, observation)
+    )
+
+
+async def _systemone(request: Request) -> Response:
+    return await _respond(
+        request, "systemone", lambda body, _, observation: systemone.reply(_service(request), body, observation)
     )
 
 

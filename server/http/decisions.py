@@ -31,7 +31,8 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     served = service.find(request.model)
     observation.posterior = served.owner
     options = request.uncertainty or Uncertainty()
-    judged, usage = await decide(service, served, request.input, request.questions, options, observation)
+    questions = {str(index): question for index, question in enumerate(request.questions)}
+    judged, usage = await decide(service, served, request.input, questions, options, observation)
     return {
         "id": f"decision-{uuid.uuid4().hex}",
         "object": "decision",

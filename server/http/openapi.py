@@ -14,9 +14,9 @@ from pydantic.json_schema import models_json_schema
 import posterior
 from server.http.errors import RETRY_SECONDS, ApiError
 from server.http.replies import Error
-from server.http.schemas import ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest
+from server.http.schemas import ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest
 
-BODIES = (ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest)
+BODIES = (ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest)
 REFERENCE = "#/components/schemas/{model}"
 PARTS = {
     "swagger-ui-bundle.js": "text/javascript",

@@ -242,3 +242,58 @@ class DecisionReply(BaseModel):
     model: str
     answers: list[Annotated[PredicateAnswer | ChoiceAnswer | ScoreAnswer, Field(discriminator="type")]]
     usage: DecisionUsage
+
+
+class _SystemOneAnswer(BaseModel):
+    """`confidence`: that of the most probable option times `label_mass`."""
+
+    probabilities: dict[str, float]
+    confidence: float
+    uncertainty: DecisionRecord
+
+
+class SystemOneChoiceAnswer(_SystemOneAnswer):
+    type: Literal["choice"]
+    choice: str
+
+
+class SystemOneNoulAnswer(_SystemOneAnswer):
+    """`noul`: the probability of yes."""
+
+    type: Literal["noul"]
+    noul: float
+
+
+class SystemOneScoreAnswer(_SystemOneAnswer):
+    """`score`: the expected number of the level, from 0."""
+
+    type: Literal["score"]
+    score: float
+    legend: dict[str, str]
+
+
+class SystemOneDiagnostics(BaseModel):
+    """What the model would say if it were free to: `label_mass` is the probability that it begins with an option."""
+
+    label_mass: float
+    argmax_is_label: bool
+
+
+class SystemOneUsage(BaseModel):
+    input_tokens: int
+    output_tokens: int
+
+
+class SystemOneReply(BaseModel):
+    """An answer to each question, by its name."""
+
+    id: str
+    object: Literal["structured_decision"]
+    created: int
+    model: str
+    answers: dict[
+        str,
+        Annotated[SystemOneChoiceAnswer | SystemOneNoulAnswer | SystemOneScoreAnswer, Field(discriminator="type")],
+    ]
+    usage: SystemOneUsage
+    diagnostics: dict[str, SystemOneDiagnostics]

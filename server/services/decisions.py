@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from server.engine import Usage
 from server.errors import Refused, first
 from server.metrics import Observation
 from server.services.options import MAX_BACKWARD, MAX_SEQUENCES, Uncertainty
-from server.services.predictive import Judged, Question, Service, predictive_name
+from server.services.predictive import Answer, Judged, Question, Service, predictive_name
 from server.services.registry import Served
 
 FOREIGN = ("answers", "mixing", "tokens")  # of `uncertainty`: the questions bring their options, and nothing is written
@@ -26,11 +26,17 @@ async def decide(
     service: Service,
     served: Served,
     input: Any,
-    questions: Sequence[Predicate | Choice | Score],
+    questions: Mapping[str, Predicate | Choice | Score],
     options: Uncertainty,
     observation: Observation,
+    *,
+    unprompted: bool = False,
 ) -> tuple[list[Judged], Usage]:
     """The answer to each question about the input, in order, and the tokens that it took.
+
+    Args:
+        questions: each by its name in the request.
+        unprompted: every answer has its `unprompted`; that of a linearised one is theta*'s.
 
     Everything that can be checked is checked before the first question is sent. Raises RequestError.
     """
@@ -41,21 +47,29 @@ async def decide(
     observation.predictive = asked[0].predictive
     try:
         async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
-            tasks = [group.create_task(service.answer(each)) for each in asked]
+            tasks = [group.create_task(_answer(service, each, unprompted)) for each in asked]
     except ExceptionGroup as errors:
         raise first(errors) from errors
-    found = [answer for task in tasks for answer in task.result()]
-    judged = [service.judge(each, answer) for each, answer in zip(asked, found, strict=True)]
+    judged = [service.judge(each, task.result()) for each, task in zip(asked, tasks, strict=True)]
     usage = Usage(sum(len(prompt) for each in asked for prompt in each.prompts), 0)
     service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
     return judged, usage
+
+
+async def _answer(service: Service, question: Question, unprompted: bool) -> Answer:
+    """The answer to a question of one prompt."""
+    (answer,) = await service.answer(question)
+    if unprompted and answer.unprompted is None:
+        (point,) = await service.answer(replace(question, predictive="map"))
+        return replace(answer, unprompted=point.unprompted)
+    return answer
 
 
 def _ask(
     service: Service,
     served: Served,
     input: Any,
-    questions: Sequence[Predicate | Choice | Score],
+    questions: Mapping[str, Predicate | Choice | Score],
     options: Uncertainty,
 ) -> list[Question]:
     """Each question with its own prompt and candidates. Raises Refused."""
@@ -67,12 +81,12 @@ def _ask(
     except ValueError as error:
         raise Refused(str(error), "input") from error
     asked = []
-    for index, question in enumerate(questions):
+    for name, question in questions.items():
         try:
             prompt, answers = task.ask(service.tokenizer, text, question)
             asked.append(service.question(served, [prompt], answers, options, template=template))
         except (PosteriorError, Refused) as error:
-            raise Refused(f"question {index}: {error}", f"questions.{index}") from error
+            raise Refused(f"question {name}: {error}", f"questions.{name}") from error
     return _within_bounds(asked, options)
 
 

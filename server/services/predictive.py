@@ -64,11 +64,25 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Unprompted:
+    """What the model would write if it were not held to the candidates.
+
+    mass: the probability that it begins with one of them, averaged over the particles. likeliest: whether the most
+    probable next token begins one, as most of the particles' weight has it.
+    """
+
+    mass: float
+    likeliest: bool
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any."""
+    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any;
+    `unprompted` is None for the linearised predictive, which reads nothing but the candidates."""
 
     predictive: Predictive
-    particles: torch.Tensor | None
+    particles: torch.Tensor | None = None
+    unprompted: Unprompted | None = None
 
 
 @dataclass(frozen=True)
@@ -176,17 +190,24 @@ class Service:
                 raise RuntimeError(f"{served.name} has no linearised predictive")
             moments = await self.linearizer.moments(served.name, question.prompts, question.candidates)
             return await asyncio.to_thread(
-                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage), None) for mean, cov in moments]
+                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage)) for mean, cov in moments]
             )
         if question.predictive == "map":
             adapters, weights = [served.map], torch.ones(1)
         else:
             k = question.particles
             adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
-        log_p = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
+        found = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C] and [.., K]
         lengths = torch.tensor([len(tokens) for tokens in question.candidates])
-        log_p = served.scoring.scores(log_p, lengths).log_softmax(-1)
-        return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
+        log_p = served.scoring.scores(found.log_p, lengths).log_softmax(-1)
+        return [
+            Answer(
+                from_particles(row, weights, options.coverage),
+                row.exp(),
+                unprompted(question.candidates, raw, top, weights),
+            )
+            for row, raw, top in zip(log_p, found.log_p, found.top, strict=True)
+        ]
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
         """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
@@ -276,6 +297,18 @@ class Service:
         """Token ids of a conversation, read as chat requests are."""
         check_messages(messages)
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
+
+
+def unprompted(candidates: Candidates, log_p: torch.Tensor, top: torch.Tensor, weights: torch.Tensor) -> Unprompted:
+    """What K particles of these weights would write; log_p [K, C] of the candidates, top [K] the most probable token.
+
+    A candidate that another one begins is part of that one's probability.
+    """
+    known = set(candidates)
+    apart = [not any(tokens[:n] in known for n in range(1, len(tokens))) for tokens in candidates]
+    share = weights.double() / weights.double().sum()
+    starts = torch.isin(top, torch.tensor([tokens[0] for tokens in candidates]))
+    return Unprompted(float((share @ log_p.exp())[apart].sum().clamp(max=1)), bool(share @ starts.double() >= 0.5))
 
 
 def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
+from server.engine.config import set_environment
 from server.engine.scoring import MAX_TOKENS, prefix_tree, reads, sum_over_tokens
+
+set_environment("cpu")  # before vLLM, as the server does
+
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS  # noqa: E402
 
 
 def test_one_request_per_distinct_prefix() -> None:

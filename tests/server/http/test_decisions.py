@@ -222,7 +222,7 @@ def test_the_first_failure_is_raised_as_itself_and_aborts_the_others(
 ) -> None:
     score, engine.delay = engine.score, 60.0
 
-    async def some(prompts: Any, candidates: Any, adapters: Any) -> torch.Tensor:
+    async def some(prompts: Any, candidates: Any, adapters: Any) -> Any:
         if len(candidates) == 3:
             raise Unavailable("the engine's queue is full")
         return await score(prompts, candidates, adapters)
