@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from posterior.data.candidates import MAX_CANDIDATES
 from posterior.predictive.decoding import Mixing
 
-MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
-MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x candidate prefixes, or x n for text
+MAX_ANSWERS = MAX_CANDIDATES  # per request
+MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
+MAX_BACKWARD = 256  # backward passes of one request's decisions: each option but the first of a question takes one
 MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1
 
