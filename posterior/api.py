@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from posterior import fitting
+from posterior.calibration import records
 from posterior.calibration.records import Key, PredictiveName, Record, template_hash
 from posterior.data.examples import Examples, encode
 from posterior.data.reading import Rows
@@ -268,6 +269,6 @@ class Posterior:
             answers=None if self.task.answers or decision else len(answers),
             question=self.task.question_of(row).type if decision else None,
         )
-        record = self._stored.record_for(key)
+        record = records.find(self._stored.calibration, key)
         p = found.probability if record is None else record.apply(found.probability[None])[0]
         return Answer(tuple(answers), p, found, record)

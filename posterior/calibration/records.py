@@ -111,6 +111,12 @@ class Record(Part):
         }
 
 
+def find(made: Mapping[Key, Record], key: Key) -> Record | None:
+    """The calibration with this key; for a kind of question that has none of its own, that of all kinds."""
+    own = made.get(key)
+    return made.get(key.model_copy(update={"question": "any"})) if own is None and key.question else own
+
+
 def save(folder: Path, made: Record) -> Path:
     """Write a record into a posterior folder, atomically, in place of one with the same key. Raises PosteriorError."""
     path = folder / FOLDER / made.key.file_name

@@ -98,13 +98,6 @@ class Posterior:
                 f"but the loaded base has weights {base_hash[:19]}...; serve it with its own base or refit it"
             )
 
-    def record_for(self, key: Key) -> Record | None:
-        """The calibration with this key; for a kind of question that has none of its own, that of all kinds."""
-        own = self.calibration.get(key)
-        if own is not None or key.question is None:
-            return own
-        return self.calibration.get(key.model_copy(update={"question": "any"}))
-
     def order(self, k: int) -> list[int]:
         """The numbers of k particles: the heaviest of the folder, heaviest first and of equal ones the first, or any of
         a Laplace posterior. Raises PosteriorError for none, and for more than the folder has."""

@@ -13,8 +13,8 @@ from server.engine import Usage
 from server.http.records import decision_record
 from server.http.schemas import DecisionRequest
 from server.metrics import Observation
-from server.services.decisions import decide
-from server.services.options import Uncertainty
+from server.services.decisions import decide, within_risk
+from server.services.options import DecisionUncertainty
 from server.services.predictive import Judged, Service
 from server.validation import from_validation
 
@@ -30,9 +30,11 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
         raise from_validation(error, body) from error
     served = service.find(request.model)
     observation.posterior = served.owner
-    options = request.uncertainty or Uncertainty()
+    options = request.uncertainty or DecisionUncertainty()
     questions = {str(index): question for index, question in enumerate(request.questions)}
     judged, usage = await decide(service, served, request.input, questions, options, observation)
+    if options.max_risk is not None:
+        judged = [within_risk(name, each, options.max_risk) for name, each in zip(questions, judged, strict=True)]
     return {
         "id": f"decision-{uuid.uuid4().hex}",
         "object": "decision",
@@ -47,6 +49,9 @@ def _answer(question: Predicate | Choice | Score, judged: Judged) -> dict[str, A
     """OpenAI's answer to a question, and ours in `uncertainty`."""
     options, p = question.options, judged.probability.tolist()
     record: dict[str, Any] = {"type": question.type, "name": question.name}
+    if judged.refusal is not None:
+        reason = {"reason": judged.refusal}
+        return {**record, "type": "refusal", "uncertainty": decision_record(judged, options) | reason}
     if isinstance(question, Predicate):
         record["probability"] = p[0]
     elif isinstance(question, Choice):

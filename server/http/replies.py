@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from posterior.data.decisions import Value
-from server.services.options import PredictiveName
+from server.services.options import PredictiveName, Reason
 
 
 class _Reply(BaseModel):
@@ -216,6 +216,21 @@ class ScoreAnswer(_Answer):
     probabilities: list[ScoreProbability]
 
 
+class RefusedRecord(DecisionRecord):
+    """What the answer would have been, and why it is not given: the model does not know enough (unfamiliar), or the
+    question leaves it open (ambiguous)."""
+
+    reason: Reason
+
+
+class RefusalAnswer(BaseModel):
+    """The question is not answered: `max_risk` forbids it."""
+
+    type: Literal["refusal"]
+    name: str | None
+    uncertainty: RefusedRecord
+
+
 class InputDetails(BaseModel):
     cached_tokens: int
     cache_write_tokens: int
@@ -240,7 +255,7 @@ class DecisionReply(BaseModel):
     object: Literal["decision"]
     created: int
     model: str
-    answers: list[Annotated[PredicateAnswer | ChoiceAnswer | ScoreAnswer, Field(discriminator="type")]]
+    answers: list[Annotated[PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer, Field(discriminator="type")]]
     usage: DecisionUsage
 
 

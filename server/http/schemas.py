@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from posterior.data.decisions import MAX_CHOICES as MAX_OPTIONS
 from posterior.data.decisions import MAX_LEVELS, MAX_QUESTIONS, Input, Question
 from server.engine import Kind
-from server.services.options import MAX_INTEGER, Uncertainty
+from server.services.options import MAX_INTEGER, DecisionUncertainty, Uncertainty
 
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
@@ -58,7 +58,7 @@ class DecisionRequest(BaseModel):
     model: str
     input: Input
     questions: Annotated[list[Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
-    uncertainty: Uncertainty | None = None
+    uncertainty: DecisionUncertainty | None = None
     prompt_cache_key: str | None = Field(default=None, description="without effect")
     prompt_cache_options: dict[str, Any] | None = Field(default=None, description="without effect")
     safety_identifier: str | None = Field(default=None, description="without effect")

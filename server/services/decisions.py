@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from posterior.calibration.records import template_hash
+from posterior.calibration.risk import needed
 from posterior.data import decisions
 from posterior.data.decisions import Choice, Predicate, Score
 from posterior.data.task import Task
@@ -56,6 +57,36 @@ async def decide(
     return judged, usage
 
 
+def within_risk(name: str, judged: Judged, allowed: float) -> Judged:
+    """The answer, or its refusal where the model is less confident than the error that is allowed asks for: the larger
+    part of the entropy is the reason. Raises Refused where no record can tell."""
+    record, p = judged.calibration, judged.answer.predictive
+    place = "uncertainty.max_risk"
+    if record is None:
+        raise Refused(
+            f"question {name}: no calibration tells how often such answers are wrong; make one of held-out rows with "
+            "`posterior calibrate`, for this predictive and dtype, or leave out 'max_risk'",
+            place,
+        )
+    if record.risk is None:
+        raise Refused(
+            f"question {name}: its calibration ({record.calibrator.method}) does not tell how often answers are wrong; "
+            "calibrate again with temperature, platt or isotonic",
+            place,
+        )
+    threshold = record.risk.threshold(allowed)
+    if threshold is None:
+        raise Refused(
+            f"question {name}: the {record.n} rows of its calibration do not prove an error of at most {allowed:g} at "
+            f"any confidence (that takes at least {needed(allowed)} rows, all of them right); calibrate with more "
+            "rows, or allow more",
+            place,
+        )
+    if float(p.probability.max()) >= threshold:
+        return judged
+    return replace(judged, refusal="ambiguous" if p.aleatoric >= p.epistemic else "unfamiliar")
+
+
 async def _answer(service: Service, question: Question, unprompted: bool) -> Answer:
     """The answer to a question of one prompt."""
     (answer,) = await service.answer(question)
@@ -78,13 +109,14 @@ def _ask(
     template = template_hash(task) if served.posterior is not None and served.posterior.task == task else None
     try:
         text = decisions.transcript(input)
-    except ValueError as error:
+    except PosteriorError as error:
         raise Refused(str(error), "input") from error
     asked = []
     for name, question in questions.items():
         try:
             prompt, answers = task.ask(service.tokenizer, text, question)
-            asked.append(service.question(served, [prompt], answers, options, template=template))
+            made = service.question(served, [prompt], answers, options, template=template)
+            asked.append(made if template is None else replace(made, kind=question.type))
         except (PosteriorError, Refused) as error:
             raise Refused(f"question {name}: {error}", f"questions.{name}") from error
     return _within_bounds(asked, options)

@@ -18,6 +18,9 @@ MAX_INTEGER = 2**63 - 1
 PredictiveName = Literal["mixture", "linearized", "map"]
 
 
+Reason = Literal["ambiguous", "unfamiliar"]
+
+
 class Uncertainty(BaseModel):
     """The object `uncertainty` of chat and completion requests."""
 
@@ -39,4 +42,14 @@ class Uncertainty(BaseModel):
     mixing: Mixing | None = Field(default=None, description="of text: 'sequence' (exact, the default) or 'token'")
     tokens: bool | None = Field(
         default=None, description="of text: a record for each token; by default on streams only"
+    )
+
+
+class DecisionUncertainty(Uncertainty):
+    """The object `uncertainty` of requests for decisions."""
+
+    max_risk: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        default=None,
+        description="answer only where the error among answered questions is at most this, else refuse; needs a "
+        "calibration",
     )

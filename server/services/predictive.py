@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from posterior.calibration.records import Key, Record, template_hash
+from posterior.calibration import records
+from posterior.calibration.records import Key, QuestionKind, Record, template_hash
 from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task, Tokenizer
@@ -22,7 +23,7 @@ from server.engine.scoring import reads
 from server.errors import NotFound, Refused
 from server.metrics import Metrics
 from server.services.messages import check_messages
-from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
+from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Reason, Uncertainty
 from server.services.registry import Registry, Served
 from server.workers.linearized import Linearizer
 
@@ -32,7 +33,7 @@ class Question:
     """What is asked of one posterior: prompts as token ids, and the candidates that may follow them.
 
     template: hash of the task, where the server itself made the prompts with it and the answers are the task's own, if
-    it has any.
+    it has any. kind: of a decision.
     """
 
     served: Served
@@ -42,6 +43,7 @@ class Question:
     candidates: Candidates
     options: Uncertainty
     template: str | None = None
+    kind: QuestionKind | None = None
 
     @property
     def particles(self) -> int:
@@ -90,7 +92,7 @@ class Judged:
     """An answer's distribution as its client gets it: about the candidate number `best`.
 
     `probability` [C] are calibrated where there is a `calibration`; variances, intervals, entropies and the Monte-Carlo
-    error stay those of the posterior, `answer.predictive`.
+    error stay those of the posterior, `answer.predictive`. refusal: why the question is not answered, if it is not.
     """
 
     question: Question
@@ -98,6 +100,7 @@ class Judged:
     calibration: Record | None
     probability: torch.Tensor
     best: int
+    refusal: Reason | None = None
 
     @property
     def text(self) -> str:
@@ -235,9 +238,10 @@ class Service:
             predictive=question.predictive,
             particles=p.particles,
             dtype=self._dtype(question.predictive),
-            answers=None if posterior.task.answers else len(question.answers),
+            answers=None if posterior.task.answers or question.kind else len(question.answers),
+            question=question.kind,
         )
-        return posterior.calibration.get(key)
+        return records.find(posterior.calibration, key)
 
     def _dtype(self, predictive: PredictiveName) -> Dtype:
         """What the base's weights are where this predictive is computed."""

@@ -9,7 +9,9 @@ import torch
 from fastapi.testclient import TestClient
 from openai.types.decision import Decision
 
-from posterior.calibration.records import template_hash
+from posterior.calibration.conformal import Conformal
+from posterior.calibration.records import Record, template_hash
+from posterior.calibration.risk import Risk
 from posterior.data.decisions import TEMPLATE
 from posterior.data.task import Task
 from posterior.predictive.mixture import from_particles
@@ -256,24 +258,36 @@ def test_a_posterior_of_decisions_is_asked_as_it_was_fitted(client: TestClient, 
     assert letters == default + 3 * len("A: "), "each option has a letter before its words"
 
 
-def test_its_calibration_is_applied_to_questions_of_as_many_options(client: TestClient, service: Service) -> None:
+def test_its_calibration_is_applied_to_questions_of_its_kind(client: TestClient, service: Service) -> None:
     task = own(service, chat=True)
     key = KEY.model_copy(
-        update={"posterior": fakes.Posterior("gang", "particles").hash, "template": template_hash(task), "answers": 2}
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(task),
+            "question": "predicate",
+        }
     )
     give(service, record(key), name="gang")
     late, mood, stars = answers(client)
-    assert [each["uncertainty"]["calibrated"] for each in (late, mood, stars)] == [True, False, True]
+    assert [each["uncertainty"]["calibrated"] for each in (late, mood, stars)] == [True, False, False]
     ours = late["uncertainty"]
     assert late["probability"] == ours["answers"][0]["probability"] != ours["answers"][0]["uncalibrated"]
     assert set(ours["prediction_set"]) <= {True, False} and ours["answer"] in ours["prediction_set"]
-    assert ours["calibration"]["key"]["answers"] == 2
+    assert ours["calibration"]["key"]["question"] == "predicate"
+    shared = record(key.model_copy(update={"question": "any"}))
+    give(service, record(key), shared, name="gang")
+    used = [each["uncertainty"]["calibration"]["key"]["question"] for each in answers(client)]
+    assert used == ["predicate", "any", "any"]
 
 
 def test_another_task_of_the_same_posterior_is_not_calibrated(client: TestClient, service: Service) -> None:
     task = Task("decision", TEMPLATE, chat=True)
     key = KEY.model_copy(
-        update={"posterior": fakes.Posterior("gang", "particles").hash, "template": template_hash(task), "answers": 2}
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(task),
+            "question": "any",
+        }
     )
     give(service, record(key), name="gang")
     assert not any(each["uncertainty"]["calibrated"] for each in answers(client))
@@ -289,3 +303,60 @@ def test_requests_are_counted(client: TestClient) -> None:
         'posterior_answers_total{posterior="gang",predictive="mixture"} 3.0',
     ):
         assert line in lines, line
+
+
+def with_risk(rows: int, service: Service, split: float = 0.0) -> Record:
+    """A record of rows that are right above the confidence `split`, and of as many below it that are wrong; given to
+    the posterior."""
+    key = KEY.model_copy(
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(own(service)),
+            "question": "any",
+        }
+    )
+    right = torch.linspace(1, split, rows, dtype=torch.float64).tolist()
+    wrong = torch.linspace(split, 0, rows + 1, dtype=torch.float64).tolist()[1:] if split else []
+    risk = Risk(confidence=tuple(right + wrong), right=tuple(index < rows for index in range(len(right + wrong))))
+    rows = len(right + wrong)
+    scores = tuple(index / rows for index in range(rows))
+    found = record(key).model_copy(update={"n": rows, "risk": risk, "conformal": Conformal(score="lac", scores=scores)})
+    give(service, found, name="gang")
+    return found
+
+
+def test_answers_below_the_threshold_are_refused_with_their_reason(client: TestClient, service: Service) -> None:
+    plain = answers(client)
+    tops = sorted(max(each["probability"] for each in one["uncertainty"]["answers"]) for one in plain)
+    found = with_risk(400, service, split=(tops[0] + tops[-1]) / 2)
+    assert found.risk is not None
+    threshold = found.risk.threshold(0.05)
+    assert threshold is not None
+    plain = answers(client)  # with the record's calibration
+    held = answers(client, uncertainty={"max_risk": 0.05})
+    Decision.model_validate(decide(client, uncertainty={"max_risk": 0.05}).json())
+    kinds = set()
+    for before, after in zip(plain, held, strict=True):
+        options = before["uncertainty"]["answers"]
+        sure = max(each["uncalibrated"] for each in options) >= threshold
+        kinds.add(sure)
+        assert after["type"] == (before["type"] if sure else "refusal")
+        assert after["name"] == before["name"]
+        if not sure:
+            entropy = before["uncertainty"]["entropy"]
+            reason = "ambiguous" if entropy["aleatoric"] >= entropy["epistemic"] else "unfamiliar"
+            assert after["uncertainty"] == before["uncertainty"] | {"reason": reason}
+            assert "probability" not in after and "choice" not in after
+    assert kinds == {True, False}, "the case must hold both"
+
+
+def test_a_risk_needs_a_record_that_can_tell(client: TestClient, service: Service) -> None:
+    body = {"uncertainty": {"max_risk": 0.05}}
+    assert "make one of held-out rows with `posterior calibrate`" in error_of(decide(client, **body), 400)["message"]
+    with_risk(60, service)
+    assert "takes at least 86 rows" in error_of(decide(client, **body), 400)["message"]
+    found = with_risk(400, service)
+    give(service, found.model_copy(update={"risk": None}), name="gang")
+    assert "does not tell how often answers are wrong" in error_of(decide(client, **body), 400)["message"]
+    for wrong in (0, 1, -0.1, "x"):
+        assert error_of(decide(client, uncertainty={"max_risk": wrong}), 400)["param"] == "uncertainty.max_risk"
