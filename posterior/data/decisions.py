@@ -238,25 +238,28 @@ def read(form: TypeAdapter[Read], value: Any, what: str) -> Read:
         raise PosteriorError(f"{what}: {complaint(error, value)[1]}") from None
 
 
-def fields(input: Any, question: Asked, labels: Labels) -> dict[str, str]:
-    """What a decision task's template is filled with. Raises PosteriorError for an output without its call."""
-    named = zip(question.options, names(question, labels), strict=True)
+def fields(input: Any, question: Asked, labels: Labels, order: Sequence[int] | None = None) -> dict[str, str]:
+    """What a decision task's template is filled with, the options in another order if one is given. Raises
+    PosteriorError for an output without its call."""
+    options, named = question.options, names(question, labels, order)
     return {
         "input": transcript(input),
         "question": question.title + _text(question.instructions),
-        "options": "\n".join(_line(each, name) for each, name in named),
+        "options": "\n".join(_line(options[index], named[index]) for index in order or range(len(options))),
     }
 
 
-def names(question: Asked, labels: Labels) -> list[str]:
-    """How the model writes each option: by its words, or by a letter. A level has its number for a letter, a predicate
-    always yes and no. Beyond 26 options there is no letter for each, and they are written by their words."""
+def names(question: Asked, labels: Labels, order: Sequence[int] | None = None) -> list[str]:
+    """How the model writes each option: by its words, or by the letter of its place in the prompt. A level has its
+    number for a letter, a predicate always yes and no. Beyond 26 options there is no letter for each, and they are
+    written by their words."""
     options = question.options
     if labels == "words" or isinstance(question, Predicate) or len(options) > len(string.ascii_uppercase):
         return [each.words for each in options]
     if isinstance(question, Score):
         return [str(each.value) for each in options]
-    return list(string.ascii_uppercase[: len(options)])
+    places = order or range(len(options))
+    return [string.ascii_uppercase[list(places).index(number)] for number in range(len(options))]
 
 
 def answer(question: Asked, said: Any) -> int:

@@ -6,7 +6,7 @@ The template is part of the posterior. Served with another template, the same we
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -105,11 +105,14 @@ class Task:
             return chat_ids(tokenizer, [{"role": "user", "content": text}])
         return tokens.prompt(tokenizer, text)
 
-    def ask(self, tokenizer: Tokenizer, input: Any, question: decisions.Asked) -> tuple[list[int], tuple[str, ...]]:
-        """Token ids of a decision's prompt, and the texts of its options. Raises PosteriorError."""
-        row = decisions.fields(input, question, self.labels)
+    def ask(
+        self, tokenizer: Tokenizer, input: Any, question: decisions.Asked, order: Sequence[int] | None = None
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Token ids of a decision's prompt, with its options in their own order or another, and the texts of the options
+        in their own. Raises PosteriorError."""
+        row = decisions.fields(input, question, self.labels, order)
         blank = "" if self.chat or self.template[-1:].isspace() else " "
-        answers = tuple(blank + name for name in decisions.names(question, self.labels))
+        answers = tuple(blank + name for name in decisions.names(question, self.labels, order))
         return self.prompt_ids(tokenizer, {name: row[name] for name in self.fields}), answers
 
     def answers_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:

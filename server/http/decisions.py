@@ -32,7 +32,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     observation.posterior = served.owner
     options = request.uncertainty or DecisionUncertainty()
     questions = {str(index): question for index, question in enumerate(request.questions)}
-    judged, usage = await decide(service, served, request.input, questions, options, observation)
+    judged, usage = await decide(service, served, request.input, questions, options, observation, orders=options.orders)
     if options.max_risk is not None:
         judged = [within_risk(name, each, options.max_risk) for name, each in zip(questions, judged, strict=True)]
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from posterior.data.decisions import Option, Value
@@ -28,6 +29,8 @@ def decision_record(judged: Judged, options: Sequence[Option]) -> dict[str, Any]
     """The JSON of the answer to a typed question: as `answer_record`, but options are named by their values, and the
     covariance of more than MAX_COVARIANCE options is left out."""
     record = _choice(judged, [option.value for option in options])
+    if judged.answer.orders is not None:
+        record["orders"] = asdict(judged.answer.orders)
     if len(options) <= MAX_COVARIANCE:
         record["covariance"] = judged.answer.predictive.covariance.tolist()
     return record

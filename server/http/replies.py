@@ -106,12 +106,20 @@ class OptionCandidate(_Probable):
     answer: Value
 
 
+class OrdersRecord(BaseModel):
+    """How many orders of the options were averaged, and how far one of them was from the average."""
+
+    n: int
+    total_variation: float
+
+
 class DecisionRecord(_Record):
     """A posterior predictive distribution over a question's options, as AnswerRecord has it."""
 
     answer: Value
     answers: list[OptionCandidate]
     covariance: list[list[float]] | None = None
+    orders: OrdersRecord | None = None
 
 
 class TextRecord(_Reply):

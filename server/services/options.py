@@ -12,6 +12,7 @@ from posterior.predictive.decoding import Mixing
 MAX_ANSWERS = MAX_CANDIDATES  # per request
 MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
 MAX_BACKWARD = 256  # backward passes of one request's decisions: each option but the first of a question takes one
+MAX_ORDERS = 8  # of the options of a question
 MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1
 
@@ -52,4 +53,7 @@ class DecisionUncertainty(Uncertainty):
         default=None,
         description="answer only where the error among answered questions is at most this, else refuse; needs a "
         "calibration",
+    )
+    orders: Annotated[int, Field(ge=1, le=MAX_ORDERS)] = Field(
+        default=1, description="average over so many orders of a question's options, or over all there are"
     )

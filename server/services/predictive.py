@@ -78,13 +78,24 @@ class Unprompted:
 
 
 @dataclass(frozen=True)
+class Orders:
+    """The orders of the options that an answer is averaged over: how many, and the largest total variation of one's
+    probabilities from the average."""
+
+    n: int
+    total_variation: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any;
-    `unprompted` is None for the linearised predictive, which reads nothing but the candidates."""
+    `unprompted` is None for the linearised predictive, which reads nothing but the candidates; `orders` where there is
+    but one."""
 
     predictive: Predictive
     particles: torch.Tensor | None = None
     unprompted: Unprompted | None = None
+    orders: Orders | None = None
 
 
 @dataclass(frozen=True)
