@@ -108,8 +108,8 @@ class Task:
     def ask(
         self, tokenizer: Tokenizer, input: Any, question: decisions.Asked, order: Sequence[int] | None = None
     ) -> tuple[list[int], tuple[str, ...]]:
-        """Token ids of a decision's prompt, with its options in their own order or another, and the texts of the options
-        in their own. Raises PosteriorError."""
+        """Token ids of a decision's prompt, with its options in their own order or another, and the texts of the
+        options in their own. Raises PosteriorError."""
         row = decisions.fields(input, question, self.labels, order)
         blank = "" if self.chat or self.template[-1:].isspace() else " "
         answers = tuple(blank + name for name in decisions.names(question, self.labels, order))
