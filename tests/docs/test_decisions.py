@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from posterior.data.decisions import Choice, ChoiceOption, Level, Predicate, Score
 from server.http import replies
 from server.http.schemas import DecisionRequest, NoulCriteria, SystemOneChoice, SystemOneRequest, SystemOneScore
-from server.services.options import MAX_BACKWARD, MAX_SEQUENCES
+from server.services.options import MAX_BACKWARD, MAX_SEQUENCES, DecisionUncertainty, Uncertainty
 from tests.docs.blocks import ROOT, prose
 from tests.docs.test_answers import page, tables
 
@@ -35,6 +35,7 @@ def fields(*models: type[BaseModel]) -> set[str]:
 
 def test_every_field_of_a_request_has_a_row() -> None:
     assert fields(DecisionRequest) <= rows(OWN, "Field")
+    assert fields(DecisionUncertainty) - fields(Uncertainty) <= rows(OWN, "Field")
     assert fields(Predicate, Choice, Score, ChoiceOption, Level) <= rows(OWN, "Field of a question")
     assert fields(SystemOneRequest, SystemOneChoice, SystemOneScore) <= rows(VLLMS, "Field") | {"type"}
     assert fields(NoulCriteria) <= spans(VLLMS)
@@ -79,4 +80,6 @@ def test_every_field_of_a_reply_has_a_row() -> None:
 
 def test_the_record_is_that_of_a_choice() -> None:
     asked = rows(page("answers.md").partition("## Fields of a reply")[2], "Field")
-    assert fields(replies.DecisionRecord, replies.OptionCandidate) <= asked
+    own = rows(OWN, "Field")
+    assert fields(replies.DecisionRecord, replies.OptionCandidate) <= asked | own
+    assert fields(replies.RefusedRecord, replies.OrdersRecord) <= asked | own
