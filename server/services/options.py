@@ -19,7 +19,7 @@ PredictiveName = Literal["mixture", "linearized", "map"]
 
 
 class Uncertainty(BaseModel):
-    """The object `uncertainty` of chat and completion requests."""
+    """The object `uncertainty` of decision, chat and completion requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
