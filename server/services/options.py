@@ -23,7 +23,7 @@ Reason = Literal["ambiguous", "unfamiliar"]
 
 
 class Uncertainty(BaseModel):
-    """The object `uncertainty` of chat and completion requests."""
+    """The object `uncertainty` of decision, chat and completion requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
