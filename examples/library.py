@@ -28,7 +28,7 @@ def main() -> None:
     for name, scores in fitted.evaluate(HERE / "held-out.csv").table.items():
         print(f"{name}: accuracy {scores['accuracy']}, negative log-likelihood {scores['nll']}")
 
-    record = fitted.calibrate(HERE / "held-out.csv")
+    (record,) = fitted.calibrate(HERE / "held-out.csv")
     print(f"calibrated on {record.n} rows by {record.calibrator.method}")
 
     for answer in fitted.predict(["The soup was cold.", "We were there on a Tuesday."]):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from posterior import fitting
+from posterior.calibration import records
 from posterior.calibration.records import Key, PredictiveName, Record, template_hash
 from posterior.data.examples import Examples, encode
 from posterior.data.reading import Rows
@@ -176,14 +177,14 @@ class Posterior:
 
         Args:
             inputs: mappings of the template's fields, or texts where it has one field. With `choices`, where the task
-                has no answers of its own.
+                has no answers of its own. For decisions: `input` and `question`, as the training rows.
             predictive: "linearized" (default of a Laplace posterior), "mixture" (default of particles) or "map".
             particles: of the mixture; None: 8, or all of the folder.
 
         Raises:
             PosteriorError: for a text posterior (`posterior serve` writes text), and for bad inputs.
         """
-        if self.task.kind != "choice":
+        if not self.task.has_candidates:
             raise PosteriorError(
                 f"{self.name!r} is a text posterior; predict answers choices, `posterior serve` writes"
             )
@@ -192,15 +193,16 @@ class Posterior:
         which, k = calibration.choose(self._stored, predictive, particles)
         if not inputs:
             return []
-        rows = [{self.task.fields[0]: one} if isinstance(one, str) else dict(one) for one in inputs]
+        field = "input" if self.task.kind == "decision" else self.task.fields[0]
+        rows = [{field: one} if isinstance(one, str) else dict(one) for one in inputs]
         longest = context(self._base)
         labelled = [{**row, "label": 0} for row in rows]
         examples = encode(
             self.task, self._tokenizer, labelled, longest=longest, limit=f"the base's context of {longest}"
         )
-        answers = [self.task.answers or tuple(row["choices"]) for row in rows]
+        answers = [self.task.answers_of(row) for row in rows]
         found = self._predictives(which, k, examples)
-        return [self._answer(which, k, *each) for each in zip(answers, found, strict=True)]
+        return [self._answer(which, k, *each) for each in zip(rows, answers, found, strict=True)]
 
     def evaluate(
         self,
@@ -216,13 +218,14 @@ class Posterior:
             self._stored, rows, calibration=calibration, ood=ood, base=self._base_spec, settings=settings
         )
 
-    def calibrate(self, rows: Rows, settings: Calibration | None = None) -> Record:
-        """A calibration record of one predictive, from held-out rows; it is written into the folder, and `predict`
-        applies it where its dtype and particles are those of the prediction."""
+    def calibrate(self, rows: Rows, settings: Calibration | None = None) -> list[Record]:
+        """Calibration records of one predictive, from held-out rows: one, or of decisions one for each kind of
+        question. They are written into the folder, and `predict` applies them where dtype and particles are those of
+        the prediction."""
         settings = settings or Calibration(device=self._device, dtype="float32")
-        record, _ = calibration.calibrate(self._stored, rows, base=self._base_spec, settings=settings)
+        made = calibration.calibrate(self._stored, rows, base=self._base_spec, settings=settings)
         self._stored = artefact.load(self.path)
-        return record
+        return [record for record, _ in made]
 
     def sample(self, n: int, *, seed: int = 0) -> list[lora.Theta]:
         """n adapters, each {matrix: tensor}: draws of a Laplace posterior, or the n heaviest particles."""
@@ -252,7 +255,10 @@ class Posterior:
             else each_map(self._model, examples)
         )
 
-    def _answer(self, which: PredictiveName, k: int, answers: Sequence[str], found: Predictive) -> Answer:
+    def _answer(
+        self, which: PredictiveName, k: int, row: Mapping[str, Any], answers: Sequence[str], found: Predictive
+    ) -> Answer:
+        decision = self.task.kind == "decision"
         key = Key(
             base=self._base.hash,
             posterior=self.hash,
@@ -260,8 +266,9 @@ class Posterior:
             predictive=which,
             particles=k,
             dtype="float32",
-            answers=None if self.task.answers else len(answers),
+            answers=None if self.task.answers or decision else len(answers),
+            question=self.task.question_of(row).type if decision else None,
         )
-        record = self._stored.calibration.get(key)
+        record = records.find(self._stored.calibration, key)
         p = found.probability if record is None else record.apply(found.probability[None])[0]
         return Answer(tuple(answers), p, found, record)

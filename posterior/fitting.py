@@ -122,9 +122,9 @@ def _fit(
         model = _model(base, method, tokenizer, task, dtype, device)
         if isinstance(method, Laplace):
             method = method.for_answers(
-                task.kind == "choice" and any(len(t) > 1 for e in examples for t in e.continuations)
+                task.has_candidates and any(len(t) > 1 for e in examples for t in e.continuations)
             )
-        if task.kind == "choice":
+        if task.has_candidates:
             task = replace(task, scoring=replace(task.scoring, scale=_scale(method, model, examples)))
             examples, heldout = (replace(part, scoring=task.scoring) for part in (examples, heldout))
         result = method.fit(Job(model, examples, heldout, checkpoint))
@@ -193,7 +193,7 @@ def shown(tokenizer: Any, task: Task, example: Example) -> list[str]:
     prompt = prompt if len(prompt) <= SHOWN else f"{prompt[: SHOWN // 2]} ... {prompt[-SHOWN // 2 :]}"
     answers = [repr([tokenizer.decode([token]) for token in tokens])[1:-1] for tokens in example.continuations[:8]]
     more = f" and {len(example.continuations) - 8} more" if len(example.continuations) > 8 else ""
-    name = "answers" if task.kind == "choice" else "response"
+    name = "answers" if task.has_candidates else "response"
     listed = "; ".join(answer if len(answer) <= SHOWN else f"{answer[:SHOWN]} ..." for answer in answers)
     return [f"first prompt: {prompt}", f"its {name}, token by token: {listed}{more}"]
 

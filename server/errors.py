@@ -9,6 +9,8 @@ RequestError
 
 from __future__ import annotations
 
+from typing import Any
+
 from posterior.errors import shortened
 
 
@@ -48,3 +50,9 @@ class EngineLost(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("the engine has stopped; the server needs a restart")
+
+
+def first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    """The first error of a group, and of the groups within it: one cause is what a client can use."""
+    error: BaseException = errors.exceptions[0]
+    return first(error) if isinstance(error, BaseExceptionGroup) else error

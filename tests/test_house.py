@@ -25,7 +25,7 @@ SERVER: Sequence[Sequence[str]] = (
 )
 POSTERIOR: Sequence[Sequence[str]] = (
     ("errors",),
-    ("settings", "files"),
+    ("settings", "files", "validation"),
     ("models",),
     ("data",),
     ("predictive",),

@@ -21,6 +21,7 @@ from torch import Tensor
 from posterior.calibration import scalers
 from posterior.calibration.conformal import MIN_ROWS, Conformal, prediction_set
 from posterior.calibration.metrics import Estimate
+from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import Calibrator, Part, Vector
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
@@ -29,11 +30,13 @@ from posterior.models.devices import Dtype
 
 FOLDER = "calibration"
 PredictiveName = Literal["mixture", "linearized", "map"]
+QuestionKind = Literal["predicate", "choice", "score", "any"]
 
 
 class Key(Part):
     """What a calibration belongs to. `particles`: how many the predictive averages, as its answers say; `dtype`: of the
-    base it is computed with; `answers`: how many each row brings itself, None where they are the task's."""
+    base it is computed with; `answers`: how many each row brings itself, None where they are the task's, or where they
+    differ; `question`: the kind of a decision's questions, "any" of all kinds together, None of another task."""
 
     base: str
     posterior: str
@@ -42,6 +45,7 @@ class Key(Part):
     particles: int
     dtype: Dtype
     answers: int | None = None
+    question: QuestionKind | None = None
 
     @property
     def file_name(self) -> str:
@@ -54,7 +58,8 @@ class Key(Part):
 
     @property
     def _stem(self) -> str:
-        return "-".join(str(part) for part in (self.predictive, self.particles, self.answers) if part is not None)
+        parts = (self.predictive, self.particles, self.answers, self.question)
+        return "-".join(str(part) for part in parts if part is not None)
 
 
 def template_hash(task: Task) -> str:
@@ -64,12 +69,14 @@ def template_hash(task: Task) -> str:
 
 class Record(Part):
     """One calibration. n rows with the hash `data`; `before` and `after`: metrics of the calibration rows, `after` and
-    `sets` (covered, size, at `coverage`) by cross-fitting."""
+    `sets` (covered, size, at `coverage`) by cross-fitting; risk: None of the method vector, which may give another
+    answer than the predictive's, and of records that earlier versions wrote."""
 
     format: Literal[2] = 2
     key: Key
     calibrator: Calibrator
     conformal: Conformal
+    risk: Risk | None = None
     n: Annotated[int, Field(ge=MIN_ROWS)]
     data: str
     before: dict[str, Estimate]
@@ -81,6 +88,8 @@ class Record(Part):
     def _enough(self) -> Self:
         if len(self.conformal.scores) != min(self.n, scalers.MAX_NUMBERS):
             raise ValueError(f"{len(self.conformal.scores)} conformal scores do not belong to {self.n} rows")
+        if self.risk is not None and len(self.risk.right) != len(self.conformal.scores):
+            raise ValueError(f"{len(self.risk.right)} rows of risk do not belong to {self.n} rows")
         return self
 
     def apply(self, p: Tensor) -> Tensor:
@@ -100,6 +109,12 @@ class Record(Part):
             "data": self.data,
             "key": self.key.model_dump(),
         }
+
+
+def find(made: Mapping[Key, Record], key: Key) -> Record | None:
+    """The calibration with this key; for a kind of question that has none of its own, that of all kinds."""
+    own = made.get(key)
+    return made.get(key.model_copy(update={"question": "any"})) if own is None and key.question else own
 
 
 def save(folder: Path, made: Record) -> Path:
@@ -125,6 +140,7 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
                 "posterior": posterior,
                 "template": template_hash(task),
                 "answers": None if task.answers else one.key.answers,
+                "question": (one.key.question or "any") if task.kind == "decision" else None,
             }
         )
         calibrator = one.calibrator
@@ -145,7 +161,10 @@ def is_record(path: Path) -> bool:
     return bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
 
 
-_FILE_NAME = re.compile(rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(Dtype))}))?\.json")
+_FILE_NAME = re.compile(
+    rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(QuestionKind))}))?"
+    rf"(-({'|'.join(get_args(Dtype))}))?\.json"
+)
 _AGAIN = "delete it, or run `posterior calibrate` again"
 
 

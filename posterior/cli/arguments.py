@@ -6,10 +6,12 @@ import argparse
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_args
 
 from posterior.cli.options import option
-from posterior.data.task import Task
+from posterior.data import decisions
+from posterior.data.decisions import Labels
+from posterior.data.task import Kind, Task
 from posterior.errors import PosteriorError
 from posterior.settings import Range, SettingError
 
@@ -20,18 +22,19 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 ESCAPES_HELP = r"\n is a line break, \t a tab, \\ a backslash"
 
 
-def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
-    """What the posterior is for, and on which base; without a default `template` it must be given."""
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """What the posterior is for, and on which base."""
     parser.add_argument(
         "--out", required=True, help="the posterior folder to write; its name is the model's name when served"
     )
     parser.add_argument(
-        "--task", choices=("choice", "text"), default="choice", help="choice: pick one of some answers; text: write one"
+        "--task",
+        choices=get_args(Kind),
+        default="choice",
+        help="choice: pick one of some answers; decision: typed questions, each row its own; text: write one",
     )
     parser.add_argument(
         "--template",
-        default=template,
-        required=template is None,
         help=rf"how a row becomes a prompt, e.g. '{{text}}\nSentiment:' ({ESCAPES_HELP}; {{{{ and }}}} are braces)",
     )
     parser.add_argument(
@@ -39,16 +42,37 @@ def add_task(parser: argparse.ArgumentParser, *, template: str | None) -> None:
         nargs="+",
         help=f"candidate answers, each with its leading space if it has one: ' negative' ' positive' ({ESCAPES_HELP})",
     )
+    parser.add_argument(
+        "--question",
+        help="decision: what rows of `text` and `label` are asked; --answers are its options (without blanks)",
+    )
+    parser.add_argument(
+        "--labels", choices=get_args(Labels), default="words", help="decision: how options are put to the model"
+    )
     parser.add_argument("--chat", action="store_true", help="send the prompt through the base's chat template")
     parser.add_argument(
         "--base", help="HF folder, .gguf file or org/name@revision (default: SmolLM2-135M-Instruct from PyPI)"
     )
 
 
-def task(args: argparse.Namespace) -> Task:
-    """The task that the options describe. Raises PosteriorError."""
+def task(args: argparse.Namespace, template: str | None = None) -> Task:
+    """The task that the options describe; without a default `template`, one must be given for anything but a decision.
+
+    Raises PosteriorError.
+    """
     answers = None if args.answers is None else tuple(unescaped("--answers", answer) for answer in args.answers)
-    return Task(args.task, unescaped("--template", args.template), answers, args.chat)
+    if args.task == "decision":
+        template = decisions.TEMPLATE
+    if args.template is not None:
+        template = unescaped("--template", args.template)
+    if template is None:
+        raise PosteriorError("--template is missing: how does a row become a prompt? For example '{text}\\nSentiment:'")
+    if args.question is None:
+        return Task(args.task, template, answers, args.chat, labels=args.labels)
+    if args.task != "decision" or answers is None:
+        raise PosteriorError("--question belongs to --task decision, with --answers for its options")
+    question = decisions.one_choice(unescaped("--question", args.question), answers)
+    return Task(args.task, template, None, args.chat, labels=args.labels, question=question)
 
 
 def unescaped(option: str, text: str) -> str:

@@ -29,10 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    record, path = call(args)
-    if args.json:
+    for record, path in call(args):
+        show(record, path, as_json=args.json)
+
+
+def show(record: Record, path: Path, *, as_json: bool) -> None:
+    """Print a table, or a line of JSON."""
+    if as_json:
         print(json.dumps(record.model_dump(mode="json")))
         return
+    if record.key.question is not None:
+        print(f"questions: {record.key.question}\n")
     name, method = record.key.predictive, record.calibrator.method
     print(markdown({name: record.before, f"{name}, {method} (cross-fitted)": record.after}, record.n))
     print(
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @arguments.in_options
-def call(args: argparse.Namespace) -> tuple[Record, Path]:
+def call(args: argparse.Namespace) -> list[tuple[Record, Path]]:
     """The calibration that the options ask for."""
     settings = options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
     return calibrate(artefact.load(args.posterior), args.data, base=args.base, settings=settings)

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fit a posterior over LoRA adapters to labelled rows."
     parser.add_argument(
         "data",
-        help=f'training rows, {FORMATS}: {{"text": ..., "label": 1}} for a choice; {{"messages": [...]}} for text',
+        help=f'training rows, {FORMATS}: {{"text": ..., "label": 1}} for a choice; {{"input": ..., '
+        '"question": {...}, "answer": ...} for a decision; {"messages": [...]} for text',
     )
     parser.add_argument(
         "--method",
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="laplace",
         help="; ".join(f"{name}: {_summary(method)}" for name, method in METHODS.items()) + " (default laplace)",
     )
-    arguments.add_task(parser, template="{text}")
+    arguments.add_task(parser)
     options.add(parser, METHODS)
     group = parser.add_argument_group("rows and machine")
     group.add_argument("--heldout", type=Path, help="laplace: rows for --prior-precision heldout, like the data")
@@ -84,7 +85,7 @@ def call(args: argparse.Namespace) -> Posterior:
     """The fit that the options ask for."""
     return fit(
         args.data,
-        task=arguments.task(args),
+        task=arguments.task(args, "{text}"),
         method=method(args),
         out=args.out,
         base=args.base,

@@ -13,7 +13,7 @@ from posterior.storage.artefact import Posterior
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Make a posterior folder of trained PEFT LoRA adapters: each is a particle."
     parser.add_argument("adapters", nargs="+", type=Path, metavar="FOLDER", help="PEFT adapters of one base and shape")
-    arguments.add_task(parser, template=None)
+    arguments.add_task(parser)
     parser.add_argument(
         "--weights", nargs="+", type=float, help="a number >= 0 for each adapter, normalised (default: equal)"
     )

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from posterior.models import lora
 from posterior.storage import artefact
 
+ANSWERS = {"choice": "each row's choices", "decision": "each question's options", "text": "any text"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Verify a posterior folder (format, hashes, shapes, finite values) and describe it."
@@ -46,7 +48,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
         "base": f"{base['id']} (revision {base['revision']}, weights {base['hash'][:19]})",
         "task": posterior.task.kind,
         "template": repr(posterior.task.template) + (" as a chat message" if posterior.task.chat else ""),
-        "answers": posterior.task.answers or ("each row's choices" if posterior.task.kind == "choice" else "any text"),
+        "answers": posterior.task.answers or ANSWERS[posterior.task.kind],
         "scores": f"{posterior.task.scoring.tokens} of an answer's log-probabilities, token by token, "
         f"times {posterior.task.scoring.scale:g}",
         "adapter": f"{len(theta)} matrices, {parameters:,} parameters, rank {posterior.lora['r']}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from posterior.data.tokens import Tokenizer, continuation
 from posterior.errors import PosteriorError
 
-MAX_CANDIDATES = 128  # what vLLM's `logprob_token_ids` accepts per request
+MAX_CANDIDATES = 255  # as OpenAI's decisions have it
 
 Candidates = tuple[tuple[int, ...], ...]
 
@@ -16,7 +16,7 @@ def encode(tokenizer: Tokenizer, answers: Sequence[str]) -> Candidates:
     """Token ids of each answer, to be appended to a prompt's token ids exactly as they are.
 
     A leading space belongs to the answer: after "Sentiment:" the candidate is " positive". Raises PosteriorError for
-    fewer than 2 or more than 128 answers, an answer without tokens or that the tokenizer cannot give back, or two that
+    fewer than 2 or more than 255 answers, an answer without tokens or that the tokenizer cannot give back, or two that
     tokenise alike.
     """
     if not 2 <= len(answers) <= MAX_CANDIDATES:

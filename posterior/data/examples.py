@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from posterior.data import candidates
+from posterior.data import candidates, decisions
 from posterior.data.chat import answered_ids
 from posterior.data.reading import Row
 from posterior.data.scoring import Scoring
@@ -171,29 +171,35 @@ def encode(
     where = f"{source}, row" if source else "row"
     for number, row in enumerate(rows, 1):
         try:
-            example = _choice(task, tokenizer, row) if task.kind == "choice" else _text(task, tokenizer, row)
+            example = _READERS[task.kind](task, tokenizer, row)
         except PosteriorError as error:
             raise PosteriorError(f"{where} {number}: {error}") from None
         if example.length > longest:
             raise PosteriorError(f"{where} {number} has {example.length} tokens, more than {limit}; shorten or drop it")
         examples.append(example)
-    return Examples(examples, task.scoring if task.kind == "choice" else Scoring("sum"))
+    return Examples(examples, Scoring("sum") if task.kind == "text" else task.scoring)
 
 
 def _choice(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
     answers = task.answers or row.get("choices")
     if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
         raise PosteriorError("the task has no answers and the row no list 'choices'; give one of them")
+    label = _label(row, answers)
+    prompt = task.prompt_ids(tokenizer, row)
+    if not prompt:
+        raise PosteriorError("the prompt is empty")
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+
+
+def _label(row: Row, answers: Sequence[str]) -> int:
+    """The index that a row's `label` is or means."""
     label = row.get("label")
     label = _index(label, answers) if isinstance(label, str) else label
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(answers):
         raise PosteriorError(
             f"label {row.get('label')!r} is neither one of {list(answers)} nor an index below {len(answers)}"
         )
-    prompt = task.prompt_ids(tokenizer, row)
-    if not prompt:
-        raise PosteriorError("the prompt is empty")
-    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+    return label
 
 
 def _index(label: str, answers: Sequence[str]) -> int | str:
@@ -221,6 +227,18 @@ def _text(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
         raise PosteriorError("the prompt is empty")
     return Example(tuple(prompt), ((*response, end),), 0)
 
+
+def _decision(task: Task, tokenizer: Tokenizer, row: Row) -> Example:
+    """A row {"input", "question", "answer"} in the form of POST /v1/decisions, or {"text", "label"} of the task's own
+    question."""
+    question, input = task.question_of(row), row.get("input", row.get("text"))
+    prompt, answers = task.ask(tokenizer, decisions.read(decisions.INPUT, input, "input"), question)
+    said = row.get("answer")
+    label = decisions.answer(question, said) if said is not None else _label(row, [o.words for o in question.options])
+    return Example(tuple(prompt), candidates.encode(tokenizer, answers), label)
+
+
+_READERS = {"choice": _choice, "decision": _decision, "text": _text}
 
 ROWS, TOKENS = 32, 4096  # of a batch of predictions, at most: gradients of long rows would fill any memory
 WINDOW = 8  # batches whose rows are sorted by length, so that little is padded

@@ -6,37 +6,47 @@ The template is part of the posterior. Served with another template, the same we
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from posterior.data import tokens
+from posterior.data import decisions, tokens
 from posterior.data.chat import chat_ids as chat_ids
 from posterior.data.scoring import Scoring
 from posterior.data.tokens import Tokenizer as Tokenizer
 from posterior.errors import PosteriorError
+
+Kind = Literal["choice", "decision", "text"]
 
 
 @dataclass(frozen=True)
 class Task:
     """One kind of question.
 
-    kind: "choice" (one of some candidate answers) or "text" (free text, from instruction data).
-    template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text".
+    kind: "choice" (one of some candidate answers), "decision" (typed questions, each row its own) or "text" (free
+    text, from instruction data).
+    template: text with {field} placeholders; "{text}\\nSentiment:" needs rows with a field "text". That of a decision
+    has the fields of decisions.FIELDS.
     answers: the candidates of a choice task; None when every row brings its own `choices`.
     chat: send the rendered template as a user message through the base's chat template.
     scoring: how candidates are compared.
+    labels: how a decision's options are put to the model, by their words or by letters.
+    question: what a decision's rows are asked that bring none of their own.
     """
 
-    kind: Literal["choice", "text"]
+    kind: Kind
     template: str
     answers: tuple[str, ...] | None = None
     chat: bool = False
     scoring: Scoring = Scoring()
+    labels: decisions.Labels = "words"
+    question: decisions.Asked | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("choice", "text"):
-            raise PosteriorError(f"task kind {self.kind!r} is unknown; use 'choice' or 'text'")
+        if self.kind not in get_args(Kind):
+            raise PosteriorError(f"task kind {self.kind!r} is unknown; use one of {list(get_args(Kind))}")
+        if self.labels not in get_args(decisions.Labels):
+            raise PosteriorError(f"labels {self.labels!r} are unknown; use one of {list(get_args(decisions.Labels))}")
         for text in (self.template, *(self.answers or ())):
             tokens.check(text, f"the text {text!r}")
         if not self.fields:
@@ -45,6 +55,22 @@ class Task:
             )
         if self.kind == "text" and self.answers is not None:
             raise PosteriorError("a text task has no candidate answers; leave the answers out, or make it a choice")
+        if self.kind == "decision":
+            self._check_decision()
+
+    def _check_decision(self) -> None:
+        if self.answers is not None:
+            raise PosteriorError("each question of a decision task brings its own options; leave the answers out")
+        if not {"input", "question"} <= set(self.fields) <= set(decisions.FIELDS):
+            raise PosteriorError(
+                f"the template {self.template!r} of a decision needs {{input}} and {{question}}, and may have "
+                f"{{options}}; for example {decisions.TEMPLATE!r}"
+            )
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether an answer is one of some, and not a text."""
+        return self.kind != "text"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -79,6 +105,30 @@ class Task:
             return chat_ids(tokenizer, [{"role": "user", "content": text}])
         return tokens.prompt(tokenizer, text)
 
+    def ask(
+        self, tokenizer: Tokenizer, input: Any, question: decisions.Asked, order: Sequence[int] | None = None
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Token ids of a decision's prompt, with its options in their own order or another, and the texts of the
+        options in their own. Raises PosteriorError."""
+        row = decisions.fields(input, question, self.labels, order)
+        blank = "" if self.chat or self.template[-1:].isspace() else " "
+        answers = tuple(blank + name for name in decisions.names(question, self.labels, order))
+        return self.prompt_ids(tokenizer, {name: row[name] for name in self.fields}), answers
+
+    def answers_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The candidates of a row in words. Raises PosteriorError for a decision's row without a question."""
+        if self.kind != "decision":
+            return self.answers or tuple(row["choices"])
+        return tuple(option.words for option in self.question_of(row).options)
+
+    def question_of(self, row: Mapping[str, Any]) -> decisions.Asked:
+        """What a decision's row asks. Raises PosteriorError."""
+        asked = row.get("question")
+        question = self.question if asked is None else decisions.read(decisions.QUESTION, asked, "question")
+        if question is None:
+            raise PosteriorError("the row has no 'question', and the task none for all rows; give one of them")
+        return question
+
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {
             "kind": self.kind,
@@ -90,6 +140,9 @@ class Task:
             record["scores"] = self.scoring.tokens
         if self.scoring.scale != 1.0:
             record["scale"] = self.scoring.scale
+        if self.kind == "decision":
+            record["labels"] = self.labels
+            record["question"] = None if self.question is None else self.question.model_dump(exclude_none=True)
         return record
 
     @classmethod
@@ -101,4 +154,6 @@ class Task:
             None if answers is None else tuple(answers),
             bool(record.get("chat", False)),
             Scoring(record.get("scores", "sum"), record.get("scale", 1.0)),
+            record.get("labels", "words"),
+            decisions.read(decisions.QUESTION, asked, "question") if (asked := record.get("question")) else None,
         )

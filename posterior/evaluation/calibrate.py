@@ -15,10 +15,12 @@ from torch import Tensor
 from posterior.calibration import records
 from posterior.calibration.conformal import MIN_ROWS, Conformal, Score, prediction_set
 from posterior.calibration.metrics import Estimate, check, estimate
-from posterior.calibration.records import Key, PredictiveName, Record
+from posterior.calibration.records import Key, PredictiveName, QuestionKind, Record
+from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
 from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
+from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.evaluation.evaluate import BATCH
 from posterior.evaluation.predictions import answer_count, linearized, map_scores, sampled
@@ -68,11 +70,12 @@ class Calibration(Settings):
 
 def calibrate(
     posterior: artefact.Posterior, rows: Rows, *, base: str | None = None, settings: Calibration | None = None
-) -> tuple[Record, Path]:
-    """The record, and where in the posterior's folder it was written.
+) -> list[tuple[Record, Path]]:
+    """The records, and where in the posterior's folder they were written: one, or of decisions one for each kind of
+    question (`kinds`).
 
     Args:
-        posterior: of a choice task.
+        posterior: of a task with candidate answers.
         rows: at least MIN_ROWS held-out rows like the training data, or the file that has them.
         base: where the base is now; None: by the id in the posterior.
         settings: None: the defaults.
@@ -88,7 +91,9 @@ def calibrate(
     posterior.check_base(found.hash)
     examples = _examples(posterior, found, data, source(rows))
     y = torch.tensor([example.label for example in examples])
-    answers, count = posterior.task.answers, answer_count(examples)
+    answers = posterior.task.answers
+    if posterior.task.kind == "choice":
+        answer_count(examples)  # the server knows a record of such rows by this number
     if answers and len(set(y.tolist())) == 1:
         raise PosteriorError(
             f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
@@ -96,24 +101,50 @@ def calibrate(
     device = devices.check(settings.device)
     dtype = settings.dtype or served_dtype(predictive, found, device)
     model = lora.load_peft(load_model(found, getattr(torch, dtype), device), posterior.map_dir).eval()
-    record = measure(
-        probabilities(model, posterior, predictive, k, examples, settings.batch_size),
-        y,
-        method=settings.method,
-        score=settings.conformal,
-        coverage=settings.coverage,
-        key=Key(
-            base=found.hash,
-            posterior=posterior.hash,
-            template=records.template_hash(posterior.task),
-            predictive=predictive,
-            particles=k,
-            dtype=dtype,
-            answers=None if answers else count,
-        ),
-        data=data_hash(data),
+    p = probabilities(model, posterior, predictive, k, examples, settings.batch_size)
+    key = Key(
+        base=found.hash,
+        posterior=posterior.hash,
+        template=records.template_hash(posterior.task),
+        predictive=predictive,
+        particles=k,
+        dtype=dtype,
     )
-    return record, posterior.add(record)
+    made = []
+    for kind, part in kinds(posterior.task, data).items():
+        counts = {len(examples[index].continuations) for index in part}
+        _check_method(settings.method, counts)
+        own = {"answers": max(counts)} if kind is None and not answers else {"question": kind}
+        record = measure(
+            p[part, : max(counts)],
+            y[part],
+            method=settings.method,
+            score=settings.conformal,
+            coverage=settings.coverage,
+            key=key.model_copy(update=own),
+            data=data_hash([data[index] for index in part]),
+        )
+        made.append(record)
+    return [(record, posterior.add(record)) for record in made]
+
+
+def kinds(task: Task, rows: Sequence[Row]) -> dict[QuestionKind | None, list[int]]:
+    """The rows of each calibration. Of decisions: by the kind of question, where there are MIN_ROWS of it, and all rows
+    together as "any", where a kind has fewer. Of another task all rows, under None."""
+    if task.kind != "decision":
+        return {None: list(range(len(rows)))}
+    found: dict[QuestionKind | None, list[int]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(task.question_of(row).type, []).append(index)
+    enough = {kind: part for kind, part in found.items() if len(part) >= MIN_ROWS}
+    return enough if enough.keys() == found.keys() else enough | {"any": list(range(len(rows)))}
+
+
+def _check_method(method: Method, counts: set[int]) -> None:
+    """Raises PosteriorError for one that needs equally many answers in every row."""
+    if len(counts) > 1 and method in ("temperature", "vector"):
+        numbers = " or ".join(map(str, sorted(counts)))
+        raise PosteriorError(f"the questions have {numbers} options; use the method platt or isotonic, which take both")
 
 
 def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> Examples:
@@ -170,6 +201,7 @@ def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: flo
         key=key,
         calibrator=CALIBRATORS[method].fit(p, y),
         conformal=Conformal.fit(score, p, y),
+        risk=None if method == "vector" else Risk.fit(p, y),
         n=len(y),
         data=data,
         before=_defined(estimate(p.clamp(min=FLOOR), y)),
@@ -188,13 +220,13 @@ def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: f
         calibrator = CALIBRATORS[method].fit(p[others], y[others])
         conformal = Conformal.fit(score, p[others], y[others])
         after[fold] = calibrator.apply(p[fold])
-        sets[fold] = prediction_set(calibrator, conformal, p[fold], coverage)
+        sets[fold] = prediction_set(calibrator, conformal, p[fold], coverage) & (p[fold] > 0)  # 0: not an option
     return after, sets
 
 
 def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibration) -> tuple[PredictiveName, int]:
     """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
-    if posterior.task.kind != "choice":
+    if not posterior.task.has_candidates:
         raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
     if posterior.task.answers is None and settings.method == "vector":
         raise SettingError(

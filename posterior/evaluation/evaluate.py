@@ -66,7 +66,7 @@ def evaluate(
         PosteriorError: for whatever the user can change.
     """
     settings = settings or Evaluation()
-    if posterior.task.kind != "choice":
+    if not posterior.task.has_candidates:
         raise PosteriorError(f"{posterior.name!r} is a text posterior; evaluate compares candidate answers")
     found = resolve(base or posterior.base_spec)
     posterior.check_base(found.hash)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +63,15 @@ def answer_count(examples: Sequence[Example]) -> int:
 
 
 def map_scores(model: Any, examples: Examples, batch_size: int = ROWS) -> Tensor:
-    """Scores [N, C] (float64, CPU) of the active adapter. Raises PosteriorError like `answer_count`."""
+    """Scores [N, C] (float64, CPU) of the active adapter; -inf where a row has fewer answers than another."""
     device = next(model.parameters()).device
-    result = torch.zeros(len(examples), answer_count(examples), dtype=torch.float64)
+    width = max(len(example.continuations) for example in examples)
+    result = torch.full((len(examples), width), -math.inf, dtype=torch.float64)
     parts = list(batches(examples, batch_size, tokens=TOKENS))
     with torch.no_grad():
         for indices, batch in tqdm(parts, desc="scoring", unit="batch", leave=False):
-            result[indices] = scores(model, batch.to(device)).double().cpu()
+            found = scores(model, batch.to(device)).double().cpu()
+            result[indices, : found.shape[1]] = found
     return result
 
 
@@ -150,4 +153,5 @@ def _available(posterior: artefact.Posterior, k: int) -> int:
 
 def _stack(rows: Sequence[Predictive]) -> Predictions:
     epistemic, total = torch.tensor([(row.epistemic, row.total) for row in rows], dtype=torch.float64).T
-    return Predictions(torch.stack([row.probability for row in rows]), epistemic, total)
+    probability = torch.nn.utils.rnn.pad_sequence([row.probability for row in rows], batch_first=True)
+    return Predictions(probability, epistemic, total)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,14 @@ class Adapter:
     name: str
     path: Path
     number: int  # vLLM's id of the adapter, from 1, unique in the server
+
+
+class Scores(NamedTuple):
+    """log_p: log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]. top: the most probable next
+    token of each prompt, [prompts, adapters]."""
+
+    log_p: torch.Tensor
+    top: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ class Engine(Protocol):
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
-    ) -> torch.Tensor:
-        """log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]; adapter None is the bare base."""
+    ) -> Scores:
+        """Every candidate after every prompt under every adapter; None is the bare base."""
         ...
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:

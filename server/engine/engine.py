@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -20,17 +20,24 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from posterior.data.candidates import Candidates
 from posterior.errors import first_line
-from server.engine import Adapter, Call, Kind, Usage
+from server.engine import Adapter, Call, Kind, Scores, Usage
 from server.engine.compat.starting import serving_classes, start_llm
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
 from server.engine.gang import CURRENT, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
-from server.engine.scoring import Prefix, prefix_tree, sum_over_tokens
-from server.errors import EngineLost, Fault, Refused
+from server.engine.scoring import Prefix, reads, sum_over_tokens
+from server.errors import EngineLost, Fault, Refused, first
 
 STOP_SECONDS = 5  # for vLLM's processes to end by themselves
+
+
+class _Read(NamedTuple):
+    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; and the most probable token."""
+
+    logprobs: dict[int, float]
+    top: int
 
 
 class VllmEngine:
@@ -84,27 +91,29 @@ class VllmEngine:
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
-    ) -> torch.Tensor:
-        """As Engine.score: a request for each prompt, adapter and prefix, all at once."""
-        tree = prefix_tree(candidates)
+    ) -> Scores:
+        """As Engine.score: a request for each prompt, adapter and read of the candidates, all at once."""
+        plan = reads(candidates)
         try:
             async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
-                reads = [
+                tasks = [
                     [
-                        {
-                            prefix: group.create_task(self._read([*prompt, *prefix], children, adapter))
-                            for prefix, children in tree.items()
-                        }
+                        [
+                            group.create_task(self._read([*prompt, *prefix], children, adapter))
+                            for prefix, children in plan
+                        ]
                         for adapter in adapters
                     ]
                     for prompt in prompts
                 ]
         except ExceptionGroup as errors:
-            raise _first(errors) from errors
-        return torch.stack([torch.stack([_joint(candidates, read) for read in row]) for row in reads])
+            raise first(errors) from errors
+        found = [[[task.result() for task in each] for each in row] for row in tasks]
+        log_p = torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in found])
+        return Scores(log_p, torch.tensor([[each[0].top for each in row] for row in found]))
 
-    async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> dict[int, float]:
-        """Log-probabilities over the whole vocabulary of the tokens `children` right after `tokens`."""
+    async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> _Read:
+        """What may stand right after `tokens`, of which the tokens `children` are asked for."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -119,7 +128,8 @@ class VllmEngine:
             async for output in outputs:
                 logprobs = output.outputs[0].logprobs
                 if output.finished and logprobs:
-                    return {token: logprobs[0][token].logprob for token in children}
+                    found = {token: logprobs[0][token].logprob for token in children}
+                    return _Read(found, output.outputs[0].token_ids[0])
         except EngineDeadError as error:
             raise EngineLost from error
         except (VLLMClientError, GracefulHTTPError) as error:
@@ -209,12 +219,11 @@ def _lora(adapter: Adapter) -> LoRARequest:
     return LoRARequest(adapter.name, adapter.number, str(adapter.path))
 
 
-def _joint(candidates: Candidates, tasks: Mapping[Prefix, asyncio.Task[dict[int, float]]]) -> torch.Tensor:
-    """log p(candidate | prompt) from the finished reads, [candidates]."""
-    return sum_over_tokens(candidates, {prefix: task.result() for prefix, task in tasks.items()})
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    """The first leaf of a group: one cause is what a client can use."""
-    error: BaseException = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+def _joint(candidates: Candidates, plan: Sequence[tuple[Prefix, list[int]]], found: Sequence[_Read]) -> torch.Tensor:
+    """log p(candidate | prompt) from the reads of the plan, [candidates]."""
+    logprobs = {
+        (*prefix, token): logprob
+        for (prefix, _), read in zip(plan, found, strict=True)
+        for token, logprob in read.logprobs.items()
+    }
+    return sum_over_tokens(candidates, logprobs)

@@ -18,12 +18,30 @@ import posterior
 from posterior.data.reading import unique
 from posterior.errors import first_line
 from server.errors import EngineLost, Refused, Unavailable
-from server.http import answers, errors, openapi, predictive
+from server.http import answers, decisions, errors, openapi, predictive, systemone
 from server.http.auth import require_key
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
-from server.http.replies import ChatReply, CompletionReply, ModelCard, ModelList, PredictiveReply, Status, Version
-from server.http.schemas import MAX_BODY_BYTES, ChatRequest, CompletionRequest, PredictiveRequest, TextRequest
+from server.http.replies import (
+    ChatReply,
+    CompletionReply,
+    DecisionReply,
+    ModelCard,
+    ModelList,
+    PredictiveReply,
+    Status,
+    SystemOneReply,
+    Version,
+)
+from server.http.schemas import (
+    MAX_BODY_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    DecisionRequest,
+    PredictiveRequest,
+    SystemOneRequest,
+    TextRequest,
+)
 from server.metrics import Observation
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -62,6 +80,8 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         app.get(path, summary=summary, responses=openapi.replies(reply, *statuses))(handler)
     for path, handler, summary, body, answer in (
         ("/v1/predictive", _predictive, "Posterior predictives of many inputs", PredictiveRequest, PredictiveReply),
+        ("/v1/decisions", _decisions, "OpenAI's decisions", DecisionRequest, DecisionReply),
+        ("/v1/systemone", _systemone, "vLLM's decisions", SystemOneRequest, SystemOneReply),
         ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
         ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
     ):
@@ -142,6 +162,18 @@ STARTED = int(time.time())
 async def _predictive(request: Request) -> Response:
     return await _respond(
         request, "predictive", lambda body, _, observation: predictive.reply(_service(request), body, observation)
+    )
+
+
+async def _decisions(request: Request) -> Response:
+    return await _respond(
+        request, "decisions", lambda body, _, observation: decisions.reply(_service(request), body, observation)
+    )
+
+
+async def _systemone(request: Request) -> Response:
+    return await _respond(
+        request, "systemone", lambda body, _, observation: systemone.reply(_service(request), body, observation)
     )
 
 

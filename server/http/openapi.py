@@ -14,8 +14,9 @@ from pydantic.json_schema import models_json_schema
 import posterior
 from server.http.errors import RETRY_SECONDS, ApiError
 from server.http.replies import Error
-from server.http.schemas import ChatRequest, CompletionRequest, PredictiveRequest
+from server.http.schemas import ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest
 
+BODIES = (ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest)
 REFERENCE = "#/components/schemas/{model}"
 PARTS = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -62,9 +63,7 @@ def describe(app: FastAPI, *, key: bool, public: frozenset[str]) -> dict[str, An
         description="OpenAI's API with a posterior predictive distribution on every answer. Entropies are in nats.",
         routes=app.routes,
     )
-    _, bodies = models_json_schema(
-        [(model, "validation") for model in (ChatRequest, CompletionRequest, PredictiveRequest)], ref_template=REFERENCE
-    )
+    _, bodies = models_json_schema([(model, "validation") for model in BODIES], ref_template=REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(bodies["$defs"])
     for operation in (operation for path in document["paths"].values() for operation in path.values()):

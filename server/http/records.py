@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from posterior.data.decisions import Option, Value
 from posterior.predictive.decoding import TextPredictive
 from server.engine import Usage
 from server.services.predictive import Judged
 from server.services.texts import Written
+
+MAX_COVARIANCE = 16  # options of a decision; the matrix of more would be most of the reply
 
 Reply = dict[str, Any] | AsyncIterator[str]  # a JSON object, or server-sent events
 
@@ -18,42 +22,58 @@ Reply = dict[str, Any] | AsyncIterator[str]  # a JSON object, or server-sent eve
 def answer_record(judged: Judged) -> dict[str, Any]:
     """The JSON of one answer. The posterior's own probabilities are named `uncalibrated` where there is a
     calibration."""
+    return {**_choice(judged, judged.question.answers), "covariance": judged.answer.predictive.covariance.tolist()}
+
+
+def decision_record(judged: Judged, options: Sequence[Option]) -> dict[str, Any]:
+    """The JSON of the answer to a typed question: as `answer_record`, but options are named by their values, and the
+    covariance of more than MAX_COVARIANCE options is left out."""
+    record = _choice(judged, [option.value for option in options])
+    if judged.answer.orders is not None:
+        record["orders"] = asdict(judged.answer.orders)
+    if len(options) <= MAX_COVARIANCE:
+        record["covariance"] = judged.answer.predictive.covariance.tolist()
+    return record
+
+
+def _choice(judged: Judged, names: Sequence[Value]) -> dict[str, Any]:
+    """The JSON of one answer, whose candidates have these names, without their covariance."""
     question, p, calibration = judged.question, judged.answer.predictive, judged.calibration
     record: dict[str, Any] = {
         "posterior": question.served.label,
         "predictive": question.predictive,
         "particles": p.particles,
-        "answer": judged.text,
+        "answer": names[judged.best],
         "confidence": judged.confidence,
         "calibrated": calibration is not None,
         "calibration": None if calibration is None else calibration.summary(),
         "logprob": math.log(max(judged.confidence, 1e-300)),
-        "answers": [_candidate(judged, c) for c in range(len(question.answers))],
-        "covariance": p.covariance.tolist(),
+        "answers": _candidates(judged, names),
         "entropy": {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic},
         "variance": {"epistemic": float(p.variance[judged.best]), "total": float(p.total_variance[judged.best])},
         "effective_particles": p.effective_particles,
         "mc_error": float(p.mc_error[judged.best]),
     }
-    if calibration is not None:
-        record["prediction_set"] = judged.prediction_set
+    if (inside := judged.prediction_set) is not None:
+        record["prediction_set"] = [names[c] for c in inside]
     if question.options.per_particle and judged.answer.particles is not None:
         record["per_particle"] = judged.answer.particles.tolist()
     return record
 
 
-def _candidate(judged: Judged, c: int) -> dict[str, Any]:
-    """The JSON of candidate number `c`."""
+def _candidates(judged: Judged, names: Sequence[Value]) -> list[dict[str, Any]]:
+    """The JSON of each candidate."""
     p = judged.answer.predictive
-    own = {} if judged.calibration is None else {"uncalibrated": float(p.probability[c])}
-    return {
-        "answer": judged.question.answers[c],
-        "probability": float(judged.probability[c]),
-        "variance": float(p.variance[c]),
-        "std": float(p.std[c]),
-        "interval": p.interval[c].tolist(),
-        **own,
-    }
+    columns = (judged.probability, p.variance, p.std, p.interval)
+    rows = zip(names, *(column.tolist() for column in columns), strict=True)
+    found: list[dict[str, Any]] = [
+        {"answer": name, "probability": probability, "variance": variance, "std": std, "interval": interval}
+        for name, probability, variance, std, interval in rows
+    ]
+    if judged.calibration is not None:
+        for each, probability in zip(found, p.probability.tolist(), strict=True):
+            each["uncalibrated"] = probability
+    return found
 
 
 def text_record(written: Written) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from server.services.options import PredictiveName
+from posterior.data.decisions import Value
+from server.services.options import PredictiveName, Reason
 
 
 class _Reply(BaseModel):
@@ -63,34 +64,62 @@ class Variance(BaseModel):
     total: float
 
 
-class Candidate(_Reply):
-    """One candidate answer. `interval`: central, of its probability over the posterior."""
-
-    answer: str
+class _Probable(_Reply):
     probability: float
     variance: float
     std: float
     interval: list[float]
 
 
-class AnswerRecord(_Reply):
-    """A posterior predictive distribution over candidate answers; `answer` is the one that `confidence`, `logprob`,
-    `variance` and `mc_error` are about."""
+class Candidate(_Probable):
+    """One candidate answer. `interval`: central, of its probability over the posterior."""
 
+    answer: str
+
+
+class _Record(_Reply):
     posterior: str | None
     predictive: PredictiveName
     particles: int
-    answer: str
     confidence: float
     calibrated: bool
     calibration: dict[str, Any] | None
     logprob: float
-    answers: list[Candidate]
-    covariance: list[list[float]]
     entropy: Entropy
     variance: Variance
     effective_particles: float
     mc_error: float
+
+
+class AnswerRecord(_Record):
+    """A posterior predictive distribution over candidate answers; `answer` is the one that `confidence`, `logprob`,
+    `variance` and `mc_error` are about."""
+
+    answer: str
+    answers: list[Candidate]
+    covariance: list[list[float]]
+
+
+class OptionCandidate(_Probable):
+    """One option of a question, by its value: a choice's own, true or false, or a level's number."""
+
+    answer: Value
+
+
+class OrdersRecord(BaseModel):
+    """How many orders of the options were averaged, and how far one of them was from the average."""
+
+    n: int
+    total_variation: float
+
+
+class DecisionRecord(_Record):
+    """A posterior predictive distribution over a question's options, as AnswerRecord has it."""
+
+    answer: Value
+    answers: list[OptionCandidate]
+    covariance: list[list[float]] | None = None
+    orders: OrdersRecord | None = None
 
 
 class TextRecord(_Reply):
@@ -154,3 +183,140 @@ class CompletionReply(_Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class _Answer(BaseModel):
+    name: str | None
+    uncertainty: DecisionRecord
+
+
+class PredicateAnswer(_Answer):
+    """How likely the statement is true."""
+
+    type: Literal["predicate"]
+    probability: float
+
+
+class ChoiceProbability(BaseModel):
+    value: str | bool
+    probability: float
+
+
+class ChoiceAnswer(_Answer):
+    type: Literal["choice"]
+    choice: str | bool
+    confidence: float
+    probabilities: list[ChoiceProbability]
+
+
+class ScoreProbability(BaseModel):
+    label: str
+    value: int
+    probability: float
+
+
+class ScoreAnswer(_Answer):
+    """`score`: the expected number of the level, from 0."""
+
+    type: Literal["score"]
+    score: float
+    confidence: float
+    probabilities: list[ScoreProbability]
+
+
+class RefusedRecord(DecisionRecord):
+    """What the answer would have been, and why it is not given: the model does not know enough (unfamiliar), or the
+    question leaves it open (ambiguous)."""
+
+    reason: Reason
+
+
+class RefusalAnswer(BaseModel):
+    """The question is not answered: `max_risk` forbids it."""
+
+    type: Literal["refusal"]
+    name: str | None
+    uncertainty: RefusedRecord
+
+
+class InputDetails(BaseModel):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class DecisionUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class DecisionReply(BaseModel):
+    """An answer to each question, in order."""
+
+    id: str
+    object: Literal["decision"]
+    created: int
+    model: str
+    answers: list[Annotated[PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer, Field(discriminator="type")]]
+    usage: DecisionUsage
+
+
+class _SystemOneAnswer(BaseModel):
+    """`confidence`: that of the most probable option times `label_mass`."""
+
+    probabilities: dict[str, float]
+    confidence: float
+    uncertainty: DecisionRecord
+
+
+class SystemOneChoiceAnswer(_SystemOneAnswer):
+    type: Literal["choice"]
+    choice: str
+
+
+class SystemOneNoulAnswer(_SystemOneAnswer):
+    """`noul`: the probability of yes."""
+
+    type: Literal["noul"]
+    noul: float
+
+
+class SystemOneScoreAnswer(_SystemOneAnswer):
+    """`score`: the expected number of the level, from 0."""
+
+    type: Literal["score"]
+    score: float
+    legend: dict[str, str]
+
+
+class SystemOneDiagnostics(BaseModel):
+    """What the model would say if it were free to: `label_mass` is the probability that it begins with an option."""
+
+    label_mass: float
+    argmax_is_label: bool
+
+
+class SystemOneUsage(BaseModel):
+    input_tokens: int
+    output_tokens: int
+
+
+class SystemOneReply(BaseModel):
+    """An answer to each question, by its name."""
+
+    id: str
+    object: Literal["structured_decision"]
+    created: int
+    model: str
+    answers: dict[
+        str,
+        Annotated[SystemOneChoiceAnswer | SystemOneNoulAnswer | SystemOneScoreAnswer, Field(discriminator="type")],
+    ]
+    usage: SystemOneUsage
+    diagnostics: dict[str, SystemOneDiagnostics]

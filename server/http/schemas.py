@@ -1,19 +1,22 @@
 """What clients may send, with its limits: the bodies of our routes.
 
-Inside `uncertainty` and in POST /v1/predictive an unknown field is an error. Chat and completion requests are OpenAI's:
-at their top level a field that nobody knows is ignored, and one of vLLM's that is not listed here is refused unless it
-only spells out vLLM's default (server/engine/fields.py). vLLM checks the fields again, with the model at hand.
+Inside `uncertainty`, in the questions of decisions and in POST /v1/predictive an unknown field is an error. Decision,
+chat and completion requests are OpenAI's: at their top level a field that nobody knows is ignored. In those for text
+one of vLLM's that is not listed here is refused unless it only spells out vLLM's default (server/engine/fields.py).
+vLLM checks their fields again, with the model at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from posterior.data.decisions import MAX_CHOICES as MAX_OPTIONS
+from posterior.data.decisions import MAX_LEVELS, MAX_QUESTIONS, Input, Question
 from server.engine import Kind
-from server.services.options import MAX_INTEGER, Uncertainty
+from server.services.options import MAX_INTEGER, DecisionUncertainty, Uncertainty
 
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
@@ -45,6 +48,79 @@ class PredictiveRequest(Uncertainty):
         if len(given) != 1:
             raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {given or 'none'}")
         return self
+
+
+class DecisionRequest(BaseModel):
+    """The body of POST /v1/decisions."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    input: Input
+    questions: Annotated[list[Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    uncertainty: DecisionUncertainty | None = None
+    prompt_cache_key: str | None = Field(default=None, description="without effect")
+    prompt_cache_options: dict[str, Any] | None = Field(default=None, description="without effect")
+    safety_identifier: str | None = Field(default=None, description="without effect")
+
+
+class _SystemOneQuestion(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    instructions: Any = ""
+
+
+class SystemOneChoice(_SystemOneQuestion):
+    """`criteria`: the options, each with its description or null."""
+
+    type: Literal["choice"]
+    criteria: Annotated[dict[str, Any], Field(min_length=2, max_length=MAX_OPTIONS)]
+
+
+class NoulCriteria(BaseModel):
+    """What yes and no mean."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    true: Any = None
+    false: Any = None
+
+
+class SystemOneNoul(_SystemOneQuestion):
+    """Yes or no."""
+
+    type: Literal["noul"]
+    criteria: NoulCriteria | None = None
+
+
+class SystemOneScore(_SystemOneQuestion):
+    """`criteria`: the levels, from the first to the last."""
+
+    type: Literal["score"]
+    criteria: Annotated[list[Any], Field(min_length=2, max_length=MAX_LEVELS)]
+
+
+SystemOneQuestion = Annotated[SystemOneChoice | SystemOneNoul | SystemOneScore, Field(discriminator="type")]
+QuestionName = Annotated[str, Field(min_length=1)]
+
+
+class SystemOneRequest(BaseModel):
+    """The body of POST /v1/systemone, vLLM's protocol."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = Field(default=None, description="the base, unless it is given")
+    state: Any = Field(description="what the questions are about: text or JSON")
+    questions: Annotated[dict[QuestionName, SystemOneQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    instructions: str | None = Field(default=None, description="stands ahead of the state")
+    uncertainty: Uncertainty | None = None
+    request_id: str | None = None
+    images: list[str] | None = Field(default=None, description="not served")
+    audio: list[str] | None = Field(default=None, description="not served")
+    videos: list[str] | None = Field(default=None, description="not served")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="not served")
+    cache_salt: str | None = Field(default=None, description="not served")
+    priority: int = Field(default=0, description="not served")
 
 
 class StreamOptions(BaseModel):

@@ -6,18 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from posterior.data.candidates import MAX_CANDIDATES
 from posterior.predictive.decoding import Mixing
 
-MAX_ANSWERS = 128  # per request: vLLM's logprob_token_ids takes no more
-MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x candidate prefixes, or x n for text
+MAX_ANSWERS = MAX_CANDIDATES  # per request
+MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
+MAX_BACKWARD = 256  # backward passes of one request's decisions: each option but the first of a question takes one
+MAX_ORDERS = 8  # of the options of a question
 MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1
 
 PredictiveName = Literal["mixture", "linearized", "map"]
 
 
+Reason = Literal["ambiguous", "unfamiliar"]
+
+
 class Uncertainty(BaseModel):
-    """The object `uncertainty` of chat and completion requests."""
+    """The object `uncertainty` of decision, chat and completion requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -37,4 +43,17 @@ class Uncertainty(BaseModel):
     mixing: Mixing | None = Field(default=None, description="of text: 'sequence' (exact, the default) or 'token'")
     tokens: bool | None = Field(
         default=None, description="of text: a record for each token; by default on streams only"
+    )
+
+
+class DecisionUncertainty(Uncertainty):
+    """The object `uncertainty` of requests for decisions."""
+
+    max_risk: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        default=None,
+        description="answer only where the error among answered questions is at most this, else refuse; needs a "
+        "calibration",
+    )
+    orders: Annotated[int, Field(ge=1, le=MAX_ORDERS)] = Field(
+        default=1, description="average over so many orders of a question's options, or over all there are"
     )

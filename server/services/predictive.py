@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from posterior.calibration.records import Key, Record, template_hash
+from posterior.calibration import records
+from posterior.calibration.records import Key, QuestionKind, Record, template_hash
 from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task, Tokenizer
@@ -18,11 +19,11 @@ from posterior.models.base import Base
 from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine
-from server.engine.scoring import prefix_tree
+from server.engine.scoring import reads
 from server.errors import NotFound, Refused
 from server.metrics import Metrics
 from server.services.messages import check_messages
-from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
+from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Reason, Uncertainty
 from server.services.registry import Registry, Served
 from server.workers.linearized import Linearizer
 
@@ -32,7 +33,7 @@ class Question:
     """What is asked of one posterior: prompts as token ids, and the candidates that may follow them.
 
     template: hash of the task, where the server itself made the prompts with it and the answers are the task's own, if
-    it has any.
+    it has any. kind: of a decision.
     """
 
     served: Served
@@ -42,14 +43,59 @@ class Question:
     candidates: Candidates
     options: Uncertainty
     template: str | None = None
+    kind: QuestionKind | None = None
+
+    @property
+    def particles(self) -> int:
+        """How many adapters score the candidates; one where the predictive is not a mixture."""
+        if self.predictive != "mixture":
+            return 1
+        return self.options.particles or len(self.served.particles)
+
+    @property
+    def evaluations(self) -> int:
+        """Passes of the model that it takes, forward or backward."""
+        if self.predictive == "linearized":
+            return len(self.prompts) * len(self.candidates)
+        return len(self.prompts) * self.particles * len(reads(self.candidates))
+
+    @property
+    def backward(self) -> int:
+        """Backward passes among them."""
+        return len(self.prompts) * (len(self.candidates) - 1) if self.predictive == "linearized" else 0
+
+
+@dataclass(frozen=True)
+class Unprompted:
+    """What the model would write if it were not held to the candidates.
+
+    mass: the probability that it begins with one of them, averaged over the particles. likeliest: whether the most
+    probable next token begins one, as most of the particles' weight has it.
+    """
+
+    mass: float
+    likeliest: bool
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of the options that an answer is averaged over: how many, and the largest total variation of one's
+    probabilities from the average."""
+
+    n: int
+    total_variation: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any."""
+    """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any;
+    `unprompted` is None for the linearised predictive, which reads nothing but the candidates; `orders` where there is
+    but one."""
 
     predictive: Predictive
-    particles: torch.Tensor | None
+    particles: torch.Tensor | None = None
+    unprompted: Unprompted | None = None
+    orders: Orders | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +103,7 @@ class Judged:
     """An answer's distribution as its client gets it: about the candidate number `best`.
 
     `probability` [C] are calibrated where there is a `calibration`; variances, intervals, entropies and the Monte-Carlo
-    error stay those of the posterior, `answer.predictive`.
+    error stay those of the posterior, `answer.predictive`. refusal: why the question is not answered, if it is not.
     """
 
     question: Question
@@ -65,6 +111,7 @@ class Judged:
     calibration: Record | None
     probability: torch.Tensor
     best: int
+    refusal: Reason | None = None
 
     @property
     def text(self) -> str:
@@ -77,13 +124,14 @@ class Judged:
         return float(self.probability[self.best])
 
     @property
-    def prediction_set(self) -> list[str] | None:
-        """The candidates that hold the right one with the coverage asked for; None without a calibration."""
+    def prediction_set(self) -> list[int] | None:
+        """The numbers of the candidates that hold the right one with the coverage asked for; None without a
+        calibration."""
         if self.calibration is None:
             return None
         p, coverage = self.answer.predictive.probability, self.question.options.coverage
         within = self.calibration.prediction_set(p, coverage).tolist()
-        return [text for text, inside in zip(self.question.answers, within, strict=True) if inside]
+        return [c for c, inside in enumerate(within) if inside]
 
 
 class Service:
@@ -128,16 +176,14 @@ class Service:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
             raise Refused(str(error), "answers") from error
-        predictive = _predictive(served, options)
+        predictive = predictive_name(served, options)
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
-        passes = len(candidates)
-        if predictive != "linearized":
-            passes = len(prefix_tree(candidates)) * _particles(served, predictive, options)
-        _check_size(len(prompts) * passes, MAX_SEQUENCES, "evaluations")
+        question = Question(served, predictive, prompts, tuple(answers), candidates, options, template)
+        _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
         _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
-        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
+        return question
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
@@ -158,17 +204,24 @@ class Service:
                 raise RuntimeError(f"{served.name} has no linearised predictive")
             moments = await self.linearizer.moments(served.name, question.prompts, question.candidates)
             return await asyncio.to_thread(
-                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage), None) for mean, cov in moments]
+                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage)) for mean, cov in moments]
             )
         if question.predictive == "map":
             adapters, weights = [served.map], torch.ones(1)
         else:
-            k = _particles(served, "mixture", options)
+            k = question.particles
             adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
-        log_p = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C]
+        found = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C] and [.., K]
         lengths = torch.tensor([len(tokens) for tokens in question.candidates])
-        log_p = served.scoring.scores(log_p, lengths).log_softmax(-1)
-        return [Answer(from_particles(row, weights, options.coverage), row.exp()) for row in log_p]
+        log_p = served.scoring.scores(found.log_p, lengths).log_softmax(-1)
+        return [
+            Answer(
+                from_particles(row, weights, options.coverage),
+                row.exp(),
+                unprompted(question.candidates, raw, top, weights),
+            )
+            for row, raw, top in zip(log_p, found.log_p, found.top, strict=True)
+        ]
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
         """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
@@ -196,9 +249,10 @@ class Service:
             predictive=question.predictive,
             particles=p.particles,
             dtype=self._dtype(question.predictive),
-            answers=None if posterior.task.answers else len(question.answers),
+            answers=None if posterior.task.answers or question.kind else len(question.answers),
+            question=question.kind,
         )
-        return posterior.calibration.get(key)
+        return records.find(posterior.calibration, key)
 
     def _dtype(self, predictive: PredictiveName) -> Dtype:
         """What the base's weights are where this predictive is computed."""
@@ -260,7 +314,19 @@ class Service:
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
-def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
+def unprompted(candidates: Candidates, log_p: torch.Tensor, top: torch.Tensor, weights: torch.Tensor) -> Unprompted:
+    """What K particles of these weights would write; log_p [K, C] of the candidates, top [K] the most probable token.
+
+    A candidate that another one begins is part of that one's probability.
+    """
+    known = set(candidates)
+    apart = [not any(tokens[:n] in known for n in range(1, len(tokens))) for tokens in candidates]
+    share = weights.double() / weights.double().sum()
+    starts = torch.isin(top, torch.tensor([tokens[0] for tokens in candidates]))
+    return Unprompted(float((share @ log_p.exp())[apart].sum().clamp(max=1)), bool(share @ starts.double() >= 0.5))
+
+
+def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:
     """The predictive to use. Raises Refused for one this model cannot give, or options it does not take."""
     name = options.predictive or served.predictives[0]
     if name not in served.predictives:
@@ -285,10 +351,6 @@ def _predictive(served: Served, options: Uncertainty) -> PredictiveName:
 def _check_size(size: int, limit: int, what: str) -> None:
     if size > limit:
         raise Refused(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
-
-
-def _particles(served: Served, predictive: PredictiveName, options: Uncertainty) -> int:
-    return 1 if predictive == "map" else options.particles or len(served.particles)
 
 
 def _rendered(task: Task, tokenizer: Tokenizer, inputs: Sequence[Mapping[str, str]]) -> list[list[int]]:

@@ -26,7 +26,7 @@ async def _odd(service: Service) -> list[str]:
     """What is odd about the base as vLLM serves it, and about each posterior's prompts on it."""
     probes = base_check.probes(service.tokenizer)
     totals = {name: await service.engine.score([ids[:1]], (ids[1:],), [None]) for name, ids in probes.items()}
-    means = {name: float(total) / (len(probes[name]) - 1) for name, total in totals.items()}
+    means = {name: float(total.log_p) / (len(probes[name]) - 1) for name, total in totals.items()}
     joints = [
         f"{item.name}: {line}"
         for item in service.registry.posteriors

@@ -1,10 +1,12 @@
 """The client against the server's own HTTP code (with a fake engine): what one sends, the other reads."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from posterior_client import (
+    AsyncPosteriorClient,
     AuthenticationError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -28,7 +30,7 @@ ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    parts: Any = (fakes.Engine(), fakes.Linearizer(), fakes.Tokenizer())
+    parts: Any = (fakes.Engine(max_model_len=4096), fakes.Linearizer(), fakes.Tokenizer())
     app = create_app(Service(fakes.registry(), *parts, Metrics()), "right")
     app.state.ready = True
     return app
@@ -95,6 +97,34 @@ def test_text_by_the_map(client: PosteriorClient) -> None:
     [found] = uncertainty_of(client.openai.completions.create(model="mood/map", prompt="it was"))
     assert (found.posterior, found.predictive, found.calibrated) == ("mood@abcdef012345", "map", False)
     assert uncertainty_of(client.openai.completions.create(model="tiny-base", prompt="it was")) == []
+
+
+QUESTIONS: list[Any] = [
+    {"type": "predicate", "name": "good", "instructions": "It was good."},
+    {"type": "choice", "instructions": "How was it?", "choices": [{"value": "good"}, {"value": True}]},
+    {"type": "score", "instructions": "How was it?", "levels": [{"label": "bad"}, {"label": "good"}]},
+]
+
+
+def test_decisions_of_the_stock_client(client: PosteriorClient, url: str) -> None:
+    options: Any = {
+        "model": "gang", "input": "It was good.", "questions": QUESTIONS,
+        "extra_body": {"uncertainty": {"particles": 2, "coverage": 0.5}},
+    }  # fmt: skip
+    decision = client.openai.decisions.create(**options)
+    good, mood, stars = decision.answers
+    assert (good.type, good.name, mood.name, stars.type) == ("predicate", "good", None, "score")
+    assert mood.type == "choice" and mood.choice in ("good", True)
+    assert decision.model == "gang@abcdef012345" and decision.usage.input_tokens > 0
+    for answer in decision.answers:
+        found = (answer.model_extra or {})["uncertainty"]
+        assert found["particles"] == 2 and found["entropy"]["epistemic"] >= 0
+
+    async def again() -> Any:
+        async with AsyncPosteriorClient(url, "right", max_retries=0) as other:
+            return await other.openai.decisions.create(**options)
+
+    assert asyncio.run(again()).answers == decision.answers
 
 
 def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:

@@ -22,7 +22,14 @@ from tests.docs.blocks import ROOT
 LIMITS = ("minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 # What the page describes: the models of replies, and the code that writes them.
 CHOICES = (replies.PredictiveReply, replies.PredictiveItem, replies.Candidate, replies.Entropy, replies.Variance)
-CHOICE_WRITERS = (predictive, records.answer_record, records._candidate, records.usage_record, Record.summary)
+CHOICE_WRITERS = (
+    predictive,
+    records.answer_record,
+    records._choice,
+    records._candidates,
+    records.usage_record,
+    Record.summary,
+)
 TEXT_WRITERS = (records.text_record, records._summary, records._tokens)
 
 

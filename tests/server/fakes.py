@@ -15,7 +15,7 @@ from posterior.calibration.records import Key, Record
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task
 from posterior.models.base import Base
-from server.engine import Adapter, Call, Kind, Usage
+from server.engine import Adapter, Call, Kind, Scores, Usage
 from server.engine.gang import Text, Trace
 from server.errors import Refused
 from server.services.registry import Registry, Served
@@ -60,13 +60,15 @@ def joined(content: Any) -> str:
 
 
 def particle_logits(number: int, candidates: int) -> torch.Tensor:
-    """Scores of the candidates under the adapter `number` (0: the base)."""
-    return torch.randn(candidates, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    """Scores of the candidates under the adapter `number` (0: the base). Of one token each, they have half of the
+    probability."""
+    scores = torch.randn(candidates, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    return scores.log_softmax(-1) - math.log(2)
 
 
 @dataclass
 class Engine:
-    """Scores by adapter number only; text is always "hello"."""
+    """Scores by adapter number only; text is always "hello", and the most probable next token `top`."""
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
@@ -74,13 +76,14 @@ class Engine:
     delay: float = 0.0
     failure: Exception | None = None
     living: bool = True
+    top: int = 104
     scored: list[tuple[int, int]] = field(default_factory=list)  # (prompts, adapters) of each call
     cancelled: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
     async def score(
         self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
-    ) -> torch.Tensor:
+    ) -> Scores:
         try:
             await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
@@ -91,7 +94,8 @@ class Engine:
         self.scored.append((len(prompts), len(adapters)))
         lengths = torch.tensor([len(tokens) for tokens in candidates])  # sums, of which the server takes the mean
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
-        return rows.expand(len(prompts), *rows.shape)
+        top = torch.full((len(prompts), len(adapters)), self.top)
+        return Scores(rows.expand(len(prompts), *rows.shape), top)
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """As vLLM reads a request: text parts are joined by line breaks, and ids are taken as they are."""

@@ -110,6 +110,21 @@ def test_answers_of_several_tokens_equal_teacher_forcing(server: Running, refere
     assert served == pytest.approx(reference(server.mood.map_dir, ids, LONG)[0].tolist(), abs=5e-3)
 
 
+def test_more_answers_than_vllm_scores_in_one_request(server: Running, reference: Any) -> None:
+    """150 words of one token each, and one more that continues one of them."""
+    tokenizer = base_models.load_tokenizer(server.base)
+    words = (tokenizer.decode([token]) for token in range(1000, 4000))
+    answers = list(dict.fromkeys(word for word in words if word[1:].isalpha() and len(tokenizer.encode(word)) == 1))[
+        :150
+    ]
+    answers.append(f"{answers[140]} of the sea")
+    text = "The thing I love most is"
+    item = server.predict(model="mood", prompts=[text], answers=answers, predictive="map")["data"][0]
+    served = [math.log(answer["probability"]) for answer in item["answers"]]
+    expected = reference(server.mood.map_dir, [tokenizer.encode(text)], answers)[0].tolist()
+    assert len(served) == 151 and served == pytest.approx(expected, abs=5e-3)
+
+
 def test_answers_of_several_tokens_linearised(server: Running) -> None:
     """As in this process; without its variance, as vLLM scores them."""
     tokenizer = base_models.load_tokenizer(server.base)

@@ -26,7 +26,9 @@ from posterior.settings import POSITIVE, Range
 )
 def test_escapes(given: str, meant: str) -> None:
     assert unescaped("--template", given) == meant
-    args = argparse.Namespace(task="choice", template="{t}" + given, answers=[given + "a", "b"], chat=False)
+    args = argparse.Namespace(
+        task="choice", template="{t}" + given, answers=[given + "a", "b"], chat=False, question=None, labels="words"
+    )
     task = arguments.task(args)
     assert (task.template, task.answers) == ("{t}" + meant, (meant + "a", "b")), "one rule for both"
 

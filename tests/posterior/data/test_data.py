@@ -80,7 +80,7 @@ def test_examples_are_scored_as_their_task_says(tokenizer):
     [
         ([], "0 candidate"),
         (["a"], "1 candidate"),
-        (["a"] * 129, "129 candidate"),
+        (["a"] * 256, "256 candidate"),
         (["a", "a"], "tokenise alike"),
         (["a", ""], "no tokens"),
     ],

@@ -81,7 +81,7 @@ def call(tiny_base: Path) -> Any:
 def test_it_calibrates_the_predictive_the_server_gives(
     folder: Path, data: Path, call: Any, tiny_base: Path, options: tuple[Any, ...], name: str
 ) -> None:
-    record, path = call(folder, data, "--method", "platt", *options)
+    ((record, path),) = call(folder, data, "--method", "platt", *options)
     assert path == folder / "calibration" / f"{name}.json"
     posterior, base = artefact.load(folder), resolve(str(tiny_base))
     rows = [row(index) for index in range(ROWS)]
@@ -161,7 +161,7 @@ def test_a_posterior_that_was_replaced_meanwhile_is_not_calibrated(
 
 
 def test_another_fit_in_the_folder_has_no_calibration(folder: Path, data: Path, call: Any) -> None:
-    _, path = call(folder, data)
+    ((_, path),) = call(folder, data)
     edit(folder, width=0.5)
     with pytest.raises(PosteriorError, match=f"{path.name} calibrates another posterior"):
         artefact.load(folder)
@@ -235,7 +235,7 @@ def test_rows_with_answers_of_their_own(
     change_task(folder, "choice")
     rows = [row(index) | {"choices": [f" p{index}", " n", f" q {index}"]} for index in range(ROWS)]
     data = write(tmp_path / "own.jsonl", rows)
-    record, path = call(folder, data, "--method", "platt", "--predictive", predictive, "--dtype", "float32")
+    ((record, path),) = call(folder, data, "--method", "platt", "--predictive", predictive, "--dtype", "float32")
     assert path.name == f"{predictive}-{particles}-3-float32.json" and record.key.answers == 3
     posterior = artefact.load(folder)
     assert posterior.calibration == {record.key: record}
@@ -247,7 +247,7 @@ def test_rows_with_answers_of_their_own(
     y = torch.tensor([one["label"] for one in rows])
     assert p.shape == (ROWS, 3) and record.calibrator == scalers.Platt.fit(p, y)
     assert record.conformal == conformal.Conformal.fit("lac", p, y)
-    _, other = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
+    ((_, other),) = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
     assert other.name == "linearized-1024-2-float32.json" and len(artefact.load(folder).calibration) == 2
 
 
@@ -273,5 +273,5 @@ def test_particle_posteriors(fitted: Path, tmp_path: Path, data: Path, call: Any
         call(tmp_path / "gang", data, "--predictive", "linearized")
     with pytest.raises(PosteriorError, match="--particles is 3; 'gang' has 2"):
         call(tmp_path / "gang", data, "--particles", 3)
-    record, path = call(tmp_path / "gang", data)
+    ((record, path),) = call(tmp_path / "gang", data)
     assert path.name == "mixture-2-bfloat16.json" and record.key.particles == 2

@@ -21,8 +21,10 @@ PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
 OPEN = {"/health", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
-    ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/docs/{name}"),
+    ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
+    ("POST", "/v1/systemone"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
+    ("GET", "/docs/{name}"),
 }  # fmt: skip
 
 

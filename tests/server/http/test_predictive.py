@@ -101,7 +101,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"inputs": []}, 400, "inputs", "at least 1"),
     ({"prompts": ["x"] * 257}, 400, "prompts", "at most 256"),
     ({**INPUT, "answers": []}, 400, "answers", "at least 2"),
-    ({**INPUT, "answers": [f"a{i}" for i in range(129)]}, 400, "answers", "at most 128"),
+    ({**INPUT, "answers": [f"a{i}" for i in range(256)]}, 400, "answers", "at most 255"),
     ({**INPUT, "answers": ["a", "a"]}, 400, "answers", "alike"),
     ({**INPUT, "answers": ["a", ""]}, 400, "answers", "no tokens"),
     ({**INPUT, "answers": ["a", 3]}, 400, "answers.1", "string"),

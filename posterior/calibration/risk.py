@@ -1,0 +1,78 @@
+"""Act or hand over: the confidence from which on answers are wrong at most as often as somebody allows.
+
+Held-out rows tell it, by Learn-then-Test (Angelopoulos et al. 2021) with exact binomial tests, as in selective
+classification with guaranteed risk (Geifman & El-Yaniv 2017). With probability 1 - DELTA over the held-out rows, the
+share of wrong answers among the questions that are answered is at most the one allowed, as long as questions are
+exchangeable with those rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from scipy.stats import binom
+from torch import Tensor
+
+from posterior.calibration import scalers
+from posterior.calibration.scalers import MAX_NUMBERS, Part, Share
+
+DELTA = 0.1  # probability over the held-out rows that the bound does not hold
+STARTS = 8  # of the sequences of tests; each has its part of DELTA
+
+
+class Risk(Part):
+    """Held-out rows by the confidence of their most probable answer, and which of these answers are right.
+
+    Confidences are the predictive's own and not calibrated, as for prediction sets: no row has chosen them.
+    """
+
+    confidence: Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_NUMBERS)]
+    right: tuple[bool, ...]
+
+    @model_validator(mode="after")
+    def _sorted(self) -> Self:
+        if len(self.right) != len(self.confidence):
+            raise ValueError("confidence and right have different lengths")
+        if any(low > high for high, low in zip(self.confidence, self.confidence[1:], strict=False)):
+            raise ValueError("the confidences are not in descending order")
+        return self
+
+    @classmethod
+    def fit(cls, p: Tensor, y: Tensor, seed: int = 0) -> Self:
+        """Of probabilities [N, C] and labels [N]; of more than MAX_NUMBERS rows a random part is kept."""
+        keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[: scalers.MAX_NUMBERS]
+        confidence, answer = p[keep].max(1)
+        order = confidence.argsort(descending=True, stable=True)
+        right = (answer == y[keep])[order]
+        return cls(confidence=tuple(confidence[order].clamp(0, 1).tolist()), right=tuple(right.tolist()))
+
+    def threshold(self, allowed: float) -> float | None:
+        """The least confidence at which a question is answered, for an error of at most `allowed` among those that are;
+        None where these rows prove no such thing.
+
+        Rows are added one after the other, the most confident first, and each time the hypothesis that the error is
+        larger is tested. A sequence of tests ends with the first that does not reject, which keeps its level however
+        long it is; STARTS of them begin at different numbers of rows.
+        """
+        ends = np.flatnonzero(
+            np.append(np.diff(self.confidence) != 0, True)
+        )  # equal confidences stand or fall together
+        counts = ends + 1
+        wrong = np.cumsum(~np.array(self.right))[ends]
+        passed = np.asarray(binom.cdf(wrong, counts, allowed)) <= DELTA / STARTS
+        first = int(np.searchsorted(counts, needed(allowed)))
+        best = -1
+        for start in np.linspace(first, len(counts), STARTS, endpoint=False).astype(int):
+            failed = np.flatnonzero(~passed[start:])
+            length = failed[0] if len(failed) else len(passed) - start
+            best = max(best, start + length - 1 if length else -1)
+        return None if best < 0 else self.confidence[ends[best]]
+
+
+def needed(allowed: float) -> int:
+    """The fewest rows, all answered right, that prove an error of at most `allowed`."""
+    return math.ceil(math.log(DELTA / STARTS) / math.log1p(-allowed))

@@ -1,0 +1,408 @@
+"""POST /v1/decisions with a fake engine: OpenAI's form, our numbers, and every kind of bad question."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from openai.types.decision import Decision
+
+from posterior.calibration.conformal import Conformal
+from posterior.calibration.records import Record, template_hash
+from posterior.calibration.risk import Risk
+from posterior.data.decisions import QUESTION, TEMPLATE, fields, names, read
+from posterior.data.task import Task
+from posterior.predictive.mixture import entropy, from_particles
+from server.errors import Unavailable
+from server.services.decisions import _average
+from server.services.options import Uncertainty
+from server.services.predictive import Answer, Service
+from tests.server import fakes
+from tests.server.conftest import error_of
+from tests.server.services.test_calibrated import KEY, give, record
+
+INPUT = "The parcel came late."
+LATE = {"type": "predicate", "instructions": "The parcel was late.", "name": "late"}
+MOOD = {
+    "type": "choice",
+    "instructions": "How does the customer feel?",
+    "choices": [{"value": "glad", "description": "likes it"}, {"value": "true"}, {"value": True}],
+}
+STARS = {"type": "score", "instructions": "How urgent is it?", "levels": [{"label": "low"}, {"label": "high"}]}
+QUESTIONS = [LATE, MOOD, STARS]
+
+
+@pytest.fixture
+def engine() -> fakes.Engine:
+    return fakes.Engine(max_model_len=4096)
+
+
+def decide(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/decisions", json={"model": "gang", "input": INPUT, "questions": QUESTIONS, **body})
+
+
+def answers(client: TestClient, **body: Any) -> list[dict[str, Any]]:
+    response = decide(client, **body)
+    assert response.status_code == 200, response.text
+    return list(response.json()["answers"])
+
+
+def choice(options: int) -> dict[str, Any]:
+    return {"type": "choice", "instructions": "Which?", "choices": [{"value": f"o{i}"} for i in range(options)]}
+
+
+def test_the_reply_is_openais_with_ours_in_it(client: TestClient, engine: fakes.Engine) -> None:
+    body = decide(client).json()
+    decision = Decision.model_validate(body)
+    assert [(each.type, each.name) for each in decision.answers] == [
+        ("predicate", "late"),
+        ("choice", None),
+        ("score", None),
+    ]
+    assert engine.scored == [(1, 3)] * 3, "each question once, under all particles"
+    assert (body["object"], body["model"]) == ("decision", "gang@abcdef012345")
+    usage = body["usage"]
+    assert usage["input_tokens"] == usage["total_tokens"] > 3 * len(INPUT) and usage["output_tokens"] == 0
+    assert usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert usage["output_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_numbers_are_those_of_the_mixture(client: TestClient) -> None:
+    late, mood, stars = answers(client)
+    adapters = fakes.registry().served["gang"].particles
+    for answer, options in ((late, 2), (mood, 3), (stars, 2)):
+        log_p = torch.stack([fakes.particle_logits(a.number, options) for a in adapters]).log_softmax(-1)
+        expected = from_particles(log_p, torch.tensor([0.5, 0.3, 0.2]))
+        ours = answer["uncertainty"]
+        assert [each["probability"] for each in ours["answers"]] == pytest.approx(expected.probability.tolist())
+        assert [each["interval"] for each in ours["answers"]] == [
+            pytest.approx(row) for row in expected.interval.tolist()
+        ]
+        assert ours["covariance"] == [pytest.approx(row) for row in expected.covariance.tolist()]
+        assert ours["entropy"]["epistemic"] == pytest.approx(expected.epistemic)
+    p = [each["probability"] for each in stars["uncertainty"]["answers"]]
+    assert stars["score"] == pytest.approx(p[1]) and stars["confidence"] == max(p)
+    assert stars["probabilities"] == [
+        {"label": "low", "value": 0, "probability": p[0]}, {"label": "high", "value": 1, "probability": p[1]},
+    ]  # fmt: skip
+    assert late["probability"] == late["uncertainty"]["answers"][0]["probability"]
+
+
+def test_values_keep_their_types(client: TestClient) -> None:
+    late, mood, stars = answers(client)
+    named = [[each["answer"] for each in answer["uncertainty"]["answers"]] for answer in (late, mood, stars)]
+    assert named == [[True, False], ["glad", "true", True], [0, 1]]
+    assert [each["value"] for each in mood["probabilities"]] == ["glad", "true", True]
+    assert type(mood["probabilities"][2]["value"]) is bool
+    best = max(mood["probabilities"], key=lambda each: each["probability"])
+    assert (mood["choice"], type(mood["choice"])) == (best["value"], type(best["value"]))
+    assert mood["confidence"] == mood["uncertainty"]["confidence"] == best["probability"]
+
+
+@pytest.mark.parametrize(
+    ("model", "predictive"), [("mood", "linearized"), ("gang", "mixture"), ("mood/map", "map"), ("tiny-base", "map")]
+)
+def test_every_model_decides(client: TestClient, model: str, predictive: str) -> None:
+    assert {each["uncertainty"]["predictive"] for each in answers(client, model=model)} == {predictive}
+
+
+def test_the_covariance_of_many_options_is_left_out(client: TestClient) -> None:
+    small, large = answers(client, questions=[choice(16), choice(255)])
+    assert len(small["uncertainty"]["covariance"]) == 16 and "covariance" not in large["uncertainty"]
+    assert len(large["probabilities"]) == 255
+
+
+def test_options_of_uncertainty(client: TestClient) -> None:
+    (late,) = answers(client, questions=[LATE], uncertainty={"particles": 2, "per_particle": True, "coverage": 0.5})
+    assert late["uncertainty"]["particles"] == len(late["uncertainty"]["per_particle"]) == 2
+    (late,) = answers(client, model="mood", questions=[LATE], uncertainty={"predictive": "map"})
+    assert late["uncertainty"]["predictive"] == "map"
+
+
+def test_fields_of_openai_without_effect(client: TestClient) -> None:
+    more = {"prompt_cache_key": "a", "prompt_cache_options": {"ttl": "30m"}, "safety_identifier": "b", "metadata": {}}
+    assert answers(client, **more) == answers(client)
+
+
+def test_an_input_of_messages_and_calls(client: TestClient) -> None:
+    plain = decide(client).json()["usage"]["input_tokens"]
+    user = {"role": "user", "content": [{"type": "input_text", "text": INPUT}]}
+    assert decide(client, input=[user]).json()["usage"]["input_tokens"] == plain
+    items = [
+        {"role": "user", "content": [{"type": "input_json", "data": {"a": [1, None]}}]},
+        {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "nothing"},
+        {"role": "assistant", "content": "Hm."},
+    ]
+    assert answers(client, input=items)
+
+
+# What is bounded
+
+
+def test_many_backward_passes_are_answered_by_the_mixture_unless_asked_for(
+    client: TestClient, engine: fakes.Engine
+) -> None:
+    few, many = [choice(33)] * 8, [choice(33)] * 8 + [LATE]
+    assert answers(client, model="mood", questions=few)[0]["uncertainty"]["predictive"] == "linearized"
+    found = answers(client, model="mood", questions=many)
+    assert {each["uncertainty"]["predictive"] for each in found} == {"mixture"}
+    engine.scored.clear()
+    error = error_of(decide(client, model="mood", questions=many, uncertainty={"predictive": "linearized"}), 400)
+    assert "266 options - 9 questions = 257 backward passes; the limit is 256" in error["message"]
+    assert error["param"] == "uncertainty.predictive" and engine.scored == []
+
+
+def test_all_questions_together_are_bounded(client: TestClient, engine: fakes.Engine) -> None:
+    error = error_of(decide(client, questions=[choice(255)] * 110), 400)
+    assert "110 questions need" in error["message"] and "the limit is 8192" in error["message"]
+    assert error["param"] == "questions" and engine.scored == []
+
+
+def test_as_many_questions_as_openai_takes(client: TestClient, engine: fakes.Engine) -> None:
+    assert len(answers(client, model="tiny-base", questions=[LATE] * 400)) == 400
+    assert len(engine.scored) == 400
+
+
+BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "nobody"}, 404, "model", "is not served"),
+    ({"model": None}, 400, "model", "string"),
+    ({"input": ""}, 400, "input", "at least 1"),
+    ({"input": []}, 400, "input", "input"),
+    ({"questions": []}, 400, "questions", "at least 1"),
+    ({"questions": [LATE] * 401}, 400, "questions", "at most 400"),
+    ({"questions": [{"type": "essay", "instructions": "x"}]}, 400, "questions.0", "predicate"),
+    ({"questions": [{"type": "predicate"}]}, 400, "questions.0.instructions", "required"),
+    ({"questions": [{**LATE, "choices": []}]}, 400, "questions.0.choices", "unknown field"),
+    ({"questions": [choice(1)]}, 400, "questions.0.choices", "at least 2"),
+    ({"questions": [choice(256)]}, 400, "questions.0.choices", "at most 255"),
+    ({"questions": [{**MOOD, "choices": [{"value": "a"}, {"value": "a"}]}]}, 400, "questions.0.choices", "must differ"),
+    ({"questions": [{**MOOD, "choices": [{"value": 1}, {"value": 2}]}]}, 400, None, "valid"),
+    ({"questions": [LATE, {**MOOD, "choices": [{"value": "a"}, {"value": ""}]}]}, 400, "questions.1", "question 1: "),
+    (
+        {"questions": [{**STARS, "levels": [{"label": str(i)} for i in range(11)]}]},
+        400,
+        "questions.0.levels",
+        "at most 10",
+    ),
+    ({"input": "x" * 5000}, 400, "questions.0", "question 0: prompt 0 has"),
+    (
+        {"input": [{"type": "function_call_output", "call_id": "7", "output": "x"}]},
+        400,
+        "input",
+        "the output of call '7' stands before any such call",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://169.254.169.254/"}]}]},
+        400,
+        "input.0.content.0",
+        "images are not read here",
+    ),
+    ({"uncertainty": {"answers": ["a", "b"]}}, 400, "uncertainty.answers", "no meaning"),
+    ({"uncertainty": {"mixing": "token"}}, 400, "uncertainty.mixing", "no meaning"),
+    ({"uncertainty": {"tokens": False}}, 400, "uncertainty.tokens", "no meaning"),
+    ({"uncertainty": {"predictive": "linearized"}}, 400, "predictive", "no 'linearized'"),
+    ({"uncertainty": {"particles": 9}}, 400, "particles", "holds 3"),
+    ({"uncertainty": {"temprature": 1}}, 400, "uncertainty.temprature", "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "words"), BAD, ids=[f"{i}-{c[3]}" for i, c in enumerate(BAD)])
+def test_bad_input_is_one_clear_line(
+    client: TestClient, engine: fakes.Engine, body: dict[str, Any], status: int, param: str | None, words: str
+) -> None:
+    error = error_of(decide(client, **body), status)
+    assert words in error["message"] and (param is None or error["param"] == param), error
+    assert engine.scored == [], "nothing was computed"
+
+
+# One failure
+
+
+def test_the_first_failure_is_raised_as_itself_and_aborts_the_others(
+    client: TestClient, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, engine.delay = engine.score, 60.0
+
+    async def some(prompts: Any, candidates: Any, adapters: Any) -> Any:
+        if len(candidates) == 3:
+            raise Unavailable("the engine's queue is full")
+        return await score(prompts, candidates, adapters)
+
+    monkeypatch.setattr(engine, "score", some)
+    response = decide(client)
+    assert error_of(response, 503)["message"] == "the engine's queue is full" and "retry-after" in response.headers
+    assert engine.cancelled == 2
+
+
+def test_faults_of_ours_tell_nothing_of_our_inside(client: TestClient, engine: fakes.Engine) -> None:
+    engine.failure = RuntimeError("secret")
+    assert "secret" not in error_of(decide(client), 500)["message"]
+
+
+# The posterior's own task
+
+
+def own(service: Service, **fields: Any) -> Task:
+    """The posterior "gang" as one of decisions."""
+    task = Task("decision", TEMPLATE, **fields)
+    posterior: Any = service.registry.served["gang"].posterior
+    posterior.task = task
+    return task
+
+
+def test_a_posterior_of_decisions_is_asked_as_it_was_fitted(client: TestClient, service: Service) -> None:
+    default = decide(client, questions=[MOOD]).json()["usage"]["input_tokens"]
+    own(service, labels="letters", chat=True)
+    letters = decide(client, questions=[MOOD]).json()["usage"]["input_tokens"]
+    assert letters == default + 3 * len("A: "), "each option has a letter before its words"
+
+
+def test_its_calibration_is_applied_to_questions_of_its_kind(client: TestClient, service: Service) -> None:
+    task = own(service, chat=True)
+    key = KEY.model_copy(
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(task),
+            "question": "predicate",
+        }
+    )
+    give(service, record(key), name="gang")
+    late, mood, stars = answers(client)
+    assert [each["uncertainty"]["calibrated"] for each in (late, mood, stars)] == [True, False, False]
+    ours = late["uncertainty"]
+    assert late["probability"] == ours["answers"][0]["probability"] != ours["answers"][0]["uncalibrated"]
+    assert set(ours["prediction_set"]) <= {True, False} and ours["answer"] in ours["prediction_set"]
+    assert ours["calibration"]["key"]["question"] == "predicate"
+    shared = record(key.model_copy(update={"question": "any"}))
+    give(service, record(key), shared, name="gang")
+    used = [each["uncertainty"]["calibration"]["key"]["question"] for each in answers(client)]
+    assert used == ["predicate", "any", "any"]
+
+
+def test_another_task_of_the_same_posterior_is_not_calibrated(client: TestClient, service: Service) -> None:
+    task = Task("decision", TEMPLATE, chat=True)
+    key = KEY.model_copy(
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(task),
+            "question": "any",
+        }
+    )
+    give(service, record(key), name="gang")
+    assert not any(each["uncertainty"]["calibrated"] for each in answers(client))
+
+
+def test_requests_are_counted(client: TestClient) -> None:
+    decide(client)
+    decide(client, questions=[])
+    lines = client.get("/metrics").text.splitlines()
+    for line in (
+        'posterior_requests_total{endpoint="decisions",posterior="gang",predictive="mixture",status="200"} 1.0',
+        'posterior_requests_total{endpoint="decisions",posterior="none",predictive="none",status="400"} 1.0',
+        'posterior_answers_total{posterior="gang",predictive="mixture"} 3.0',
+    ):
+        assert line in lines, line
+
+
+def with_risk(rows: int, service: Service, split: float = 0.0) -> Record:
+    """A record of rows that are right above the confidence `split`, and of as many below it that are wrong; given to
+    the posterior."""
+    key = KEY.model_copy(
+        update={
+            "posterior": fakes.Posterior("gang", "particles").hash,
+            "template": template_hash(own(service)),
+            "question": "any",
+        }
+    )
+    right = torch.linspace(1, split, rows, dtype=torch.float64).tolist()
+    wrong = torch.linspace(split, 0, rows + 1, dtype=torch.float64).tolist()[1:] if split else []
+    risk = Risk(confidence=tuple(right + wrong), right=tuple(index < rows for index in range(len(right + wrong))))
+    rows = len(right + wrong)
+    scores = tuple(index / rows for index in range(rows))
+    found = record(key).model_copy(update={"n": rows, "risk": risk, "conformal": Conformal(score="lac", scores=scores)})
+    give(service, found, name="gang")
+    return found
+
+
+def test_answers_below_the_threshold_are_refused_with_their_reason(client: TestClient, service: Service) -> None:
+    plain = answers(client)
+    tops = sorted(max(each["probability"] for each in one["uncertainty"]["answers"]) for one in plain)
+    found = with_risk(400, service, split=(tops[0] + tops[-1]) / 2)
+    assert found.risk is not None
+    threshold = found.risk.threshold(0.05)
+    assert threshold is not None
+    plain = answers(client)  # with the record's calibration
+    held = answers(client, uncertainty={"max_risk": 0.05})
+    Decision.model_validate(decide(client, uncertainty={"max_risk": 0.05}).json())
+    kinds = set()
+    for before, after in zip(plain, held, strict=True):
+        options = before["uncertainty"]["answers"]
+        sure = max(each["uncalibrated"] for each in options) >= threshold
+        kinds.add(sure)
+        assert after["type"] == (before["type"] if sure else "refusal")
+        assert after["name"] == before["name"]
+        if not sure:
+            entropy = before["uncertainty"]["entropy"]
+            reason = "ambiguous" if entropy["aleatoric"] >= entropy["epistemic"] else "unfamiliar"
+            assert after["uncertainty"] == before["uncertainty"] | {"reason": reason}
+            assert "probability" not in after and "choice" not in after
+    assert kinds == {True, False}, "the case must hold both"
+
+
+def test_a_risk_needs_a_record_that_can_tell(client: TestClient, service: Service) -> None:
+    body = {"uncertainty": {"max_risk": 0.05}}
+    assert "make one of held-out rows with `posterior calibrate`" in error_of(decide(client, **body), 400)["message"]
+    with_risk(60, service)
+    assert "takes at least 86 rows" in error_of(decide(client, **body), 400)["message"]
+    found = with_risk(400, service)
+    give(service, found.model_copy(update={"risk": None}), name="gang")
+    assert "does not tell how often answers are wrong" in error_of(decide(client, **body), 400)["message"]
+    for wrong in (0, 1, -0.1, "x"):
+        assert error_of(decide(client, uncertainty={"max_risk": wrong}), 400)["param"] == "uncertainty.max_risk"
+
+
+def test_orders_of_the_options_are_part_of_the_mixture(client: TestClient, engine: fakes.Engine) -> None:
+    """The fake engine's scores do not depend on the prompt, so that the average is what each order gives."""
+    plain = answers(client)
+    engine.scored.clear()
+    averaged = answers(client, uncertainty={"orders": 4})
+    assert engine.scored == [(1, 3)] * (2 + 4 + 2), "two options have two orders, and so have levels"
+    for before, after, n in zip(plain, averaged, (2, 4, 2), strict=True):
+        ours, own = after["uncertainty"], before["uncertainty"]
+        assert ours["orders"] == {"n": n, "total_variation": pytest.approx(0, abs=1e-12)}
+        assert ours["particles"] == own["particles"] == 3
+        expected = [pytest.approx(each["probability"]) for each in own["answers"]]
+        assert [each["probability"] for each in ours["answers"]] == expected
+        assert ours["entropy"] == pytest.approx(own["entropy"]) and not ours["calibrated"]
+    assert "orders" not in plain[0]["uncertainty"]
+
+
+def test_an_average_over_orders_by_hand() -> None:
+    p = torch.tensor([[[0.7, 0.3], [0.6, 0.4]], [[0.3, 0.7], [0.4, 0.6]]], dtype=torch.float64)  # [orders, K, C]
+    weights = torch.tensor([0.25, 0.75])
+    question: Any = SimpleNamespace(
+        predictive="mixture", particles=2, options=Uncertainty(), served=SimpleNamespace(weights=[0.25, 0.75])
+    )
+    found = _average([Answer(from_particles(each.log(), weights), each) for each in p], question)
+    torch.testing.assert_close(found.predictive.probability, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    aleatoric = sum(float(w * entropy(row)) / 2 for each in p for w, row in zip(weights, each, strict=True))
+    assert found.predictive.aleatoric == pytest.approx(aleatoric, abs=1e-7)
+    assert found.orders is not None and found.orders.total_variation == pytest.approx(0.125, abs=1e-7)
+
+
+def test_orders_are_of_particles(client: TestClient) -> None:
+    body = {"model": "mood", "uncertainty": {"orders": 2, "predictive": "linearized"}}
+    assert error_of(decide(client, **body), 400)["param"] == "uncertainty.orders"
+    (one,) = answers(client, model="mood", questions=[LATE], uncertainty={"orders": 2})
+    assert one["uncertainty"]["predictive"] == "mixture"
+
+
+def test_letters_follow_the_order() -> None:
+    question = read(QUESTION, MOOD, "question")
+    row = fields("x", question, "letters", [2, 0, 1])
+    assert row["options"].splitlines() == ["- A: true (boolean)", "- B: glad: likes it", "- C: true"]
+    assert names(question, "letters", [2, 0, 1]) == ["B", "C", "A"]
