@@ -21,7 +21,7 @@ from posterior.predictive.mixture import from_particles
 from server.engine import Usage
 from server.errors import Refused, first
 from server.metrics import Observation
-from server.services.options import MAX_BACKWARD, MAX_ORDERS, MAX_SEQUENCES, Uncertainty
+from server.services.options import MAX_BACKWARD, MAX_OPTIONS, MAX_ORDERS, MAX_SEQUENCES, Uncertainty
 from server.services.predictive import Answer, Judged, Orders, Question, Service, predictive_name
 from server.services.registry import Served
 
@@ -51,6 +51,11 @@ async def decide(
     for name in FOREIGN:
         if getattr(options, name) is not None:
             raise Refused(f"{name!r} has no meaning for a decision; leave it out", f"uncertainty.{name}")
+    total = sum(len(question.options) for question in questions.values())
+    if total > MAX_OPTIONS:
+        raise Refused(
+            f"the questions have {total} options; the limit is {MAX_OPTIONS}: ask fewer at a time", "questions"
+        )
     asked = await asyncio.to_thread(_ask, service, served, input, questions, options, orders)
     observation.predictive = asked[0][0].predictive
     try:

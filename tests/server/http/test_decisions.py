@@ -157,8 +157,8 @@ def test_many_backward_passes_are_answered_by_the_mixture_unless_asked_for(
 
 
 def test_all_questions_together_are_bounded(client: TestClient, engine: fakes.Engine) -> None:
-    error = error_of(decide(client, questions=[choice(255)] * 110), 400)
-    assert "110 questions need" in error["message"] and "the limit is 8192" in error["message"]
+    error = error_of(decide(client, questions=[choice(255)] * 30, uncertainty={"orders": 8}), 400)
+    assert "questions need" in error["message"] and "the limit is 8192" in error["message"]
     assert error["param"] == "questions" and engine.scored == []
 
 
@@ -406,3 +406,9 @@ def test_letters_follow_the_order() -> None:
     row = fields("x", question, "letters", [2, 0, 1])
     assert row["options"].splitlines() == ["- A: true (boolean)", "- B: glad: likes it", "- C: true"]
     assert names(question, "letters", [2, 0, 1]) == ["B", "C", "A"]
+
+
+def test_the_options_of_all_questions_are_bounded(client: TestClient, engine: fakes.Engine) -> None:
+    error = error_of(decide(client, questions=[choice(255)] * 33), 400)
+    assert error["message"] == "the questions have 8415 options; the limit is 8192: ask fewer at a time"
+    assert engine.scored == []
