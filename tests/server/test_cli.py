@@ -179,7 +179,11 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             raise AssertionError("still here")
 
     monkeypatch.setitem(sys.modules, "posterior.cli.inspect", Stopped(None))
-    assert cli.main(["inspect"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert cli.main(["inspect"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "posterior: stopped\n"
 
 
