@@ -138,13 +138,19 @@ def each_sampled(
     finally:
         lora.put(model, mean)
     weights = torch.tensor(posterior.mixture(k), dtype=torch.float64)
-    return [from_particles(row, weights) for row in torch.stack(log_p, 1)]
+    return [from_particles(row, weights) for row in _own(torch.stack(log_p, 1), examples)]
 
 
 def each_map(model: Any, examples: Examples, batch_size: int = ROWS) -> list[Predictive]:
     """Of the active adapter alone."""
     one = torch.ones(1, dtype=torch.float64)
-    return [from_particles(row[None], one) for row in map_scores(model, examples, batch_size).log_softmax(1)]
+    log_p = map_scores(model, examples, batch_size).log_softmax(1)[:, None]
+    return [from_particles(row, one) for row in _own(log_p, examples)]
+
+
+def _own(log_p: Tensor, examples: Examples) -> list[Tensor]:
+    """[K, C] of each example's own answers, from [N, K, C] with room for those of the one that has most."""
+    return [row[:, : len(each.continuations)] for row, each in zip(log_p, examples, strict=True)]
 
 
 def _available(posterior: artefact.Posterior, k: int) -> int:

@@ -42,6 +42,7 @@ def test_one_posterior_answers_questions_of_its_rows_and_others(fitted: posterio
         answers = fitted.predict(inputs, predictive=predictive)
         assert [each.answers for each in answers] == [("a", "b", "c"), ("yes", "no"), ("0", "1", "2", "3", "4")]
         assert all(each.probability.sum().item() == pytest.approx(1) for each in answers)
+        assert [len(each.probability) for each in answers] == [3, 2, 5], "its own options and no others"
 
 
 def test_rows_of_all_kinds_are_evaluated_together(fitted: posterior.Posterior) -> None:

@@ -44,11 +44,11 @@ def sdk(server: Running) -> Iterator[openai.OpenAI]:
 
 def ask(sdk: openai.OpenAI, model: str, **uncertainty: Any) -> Decision:
     body = {"uncertainty": uncertainty}
-    return sdk.decisions.create(model=model, input=INPUT, questions=QUESTIONS, extra_body=body)  # type: ignore[arg-type]
+    return sdk.decisions.create(model=model, input=INPUT, questions=QUESTIONS, extra_body=body)
 
 
 def ours(decision: Decision) -> list[dict[str, Any]]:
-    return [answer.model_extra["uncertainty"] for answer in decision.answers]  # type: ignore[index]
+    return [answer.model_extra["uncertainty"] for answer in decision.answers]
 
 
 def test_the_stock_client_reads_the_reply(sdk: openai.OpenAI, server: Running) -> None:
@@ -58,7 +58,7 @@ def test_the_stock_client_reads_the_reply(sdk: openai.OpenAI, server: Running) -
     assert [answer.name for answer in found.answers] == ["late", "mood", "stars"]
     assert 0 < late.probability < 1 and mood.choice in ("angry", "glad", "neither") and 0 <= stars.score <= 2
     assert sum(each.probability for each in mood.probabilities) == pytest.approx(1)
-    assert found.model == f"mood@{server.mood.hash[:12]}" and found.model_extra["object"] == "decision"  # type: ignore[index]
+    assert found.model == f"mood@{server.mood.hash[:12]}" and found.model_extra["object"] == "decision"
     assert {each["predictive"] for each in ours(found)} == {"linearized"}
     low, high = ours(found)[0]["answers"][0]["interval"]
     assert low <= late.probability <= high
@@ -67,7 +67,7 @@ def test_the_stock_client_reads_the_reply(sdk: openai.OpenAI, server: Running) -
 def test_the_async_client_reads_the_same(sdk: openai.OpenAI, server: Running) -> None:
     async def decide() -> Decision:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
-            return await client.decisions.create(model="mood", input=INPUT, questions=QUESTIONS)  # type: ignore[arg-type]
+            return await client.decisions.create(model="mood", input=INPUT, questions=QUESTIONS)
 
     assert asyncio.run(decide()).answers == ask(sdk, "mood").answers
 
