@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request
-from pydantic import ValidationError
 
 from server.engine import Call, Kind
 from server.errors import EngineLost, Refused
@@ -21,7 +20,7 @@ from server.services.messages import check_messages
 from server.services.options import Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
-from server.validation import from_validation
+from server.validation import validated
 
 
 async def reply(
@@ -33,10 +32,7 @@ async def reply(
     """
     served = service.find(body.get("model"))
     observation.posterior = served.owner
-    try:
-        checked = BODIES[kind].model_validate(body)
-    except ValidationError as error:
-        raise from_validation(error, body) from error
+    checked = validated(BODIES[kind], body)
     check_messages(body.get("messages"))
     body = {name: value for name, value in body.items() if name != "uncertainty"} | {"model": served.name}
     if checked.stream_options is not None and not checked.stream:

@@ -6,8 +6,6 @@ import time
 import uuid
 from typing import Any
 
-from pydantic import ValidationError
-
 from posterior.data.decisions import Choice, Predicate, Score
 from server.engine import Usage
 from server.http.records import decision_record
@@ -16,7 +14,7 @@ from server.metrics import Observation
 from server.services.decisions import decide, within_risk
 from server.services.options import DecisionUncertainty
 from server.services.predictive import Judged, Service
-from server.validation import from_validation
+from server.validation import validated
 
 
 async def reply(service: Service, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
@@ -24,10 +22,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
 
     Raises RequestError.
     """
-    try:
-        request = DecisionRequest.model_validate(body)
-    except ValidationError as error:
-        raise from_validation(error, body) from error
+    request = validated(DecisionRequest, body)
     served = service.find(request.model)
     observation.posterior = served.owner
     options = request.uncertainty or DecisionUncertainty()

@@ -6,14 +6,12 @@ import time
 import uuid
 from typing import Any
 
-from pydantic import ValidationError
-
 from server.engine import Usage
 from server.http.records import answer_record, usage_record
 from server.http.schemas import PredictiveRequest
 from server.metrics import Observation
 from server.services.predictive import Service
-from server.validation import from_validation
+from server.validation import validated
 
 
 async def reply(service: Service, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
@@ -21,10 +19,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
 
     Raises RequestError.
     """
-    try:
-        request = PredictiveRequest.model_validate(body)
-    except ValidationError as error:
-        raise from_validation(error, body) from error
+    request = validated(PredictiveRequest, body)
     served = service.find(request.model)
     observation.posterior = served.owner
     question = await service.read(

@@ -7,8 +7,6 @@ import time
 import uuid
 from typing import Any
 
-from pydantic import ValidationError
-
 from posterior.data.decisions import QUESTION, Choice, Predicate, Score, read
 from posterior.errors import PosteriorError
 from server.errors import Refused
@@ -18,7 +16,7 @@ from server.metrics import Observation
 from server.services.decisions import decide
 from server.services.options import Uncertainty
 from server.services.predictive import Judged, Service
-from server.validation import from_validation
+from server.validation import validated
 
 MEDIA = ("images", "audio", "videos")
 UNSERVED = ("chat_template_kwargs", "cache_salt", "priority")  # of vLLM's fields, those that would change an answer
@@ -29,10 +27,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
 
     Raises RequestError.
     """
-    try:
-        request = SystemOneRequest.model_validate(body)
-    except ValidationError as error:
-        raise from_validation(error, body) from error
+    request = validated(SystemOneRequest, body)
     served = service.find(service.base.id if request.model is None else request.model)
     observation.posterior = served.owner
     for name in (*MEDIA, *UNSERVED):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,48 +9,21 @@ import torch
 from fastapi.testclient import TestClient
 from openai.types.decision import Decision
 
-from posterior.calibration.conformal import Conformal
-from posterior.calibration.records import Record, template_hash
-from posterior.calibration.risk import Risk
-from posterior.data.decisions import QUESTION, TEMPLATE, fields, names, read
+from posterior.calibration.records import template_hash
+from posterior.data.decisions import TEMPLATE
 from posterior.data.task import Task
-from posterior.predictive.mixture import entropy, from_particles
+from posterior.predictive.mixture import from_particles
 from server.errors import Unavailable
-from server.services.decisions import _average
-from server.services.options import Uncertainty
-from server.services.predictive import Answer, Service
+from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
+from tests.server.http.asking import INPUT, LATE, MOOD, STARS, answers, choice, decide, own
 from tests.server.services.test_calibrated import KEY, give, record
-
-INPUT = "The parcel came late."
-LATE = {"type": "predicate", "instructions": "The parcel was late.", "name": "late"}
-MOOD = {
-    "type": "choice",
-    "instructions": "How does the customer feel?",
-    "choices": [{"value": "glad", "description": "likes it"}, {"value": "true"}, {"value": True}],
-}
-STARS = {"type": "score", "instructions": "How urgent is it?", "levels": [{"label": "low"}, {"label": "high"}]}
-QUESTIONS = [LATE, MOOD, STARS]
 
 
 @pytest.fixture
 def engine() -> fakes.Engine:
     return fakes.Engine(max_model_len=4096)
-
-
-def decide(client: TestClient, **body: Any) -> Any:
-    return client.post("/v1/decisions", json={"model": "gang", "input": INPUT, "questions": QUESTIONS, **body})
-
-
-def answers(client: TestClient, **body: Any) -> list[dict[str, Any]]:
-    response = decide(client, **body)
-    assert response.status_code == 200, response.text
-    return list(response.json()["answers"])
-
-
-def choice(options: int) -> dict[str, Any]:
-    return {"type": "choice", "instructions": "Which?", "choices": [{"value": f"o{i}"} for i in range(options)]}
 
 
 def test_the_reply_is_openais_with_ours_in_it(client: TestClient, engine: fakes.Engine) -> None:
@@ -246,14 +218,6 @@ def test_faults_of_ours_tell_nothing_of_our_inside(client: TestClient, engine: f
 # The posterior's own task
 
 
-def own(service: Service, **fields: Any) -> Task:
-    """The posterior "gang" as one of decisions."""
-    task = Task("decision", TEMPLATE, **fields)
-    posterior: Any = service.registry.served["gang"].posterior
-    posterior.task = task
-    return task
-
-
 def test_a_posterior_of_decisions_is_asked_as_it_was_fitted(client: TestClient, service: Service) -> None:
     default = decide(client, questions=[MOOD]).json()["usage"]["input_tokens"]
     own(service, labels="letters", chat=True)
@@ -306,106 +270,6 @@ def test_requests_are_counted(client: TestClient) -> None:
         'posterior_answers_total{posterior="gang",predictive="mixture"} 3.0',
     ):
         assert line in lines, line
-
-
-def with_risk(rows: int, service: Service, split: float = 0.0) -> Record:
-    """A record of rows that are right above the confidence `split`, and of as many below it that are wrong; given to
-    the posterior."""
-    key = KEY.model_copy(
-        update={
-            "posterior": fakes.Posterior("gang", "particles").hash,
-            "template": template_hash(own(service)),
-            "question": "any",
-        }
-    )
-    right = torch.linspace(1, split, rows, dtype=torch.float64).tolist()
-    wrong = torch.linspace(split, 0, rows + 1, dtype=torch.float64).tolist()[1:] if split else []
-    risk = Risk(confidence=tuple(right + wrong), right=tuple(index < rows for index in range(len(right + wrong))))
-    rows = len(right + wrong)
-    scores = tuple(index / rows for index in range(rows))
-    found = record(key).model_copy(update={"n": rows, "risk": risk, "conformal": Conformal(score="lac", scores=scores)})
-    give(service, found, name="gang")
-    return found
-
-
-def test_answers_below_the_threshold_are_refused_with_their_reason(client: TestClient, service: Service) -> None:
-    plain = answers(client)
-    tops = sorted(max(each["probability"] for each in one["uncertainty"]["answers"]) for one in plain)
-    found = with_risk(400, service, split=(tops[0] + tops[-1]) / 2)
-    assert found.risk is not None
-    threshold = found.risk.threshold(0.05)
-    assert threshold is not None
-    plain = answers(client)  # with the record's calibration
-    held = answers(client, uncertainty={"max_risk": 0.05})
-    Decision.model_validate(decide(client, uncertainty={"max_risk": 0.05}).json())
-    kinds = set()
-    for before, after in zip(plain, held, strict=True):
-        options = before["uncertainty"]["answers"]
-        sure = max(each["uncalibrated"] for each in options) >= threshold
-        kinds.add(sure)
-        assert after["type"] == (before["type"] if sure else "refusal")
-        assert after["name"] == before["name"]
-        if not sure:
-            entropy = before["uncertainty"]["entropy"]
-            reason = "ambiguous" if entropy["aleatoric"] >= entropy["epistemic"] else "unfamiliar"
-            assert after["uncertainty"] == before["uncertainty"] | {"reason": reason}
-            assert "probability" not in after and "choice" not in after
-    assert kinds == {True, False}, "the case must hold both"
-
-
-def test_a_risk_needs_a_record_that_can_tell(client: TestClient, service: Service) -> None:
-    body = {"uncertainty": {"max_risk": 0.05}}
-    assert "make one of held-out rows with `posterior calibrate`" in error_of(decide(client, **body), 400)["message"]
-    with_risk(60, service)
-    assert "takes at least 86 rows" in error_of(decide(client, **body), 400)["message"]
-    found = with_risk(400, service)
-    give(service, found.model_copy(update={"risk": None}), name="gang")
-    assert "does not tell how often answers are wrong" in error_of(decide(client, **body), 400)["message"]
-    for wrong in (0, 1, -0.1, "x"):
-        assert error_of(decide(client, uncertainty={"max_risk": wrong}), 400)["param"] == "uncertainty.max_risk"
-
-
-def test_orders_of_the_options_are_part_of_the_mixture(client: TestClient, engine: fakes.Engine) -> None:
-    """The fake engine's scores do not depend on the prompt, so that the average is what each order gives."""
-    plain = answers(client)
-    engine.scored.clear()
-    averaged = answers(client, uncertainty={"orders": 4})
-    assert engine.scored == [(1, 3)] * (2 + 4 + 2), "two options have two orders, and so have levels"
-    for before, after, n in zip(plain, averaged, (2, 4, 2), strict=True):
-        ours, own = after["uncertainty"], before["uncertainty"]
-        assert ours["orders"] == {"n": n, "total_variation": pytest.approx(0, abs=1e-12)}
-        assert ours["particles"] == own["particles"] == 3
-        expected = [pytest.approx(each["probability"]) for each in own["answers"]]
-        assert [each["probability"] for each in ours["answers"]] == expected
-        assert ours["entropy"] == pytest.approx(own["entropy"]) and not ours["calibrated"]
-    assert "orders" not in plain[0]["uncertainty"]
-
-
-def test_an_average_over_orders_by_hand() -> None:
-    p = torch.tensor([[[0.7, 0.3], [0.6, 0.4]], [[0.3, 0.7], [0.4, 0.6]]], dtype=torch.float64)  # [orders, K, C]
-    weights = torch.tensor([0.25, 0.75])
-    question: Any = SimpleNamespace(
-        predictive="mixture", particles=2, options=Uncertainty(), served=SimpleNamespace(weights=[0.25, 0.75])
-    )
-    found = _average([Answer(from_particles(each.log(), weights), each) for each in p], question)
-    torch.testing.assert_close(found.predictive.probability, torch.tensor([0.5, 0.5], dtype=torch.float64))
-    aleatoric = sum(float(w * entropy(row)) / 2 for each in p for w, row in zip(weights, each, strict=True))
-    assert found.predictive.aleatoric == pytest.approx(aleatoric, abs=1e-7)
-    assert found.orders is not None and found.orders.total_variation == pytest.approx(0.125, abs=1e-7)
-
-
-def test_orders_are_of_particles(client: TestClient) -> None:
-    body = {"model": "mood", "uncertainty": {"orders": 2, "predictive": "linearized"}}
-    assert error_of(decide(client, **body), 400)["param"] == "uncertainty.orders"
-    (one,) = answers(client, model="mood", questions=[LATE], uncertainty={"orders": 2})
-    assert one["uncertainty"]["predictive"] == "mixture"
-
-
-def test_letters_follow_the_order() -> None:
-    question = read(QUESTION, MOOD, "question")
-    row = fields("x", question, "letters", [2, 0, 1])
-    assert row["options"].splitlines() == ["- A: true (boolean)", "- B: glad: likes it", "- C: true"]
-    assert names(question, "letters", [2, 0, 1]) == ["B", "C", "A"]
 
 
 def test_the_options_of_all_questions_are_bounded(client: TestClient, engine: fakes.Engine) -> None:
