@@ -178,7 +178,8 @@ class Posterior:
         Args:
             inputs: mappings of the template's fields, or texts where it has one field. With `choices`, where the task
                 has no answers of its own. For decisions: `input` and `question`, as the training rows.
-            predictive: "linearized" (default of a Laplace posterior), "mixture" (default of particles) or "map".
+            predictive: "linearized" (default of a Laplace posterior), "mixture" (default of particles) or "map"; None:
+                the default, or what `calibrate` chose.
             particles: of the mixture; None: 8, or all of the folder.
 
         Raises:
@@ -220,12 +221,13 @@ class Posterior:
 
     def calibrate(self, rows: Rows, settings: Calibration | None = None) -> list[Record]:
         """Calibration records of one predictive, from held-out rows: one, or of decisions one for each kind of
-        question. They are written into the folder, and `predict` applies them where dtype and particles are those of
-        the prediction."""
+        question. Where the settings name no predictive, the rows choose it, and `predict` takes it by default. All is
+        written into the folder, and `predict` applies records where dtype and particles are those of the
+        prediction."""
         settings = settings or Calibration(device=self._device, dtype="float32")
         made = calibration.calibrate(self._stored, rows, base=self._base_spec, settings=settings)
         self._stored = artefact.load(self.path)
-        return [record for record, _ in made]
+        return [record for record, _ in made.records]
 
     def sample(self, n: int, *, seed: int = 0) -> list[lora.Theta]:
         """n adapters, each {matrix: tensor}: draws of a Laplace posterior, or the n heaviest particles."""

@@ -29,6 +29,7 @@ from posterior.files import atomic, objects
 from posterior.models.devices import Dtype
 
 FOLDER = "calibration"
+CHOICE = "served.json"  # which predictive was chosen (choice.py)
 PredictiveName = Literal["mixture", "linearized", "map"]
 QuestionKind = Literal["predicate", "choice", "score", "any"]
 
@@ -131,6 +132,8 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
     folder = folder.resolve()
     found: dict[Key, Record] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
+        if path.name == CHOICE:
+            continue
         if not path.resolve().is_relative_to(folder):
             raise PosteriorError(f"{path} leads outside the folder; refused")
         one, earlier = _read(path)
@@ -158,7 +161,7 @@ def is_record(path: Path) -> bool:
     """Whether a path inside a posterior folder is a calibration record's, or was left by a writer of one."""
     if path.parts[:1] != (FOLDER,) or len(path.parts) != 2:
         return False
-    return bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
+    return path.name == CHOICE or bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
 
 
 _FILE_NAME = re.compile(

@@ -21,12 +21,25 @@ FLOOR = 1e-12  # of a probability before its logarithm
 HOTTEST = 1e6  # the largest temperature that lowers a confidence
 STEPS = 50  # of Newton's method, at most: mostly under ten, a few more where p is nearly certain
 
-Method = Literal["temperature", "vector", "isotonic", "platt"]
+Method = Literal["none", "temperature", "vector", "isotonic", "platt"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Plain(Part):
+    """p as it is: the rows have shown that nothing makes it better."""
+
+    method: Literal["none"] = "none"
+
+    @classmethod
+    def fit(cls, _p: Tensor, _y: Tensor) -> Self:
+        return cls()
+
+    def apply(self, p: Tensor) -> Tensor:
+        return p
 
 
 class Temperature(Part):
@@ -148,9 +161,9 @@ class Platt(Part):
         return _with_confidence(p, torch.sigmoid(self.slope * _logit(p.max(-1).values) + self.intercept))
 
 
-Calibrator = Annotated[Temperature | Vector | Isotonic | Platt, Field(discriminator="method")]
-CALIBRATORS: Mapping[Method, type[Temperature | Vector | Isotonic | Platt]] = {
-    "temperature": Temperature, "vector": Vector, "isotonic": Isotonic, "platt": Platt,
+Calibrator = Annotated[Plain | Temperature | Vector | Isotonic | Platt, Field(discriminator="method")]
+CALIBRATORS: Mapping[Method, type[Plain | Temperature | Vector | Isotonic | Platt]] = {
+    "none": Plain, "temperature": Temperature, "vector": Vector, "isotonic": Isotonic, "platt": Platt,
 }  # fmt: skip
 
 

@@ -6,12 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
+from posterior.calibration.choice import Choice
 from posterior.calibration.conformal import MIN_ROWS
 from posterior.calibration.records import Record
 from posterior.cli import arguments, options
 from posterior.data.reading import FORMATS
-from posterior.evaluation.calibrate import Calibration, calibrate
-from posterior.evaluation.report import markdown
+from posterior.evaluation.calibrate import Calibrated, Calibration, calibrate
+from posterior.evaluation.report import markdown, markdown_rows
 from posterior.storage import artefact
 
 SETTINGS = {"calibrate": Calibration}
@@ -19,7 +20,8 @@ SETTINGS = {"calibrate": Calibration}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Calibrate one predictive of a choice posterior on held-out rows; the server applies the record it writes."
+        "Calibrate a posterior on held-out rows: compare its predictives and calibrators, and write a record of the "
+        "cheapest that is as good as the best. The server answers with it, and applies the record."
     )
     parser.add_argument("posterior", help="a posterior folder")
     parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
@@ -29,8 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for record, path in call(args):
+    found = call(args)
+    if found.choice is not None and not args.json:
+        print(comparison(found.choice) + "\n")
+    for record, path in found.records:
         show(record, path, as_json=args.json)
+
+
+def comparison(choice: Choice) -> str:
+    """What was compared, the least NLL first, and which was chosen."""
+    rows = [
+        [each.predictive, each.method, str(each.nll), "yes" if each.close else "no", str(each.evaluations)]
+        for each in sorted(choice.compared, key=lambda each: each.nll.value)
+    ]
+    heading = ["predictive", "calibrator", "NLL (cross-fitted)", "within one standard error", "evaluations an answer"]
+    table = markdown_rows([heading, *rows])
+    return f"{table}\n\nserved by default: {choice.predictive}, the cheapest within one standard error of the least NLL"
 
 
 def show(record: Record, path: Path, *, as_json: bool) -> None:
@@ -49,7 +65,7 @@ def show(record: Record, path: Path, *, as_json: bool) -> None:
 
 
 @arguments.in_options
-def call(args: argparse.Namespace) -> list[tuple[Record, Path]]:
+def call(args: argparse.Namespace) -> Calibrated:
     """The calibration that the options ask for."""
     settings = options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
     return calibrate(artefact.load(args.posterior), args.data, base=args.base, settings=settings)

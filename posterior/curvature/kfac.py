@@ -4,8 +4,9 @@ For a matrix W [out, in] with input a and output gradient g the Fisher is H = su
 - expand (Martens & Grosse 2015): H ~ (sum over positions of a a^T) (x) (sum over positions of E[g g^T]);
 - reduce (Eschenhagen et al. 2023, arXiv 2311.00636): H ~ (sum over n of abar abar^T) (x) (sum over n of
   E[ghat ghat^T]), abar the mean and ghat the sum over an example's positions.
-The expectation is over the model's own answers: exact for choices, as Lambda = diag(p) - p p^T factorises into C - 1
-columns (so C - 1 backward passes, one for two candidates); sampled tokens for text.
+The expectation is over the model's own answers: exact for choices of up to EXACT candidates, as Lambda = diag(p) -
+p p^T factorises into C - 1 columns (so C - 1 backward passes, one for two candidates); for more an unbiased estimate in
+as few columns; sampled tokens for text.
 
 One side of each matrix is r wide ("small"), the other d wide ("large"). The large factor is either kept whole, or in
 rank k from a Nystroem sketch Y = S Omega (Tropp et al. 2017, arXiv 1706.05736): memory O(d k), one pass, and, because
@@ -30,6 +31,7 @@ from posterior.curvature.diagonal import Diagonal, Entries, by_example
 from posterior.curvature.sketch import Sketch
 from posterior.data.examples import Batch
 from posterior.errors import PosteriorError
+from posterior.likelihood.directions import EXACT
 from posterior.likelihood.scores import Tape, arranged, draws, record, sampled_score, scores
 
 Sharing = Literal["expand", "reduce"]
@@ -225,7 +227,7 @@ def _gradients(
     f = scores(model, batch)
     if not bool(torch.isfinite(f).all()):
         raise PosteriorError("the scores are not finite: the adapter has diverged; lower the learning rate")
-    columns = fisher_columns(draws(f.detach(), batch))
+    columns = few(fisher_columns(draws(f.detach(), batch)), generator)
     for c in range(columns.shape[2]):
         yield tape.gradients(f, columns[:, :, c], keep=c + 1 < columns.shape[2])
 
@@ -240,6 +242,19 @@ def fisher_columns(f: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(fisher)
     columns: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
     return columns[:, :, 1:].to(f)
+
+
+def few(columns: Tensor, generator: torch.Generator) -> Tensor:
+    """Of columns L [B, C, D], by growing size, at most EXACT - 1, with the same E[L L^T].
+
+    The largest stay; the last is the sum of all others, each with a random sign. That has less variance than as many
+    sampled labels (benchmarks/options.py).
+    """
+    if columns.shape[2] < EXACT:
+        return columns
+    others, largest = columns.tensor_split([2 - EXACT], 2)
+    signs = torch.randint(0, 2, (len(others), others.shape[2], 1), generator=generator) * 2 - 1
+    return torch.cat([largest, others @ signs.to(others)], 2)
 
 
 def _exact_trace(a: Tensor, g: Tensor, batch: Batch) -> float:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from posterior.calibration import records
-from posterior.calibration.conformal import MIN_ROWS, Conformal, Score, prediction_set
-from posterior.calibration.metrics import Estimate, check, estimate
+from posterior.calibration.choice import Choice
+from posterior.calibration.conformal import MIN_ROWS, Score
+from posterior.calibration.measure import measure, usable
 from posterior.calibration.records import Key, PredictiveName, QuestionKind, Record
-from posterior.calibration.risk import Risk
-from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
+from posterior.calibration.scalers import CALIBRATORS, Method
 from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
+from posterior.evaluation.choosing import Predicted, compare
 from posterior.evaluation.evaluate import BATCH
 from posterior.evaluation.predictions import answer_count, linearized, map_scores, sampled
 from posterior.files import objects
 from posterior.laplace import linearized as linear
+from posterior.likelihood.directions import passes
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.models.devices import Dtype
@@ -33,7 +33,6 @@ from posterior.predictive.mixture import from_gaussian
 from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage import artefact
 
-FOLDS = 5  # of the cross-fitting: what is printed of a row comes from a calibration that did not see it
 PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws them
 
 
@@ -41,10 +40,16 @@ PARTICLES = 8  # of a Laplace posterior's mixture, as `posterior serve` draws th
 class Calibration(Settings):
     """Which predictive is calibrated, and how."""
 
-    method: Method = setting(
-        "temperature", "temperature: one number; vector: two an answer; platt, isotonic: of the top answer"
+    method: Method | None = setting(
+        None,
+        "temperature: one number; vector: two an answer; platt, isotonic: of the top answer; none: as it is (default: "
+        "the one of least cross-fitted NLL)",
     )
-    predictive: PredictiveName | None = setting(None, "which to calibrate (default: the served one)")
+    predictive: PredictiveName | None = setting(
+        None,
+        "which to calibrate (default: all are compared, and the cheapest within one standard error of the least NLL is "
+        "calibrated and served by default)",
+    )
     particles: int | None = setting(
         None,
         f"of the mixture; another number is another calibration (default: {PARTICLES}, or all in the folder)",
@@ -68,11 +73,19 @@ class Calibration(Settings):
         devices.check(self.device)
 
 
+class Calibrated(NamedTuple):
+    """The records, where each was written, and the choice of the predictive that is served by default, if it was left
+    open."""
+
+    records: list[tuple[Record, Path]]
+    choice: Choice | None
+
+
 def calibrate(
     posterior: artefact.Posterior, rows: Rows, *, base: str | None = None, settings: Calibration | None = None
-) -> list[tuple[Record, Path]]:
-    """The records, and where in the posterior's folder they were written: one, or of decisions one for each kind of
-    question (`kinds`).
+) -> Calibrated:
+    """Calibrate a predictive: the one that is named, or the one that held-out rows choose (choosing.py). There is one
+    record, or of decisions one for each kind of question (`kinds`).
 
     Args:
         posterior: of a task with candidate answers.
@@ -86,46 +99,84 @@ def calibrate(
     settings = settings or Calibration()
     posterior.check_open()
     data = read(rows)
-    predictive, k = _check(posterior, data, settings)
+    wanted = _check(posterior, data, settings)
     found = resolve(base or posterior.base_spec)
     posterior.check_base(found.hash)
     examples = _examples(posterior, found, data, source(rows))
-    y = torch.tensor([example.label for example in examples])
-    answers = posterior.task.answers
-    if posterior.task.kind == "choice":
-        answer_count(examples)  # the server knows a record of such rows by this number
-    if answers and len(set(y.tolist())) == 1:
-        raise PosteriorError(
-            f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
-        )
-    device = devices.check(settings.device)
-    dtype = settings.dtype or served_dtype(predictive, found, device)
-    model = lora.load_peft(load_model(found, getattr(torch, dtype), device), posterior.map_dir).eval()
-    p = probabilities(model, posterior, predictive, k, examples, settings.batch_size)
+    y, parts = _labels(posterior, examples), kinds(posterior.task, data)
+    counts = [len(example.continuations) for example in examples]
+    predicted = _predict(posterior, found, wanted, examples, settings)
+    methods = (settings.method,) if settings.method else _methods(posterior.task)
+    choice = None
+    if len(predicted) * len(methods) > 1:
+        compared = compare(predicted, y, parts, counts, methods)
+        choice = Choice.of(compared, posterior=posterior.hash, n=len(y), data=data_hash(data))
+    predictive, method = (choice.predictive, choice.method) if choice else (next(iter(wanted)), methods[0])
     key = Key(
         base=found.hash,
         posterior=posterior.hash,
         template=records.template_hash(posterior.task),
         predictive=predictive,
-        particles=k,
-        dtype=dtype,
+        particles=wanted[predictive],
+        dtype=predicted[predictive].dtype,
     )
     made = []
-    for kind, part in kinds(posterior.task, data).items():
-        counts = {len(examples[index].continuations) for index in part}
-        _check_method(settings.method, counts)
-        own = {"answers": max(counts)} if kind is None and not answers else {"question": kind}
+    for kind, part in parts.items():
+        widths = {counts[index] for index in part}
+        p = predicted[predictive].probability[part, : max(widths)]
+        usable(method, widths, p, y[part])
+        own = {"answers": max(widths)} if kind is None and not posterior.task.answers else {"question": kind}
         record = measure(
-            p[part, : max(counts)],
+            p,
             y[part],
-            method=settings.method,
+            method=method,
             score=settings.conformal,
             coverage=settings.coverage,
             key=key.model_copy(update=own),
             data=data_hash([data[index] for index in part]),
         )
         made.append(record)
-    return [(record, posterior.add(record)) for record in made]
+    choice = choice if settings.predictive is None else None
+    return Calibrated([(record, posterior.add(record)) for record in made], choice and posterior.choose(choice))
+
+
+def _labels(posterior: artefact.Posterior, examples: Examples) -> Tensor:
+    """[N]. Raises PosteriorError for rows that cannot calibrate."""
+    y, answers = torch.tensor([example.label for example in examples]), posterior.task.answers
+    if posterior.task.kind == "choice":
+        answer_count(examples)  # the server knows a record of such rows by this number
+    if answers and len(set(y.tolist())) == 1:
+        raise PosteriorError(
+            f"every row has the label {answers[int(y[0])]!r}; a calibration needs rows of at least two answers"
+        )
+    return y
+
+
+def _methods(task: Task) -> tuple[Method, ...]:
+    """The calibrators that suit the task."""
+    return tuple(method for method in CALIBRATORS if method != "vector" or task.answers)
+
+
+def _predict(
+    posterior: artefact.Posterior,
+    base: Base,
+    wanted: Mapping[PredictiveName, int],
+    examples: Examples,
+    settings: Calibration,
+) -> dict[PredictiveName, Predicted]:
+    """What each predictive says of the rows, in the dtype that the server computes it in."""
+    device = devices.check(settings.device)
+    most = max(len(example.continuations) for example in examples)
+    costs = {"map": 1, "mixture": wanted.get("mixture", 1), "linearized": 1 + passes(most)}
+    found: dict[PredictiveName, Predicted] = {}
+    dtypes = {name: settings.dtype or served_dtype(name, base, device) for name in wanted}
+    for dtype in dict.fromkeys(dtypes.values()):
+        model = lora.load_peft(load_model(base, getattr(torch, dtype), device), posterior.map_dir).eval()
+        for name, k in wanted.items():
+            if dtypes[name] == dtype:
+                p = probabilities(model, posterior, name, k, examples, settings.batch_size)
+                found[name] = Predicted(p, costs[name], dtype)
+    return found
 
 
 def kinds(task: Task, rows: Sequence[Row]) -> dict[QuestionKind | None, list[int]]:
@@ -138,13 +189,6 @@ def kinds(task: Task, rows: Sequence[Row]) -> dict[QuestionKind | None, list[int
         found.setdefault(task.question_of(row).type, []).append(index)
     enough = {kind: part for kind, part in found.items() if len(part) >= MIN_ROWS}
     return enough if enough.keys() == found.keys() else enough | {"any": list(range(len(rows)))}
-
-
-def _check_method(method: Method, counts: set[int]) -> None:
-    """Raises PosteriorError for one that needs equally many answers in every row."""
-    if len(counts) > 1 and method in ("temperature", "vector"):
-        numbers = " or ".join(map(str, sorted(counts)))
-        raise PosteriorError(f"the questions have {numbers} options; use the method platt or isotonic, which take both")
 
 
 def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> Examples:
@@ -188,44 +232,9 @@ def probabilities(
     return map_scores(model, examples, batch_size).softmax(1)
 
 
-def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str) -> Record:
-    """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]."""
-    check(p)
-    if method == "temperature" and bool((p.argmax(1) == y).all()):
-        raise PosteriorError(
-            f"all {len(y)} answers are right, so that no temperature is low enough; "
-            "give more rows, or use the method platt, which allows for mistakes not seen yet"
-        )
-    after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage)
-    return Record(
-        key=key,
-        calibrator=CALIBRATORS[method].fit(p, y),
-        conformal=Conformal.fit(score, p, y),
-        risk=None if method == "vector" else Risk.fit(p, y),
-        n=len(y),
-        data=data,
-        before=_defined(estimate(p.clamp(min=FLOOR), y)),
-        after=_defined(estimate(after.clamp(min=FLOOR), y)),
-        coverage=coverage,
-        sets={"covered": _share(sets.gather(1, y[:, None])), "size": _mean(sets.sum(1))},
-    )
-
-
-def cross_fit(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float) -> tuple[Tensor, Tensor]:
-    """Calibrated probabilities and prediction sets, both [N, C], each row's from the other folds' rows."""
-    from sklearn.model_selection import KFold
-
-    after, sets = torch.zeros_like(p), torch.zeros(p.shape, dtype=torch.bool)
-    for others, fold in KFold(FOLDS, shuffle=True, random_state=0).split(p):
-        calibrator = CALIBRATORS[method].fit(p[others], y[others])
-        conformal = Conformal.fit(score, p[others], y[others])
-        after[fold] = calibrator.apply(p[fold])
-        sets[fold] = prediction_set(calibrator, conformal, p[fold], coverage) & (p[fold] > 0)  # 0: not an option
-    return after, sets
-
-
-def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibration) -> tuple[PredictiveName, int]:
-    """The predictive and its number of particles. Raises PosteriorError for what cannot be calibrated."""
+def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibration) -> dict[PredictiveName, int]:
+    """The predictives to compare, each with its number of particles. Raises PosteriorError for what cannot be
+    calibrated."""
     if not posterior.task.has_candidates:
         raise PosteriorError(f"{posterior.name!r} is a text posterior; only candidate answers are calibrated")
     if posterior.task.answers is None and settings.method == "vector":
@@ -239,7 +248,11 @@ def _check(posterior: artefact.Posterior, rows: Sequence[Row], settings: Calibra
             f"{len(rows)} rows are too few to calibrate on: below {MIN_ROWS}, not even the largest score bounds 95 % "
             f"of all cases with 95 % confidence (0.95^{len(rows)} = {0.95 ** len(rows):.3f} > 0.05)"
         )
-    return choose(posterior, settings.predictive, settings.particles)
+    if settings.predictive is not None:
+        return dict([choose(posterior, settings.predictive, settings.particles)])
+    return dict(
+        choose(posterior, each, settings.particles if each == "mixture" else None) for each in posterior.predictives
+    )
 
 
 def choose(
@@ -247,9 +260,8 @@ def choose(
 ) -> tuple[PredictiveName, int]:
     """The predictive (None: the served one) and its number of particles. Raises PosteriorError for one that the
     posterior does not have."""
-    laplace = posterior.family == "laplace"
-    predictive: PredictiveName = wanted or ("linearized" if laplace else "mixture")
-    if predictive == "linearized" and not laplace:
+    predictive = wanted or posterior.predictives[0]
+    if predictive not in posterior.predictives:
         raise PosteriorError(f"{posterior.name!r} is made of particles, it has no linearized predictive; use mixture")
     if predictive != "mixture" and particles is not None:
         raise SettingError("{particles} belongs to {predictive} mixture; this is {given}", given=predictive)
@@ -268,26 +280,3 @@ def _particles(posterior: artefact.Posterior, predictive: PredictiveName, wanted
             "{particles} is {k}; {name!r} has {most}", k=k, name=posterior.name, most=len(posterior.weights)
         )
     return k
-
-
-def _defined(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    """Without those that have no value on these rows, like the AUROC where every answer is right."""
-    return {name: each for name, each in estimates.items() if not math.isnan(each.value)}
-
-
-def _share(hits: Tensor) -> Estimate:
-    """A share of rows with its exact binomial interval (Clopper & Pearson 1934)."""
-    from scipy.stats import binomtest
-
-    found = binomtest(int(hits.sum()), hits.numel())
-    low, high = found.proportion_ci()
-    return Estimate(float(found.statistic), float(low), float(high))
-
-
-def _mean(values: Tensor) -> Estimate:
-    """A mean over rows with its bootstrap interval."""
-    from scipy.stats import bootstrap
-
-    found = bootstrap((values.numpy(),), np.mean, n_resamples=1000, method="percentile", rng=0)
-    low, high = found.confidence_interval
-    return Estimate(float(values.double().mean()), float(low), float(high))

@@ -1,14 +1,14 @@
 """The linearised predictive: f(x) ~ N(f*(x), J P^-1 J^T) over the candidates' scores, exact under the Laplace
 covariance.
 
-The softmax ignores a common shift of the scores, so only differences to the first candidate matter: C - 1 backward
-passes. No Jacobian over base weights ever exists.
+The softmax ignores a common shift of the scores, so only differences to one candidate matter: C - 1 backward passes,
+and fewer of many candidates (posterior/likelihood/directions.py). No Jacobian over base weights ever exists.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from posterior.data.examples import ROWS, TOKENS, Batch, Example, Examples, batc
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise
+from posterior.likelihood.directions import differences, directions, movements
 from posterior.likelihood.footprint import measure
 from posterior.likelihood.scores import arranged, record, scores
 from posterior.models import lora
@@ -42,26 +43,30 @@ def moments(
     factors: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
     """Mean [B, C] of the scores and, at M multiples of the prior precision, covariance [M, B, C, C] of the scores
-    relative to the first candidate's (row and column 0 are 0). float64. Matrices that `covariance` does not name are
-    certain."""
-    f, parts = jacobians(model, {name: matrices[name] for name in covariance.precision}, batch)
-    return f, torch.nn.functional.pad(covariance.of_scores(parts, factors), (1, 0, 1, 0))
+    relative to one candidate's, whose row and column are 0: the first, or of many the most probable. float64. Matrices
+    that `covariance` does not name are certain."""
+    f, parts = jacobians(model, {name: matrices[name] for name in covariance.precision}, batch, directions)
+    found = covariance.of_scores(parts, factors)
+    moved = movements(f).to(found)
+    return f, moved @ found @ moved.mT
 
 
 def jacobians(
-    model: nn.Module, matrices: Mapping[str, nn.Linear], batch: Batch
+    model: nn.Module,
+    matrices: Mapping[str, nn.Linear],
+    batch: Batch,
+    wanted: Callable[[Tensor], Tensor] = differences,
 ) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
-    """Scores [B, C] in float64, and the Jacobians [B, C - 1, r, d] of their differences to the first candidate's, a
-    matrix at a time, oriented as lora.orient has them."""
+    """Scores f [B, C] in float64, and the Jacobians [B, D, r, d] of the combinations of them that `wanted(f)` [B, D, C]
+    holds, a matrix at a time, oriented as lora.orient has them."""
     batch = arranged(model, batch)
-    found: list[dict[str, Tensor]] = []  # of each candidate [B, r, d]: its gradients at all positions take more memory
+    found: list[dict[str, Tensor]] = []  # of each combination [B, r, d]: gradients at all positions take more memory
     with record(dict(matrices)) as tape:
         f = scores(model, batch)
-        width = f.shape[1]
-        for c in range(1, width):
-            gradients = tape.gradients(f, _difference(f, c), keep=c + 1 < width)
+        cotangents = wanted(f.detach()).to(f).unbind(1)
+        for number, cotangent in enumerate(cotangents, 1):
+            gradients = tape.gradients(f, cotangent, keep=number < len(cotangents))
             found.append({name: _jacobian(name, tape.inputs[name], gradients.pop(name), batch) for name in matrices})
-
     return f.detach().double(), ((name, torch.stack([each[name] for each in found], 1)) for name in matrices)
 
 
@@ -77,12 +82,6 @@ def predictives(
     """The linearised predictive of each example of a batch of choices."""
     mean, (spread,) = moments(model, matrices, covariance, batch)
     return [from_gaussian(f, each) for f, each in zip(mean.cpu(), spread.cpu(), strict=True)]
-
-
-def _difference(f: Tensor, c: int) -> Tensor:
-    cotangent = torch.zeros_like(f)
-    cotangent[:, c], cotangent[:, 0] = 1.0, -1.0
-    return cotangent
 
 
 class Linearizable(Protocol):

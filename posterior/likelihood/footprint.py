@@ -3,8 +3,8 @@ there.
 
 What a backward pass needs is kept from the forward pass: some tensors of each layer's width for every token, and with
 plain ("eager") attention some of every pair of tokens. How many depends on the architecture, so two short passes count
-them. Bytes = (token + square * length) * tokens of all rows, and for each candidate but the first its Jacobian; and for
-answers of several tokens the log-probabilities of the whole vocabulary at each of theirs.
+them. Bytes = (token + square * length) * tokens of all rows, and for each backward pass its Jacobian; and for answers
+of several tokens the log-probabilities of the whole vocabulary at each of theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from posterior.data.candidates import Candidates
 from posterior.data.examples import Example, Examples, collate
+from posterior.likelihood.directions import passes
 from posterior.likelihood.scores import branching, record, scores
 
 LENGTHS = (32, 96)  # tokens of the two passes
@@ -44,7 +45,7 @@ class Footprint:
         scored = 0 if example.single else sum(map(len, example.continuations))
         return MARGIN * (
             rows * length * (self.token + self.square * length)
-            + (len(example.continuations) - 1) * self.jacobian
+            + passes(len(example.continuations)) * self.jacobian
             + scored * self.words
         )
 

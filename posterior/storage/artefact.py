@@ -7,13 +7,15 @@ PEFT folder.
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
     full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
-    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py)
+    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), and which
+                          predictive it chose (choice.py)
 
 `hash` names the distribution: neither how it was made nor calibrations change it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -25,8 +27,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from posterior.calibration import records
-from posterior.calibration.records import Key, Record
+from posterior.calibration import choice, records
+from posterior.calibration.choice import Choice
+from posterior.calibration.records import Key, PredictiveName, Record
 from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Full
 from posterior.data.examples import Example, digests
@@ -43,6 +46,10 @@ from posterior.storage.record import ROWS
 from posterior.training.method import Family
 
 FULL = "full.safetensors"
+PREDICTIVES: Mapping[Family, tuple[PredictiveName, ...]] = {
+    "laplace": ("linearized", "mixture", "map"),
+    "particles": ("mixture", "map"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Posterior:
     fit: dict[str, Any]
     weights: tuple[float, ...]
     calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
+    choice: Choice | None = field(default=None, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -69,6 +77,14 @@ class Posterior:
     def covariance(self) -> blockwise.Covariance:
         """The covariance of family "laplace" that the linearised predictive uses."""
         return self.full or blockwise.Blocks(self.curvature, self.precision)
+
+    @property
+    def predictives(self) -> tuple[PredictiveName, ...]:
+        """Those of candidate answers, the default first: what held-out rows chose, or else the one that was best over
+        all sets measured (docs/results.md)."""
+        found = PREDICTIVES[self.family]
+        first = self.choice.predictive if self.choice else found[0]
+        return (first, *(name for name in found if name != first))
 
     @property
     def name(self) -> str:
@@ -153,13 +169,25 @@ class Posterior:
     def add(self, made: Record) -> Path:
         """Write a calibration record into the folder; returns where. Raises PosteriorError, also where the folder holds
         another posterior by now."""
+        with self._unchanged():
+            return records.save(self.path, made)
+
+    def choose(self, made: Choice) -> Choice:
+        """Write the choice of the default predictive into the folder. Raises PosteriorError as `add`."""
+        with self._unchanged():
+            choice.save(self.path, made)
+        return made
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Within, the folder is locked and holds this posterior. Raises PosteriorError."""
         try:
             with atomic.locked(self.path):
                 if record.read(self.path).hash != self.hash:
                     raise PosteriorError(
                         f"{self.path} was replaced while its calibration was computed; calibrate again"
                     )
-                return records.save(self.path, made)
+                yield
         except OSError as error:
             raise PosteriorError(f"cannot write into {self.path}: {error.strerror}; fix its permissions") from error
 
@@ -241,6 +269,7 @@ def load(folder: Path | str) -> Posterior:
             fit=dict(content["fit"]),
             weights=tuple(map(float, content["weights"])),
             calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
+            choice=choice.load(folder, posterior=found.hash, predictives=PREDICTIVES[family]),
             curvature=curvature,
             precision=precision,
             full=packing.unpack_full(folder / FULL, precision) if FULL in found.files else None,

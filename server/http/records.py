@@ -42,6 +42,7 @@ def _choice(judged: Judged, names: Sequence[Value]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "posterior": question.served.label,
         "predictive": question.predictive,
+        "chosen_by": question.chosen_by,
         "particles": p.particles,
         "answer": names[judged.best],
         "confidence": judged.confidence,

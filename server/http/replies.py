@@ -80,6 +80,7 @@ class Candidate(_Probable):
 class _Record(_Reply):
     posterior: str | None
     predictive: PredictiveName
+    chosen_by: Literal["request", "held-out rows", "default"]
     particles: int
     confidence: float
     calibrated: bool

@@ -17,6 +17,7 @@ from posterior.data import decisions
 from posterior.data.decisions import Choice, Predicate, Score
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
+from posterior.likelihood.directions import MOST
 from posterior.predictive.mixture import from_particles
 from server.engine import Usage
 from server.errors import Refused, first
@@ -209,10 +210,10 @@ def _within_bounds(asked: list[list[Question]], options: Uncertainty) -> list[li
     backward = sum(question.backward for question in each)
     if backward > MAX_BACKWARD:
         if options.predictive is not None:
-            count = sum(len(question.candidates) for question in each)
             raise Refused(
-                f"the linearised predictive takes {count} options - {len(each)} questions = {backward} backward "
-                f"passes; the limit is {MAX_BACKWARD}: ask fewer questions at a time, or for the predictive 'mixture'",
+                f"the linearised predictive takes up to {backward} backward passes for these {len(each)} questions "
+                f"(an option each but the first, {MOST} a question at most); the limit is {MAX_BACKWARD}: ask fewer "
+                "questions at a time, or for the predictive 'mixture'",
                 "uncertainty.predictive",
             )
         asked = [[replace(question, predictive="mixture") for question in orders] for orders in asked]

@@ -12,7 +12,7 @@ from posterior.predictive.decoding import Mixing
 MAX_ANSWERS = MAX_CANDIDATES  # per request
 MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
 MAX_OPTIONS = 8192  # of all questions of a request for decisions
-MAX_BACKWARD = 256  # backward passes of one request's decisions: each option but the first of a question takes one
+MAX_BACKWARD = 256  # backward passes of one request's decisions (posterior/laplace/linearized.py)
 MAX_ORDERS = 8  # of the options of a question
 MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
+from posterior.likelihood.directions import passes
 from posterior.models.base import Base
 from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
@@ -53,16 +54,24 @@ class Question:
         return self.options.particles or len(self.served.particles)
 
     @property
+    def chosen_by(self) -> Literal["request", "held-out rows", "default"]:
+        """Who has chosen the predictive."""
+        if self.options.predictive is not None:
+            return "request"
+        chosen = self.served.posterior and self.served.posterior.choice
+        return "held-out rows" if chosen and chosen.predictive == self.predictive else "default"
+
+    @property
     def evaluations(self) -> int:
         """Passes of the model that it takes, forward or backward."""
         if self.predictive == "linearized":
-            return len(self.prompts) * len(self.candidates)
+            return len(self.prompts) + self.backward
         return len(self.prompts) * self.particles * len(reads(self.candidates))
 
     @property
     def backward(self) -> int:
-        """Backward passes among them."""
-        return len(self.prompts) * (len(self.candidates) - 1) if self.predictive == "linearized" else 0
+        """Backward passes among them, at most."""
+        return len(self.prompts) * passes(len(self.candidates)) if self.predictive == "linearized" else 0
 
 
 @dataclass(frozen=True)

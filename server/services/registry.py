@@ -56,7 +56,7 @@ class Served:
         """The predictives this name can give for candidate answers, its default first."""
         if self.posterior is None or not self.particles:
             return ("map",)
-        return ("linearized", "mixture", "map") if self.posterior.family == "laplace" else ("mixture", "map")
+        return self.posterior.predictives
 
     @property
     def scoring(self) -> Scoring:

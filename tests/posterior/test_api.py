@@ -65,7 +65,7 @@ def test_predictions_are_those_of_the_evaluation(fitted: posterior.Posterior) ->
 
 def test_a_calibration_is_applied(fitted: posterior.Posterior) -> None:
     before = fitted.predict(["row 3"])[0]
-    (record,) = fitted.calibrate(HELD)
+    (record,) = fitted.calibrate(HELD, posterior.Calibration(predictive="linearized", dtype="float32", device="cpu"))
     after = fitted.predict(["row 3"])[0]
     assert fitted.calibrations == (record,) and after.calibrated and after.calibration == record
     torch.testing.assert_close(after.probability, record.apply(before.probability[None])[0])

@@ -80,8 +80,10 @@ def test_each_kind_of_question_has_its_calibration_or_shares_one(fitted: posteri
 
 def test_a_temperature_needs_questions_alike(fitted: posterior.Posterior) -> None:
     rows = held(CHOICE, ["a", "b", "c"], 30) + held(PREDICATE, [True, False], 30)
-    with pytest.raises(PosteriorError, match="the questions have 2 or 3 options; use the method platt or isotonic"):
-        fitted.calibrate(rows, posterior.Calibration(predictive="map"))
+    with pytest.raises(
+        PosteriorError, match="the questions have 2 or 3 options; use the method platt, isotonic or none"
+    ):
+        fitted.calibrate(rows, posterior.Calibration(predictive="map", method="temperature"))
 
 
 def test_isotonic_of_all_kinds_keeps_what_is_no_option_out(fitted: posterior.Posterior) -> None:

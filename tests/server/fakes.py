@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from posterior.calibration.choice import Choice
 from posterior.calibration.records import Key, Record
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task
 from posterior.models.base import Base
+from posterior.storage import artefact
 from server.engine import Adapter, Call, Kind, Scores, Usage
 from server.engine.gang import Text, Trace
 from server.errors import Refused
@@ -53,6 +55,9 @@ class Posterior:
     hash: str = "abcdef0123456789"
     task: Task = field(default_factory=lambda: Task("choice", "{text}\nSentiment:", (" negative", " positive")))
     calibration: dict[Key, Record] = field(default_factory=dict)
+    choice: Choice | None = None
+
+    predictives = artefact.Posterior.predictives
 
 
 def joined(content: Any) -> str:

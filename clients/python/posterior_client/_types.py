@@ -80,6 +80,7 @@ class Prediction(Uncertainty):
     particles: int
     effective_particles: float
     mc_error: float
+    chosen_by: Literal["request", "held-out rows", "default"] | None = None
     per_particle: tuple[tuple[float, ...], ...] | None = None
     prediction_set: tuple[str, ...] | None = None
 

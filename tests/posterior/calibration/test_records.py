@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from posterior.calibration import metrics, records, scalers
+from posterior.calibration.measure import cross_fit, measure
 from posterior.calibration.records import Key, Record
 from posterior.calibration.scalers import CALIBRATORS, Isotonic
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
-from posterior.evaluation.calibrate import cross_fit, measure
 from posterior.files import atomic
 from tests.posterior.calibration.made import KEY, TASK, draw, make
 

@@ -115,7 +115,7 @@ def test_every_method_gives_distributions_on_any_shape_and_certainty(method: sca
         assert torch.allclose(q.sum(-1), torch.ones(p.shape[:-1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("method", CALIBRATORS)
+@pytest.mark.parametrize("method", [method for method in CALIBRATORS if method != "none"])
 def test_calibration_helps_on_rows_it_did_not_see(method: scalers.Method) -> None:
     calibrator = CALIBRATORS[method].fit(*draw(1000))
     p, y = draw(4000, seed=1)

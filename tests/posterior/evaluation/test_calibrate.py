@@ -13,6 +13,7 @@ import torch
 
 from posterior.calibration import conformal, scalers
 from posterior.calibration.metrics import METRICS
+from posterior.calibration.records import Record
 from posterior.cli import calibrate, fit, inspect
 from posterior.data.examples import data_hash, encode
 from posterior.errors import PosteriorError
@@ -65,15 +66,16 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(tiny_base: Path) -> Any:
-    return lambda folder, data, *options: calibrate.call(
-        arguments(calibrate, folder, data, "--base", tiny_base, *options)
-    )
+    def call(folder: Path, data: Path, *options: Any) -> list[tuple[Record, Path]]:
+        return calibrate.call(arguments(calibrate, folder, data, "--base", tiny_base, *options)).records
+
+    return call
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ((), "linearized-1024-float32"),
+        (("--predictive", "linearized"), "linearized-1024-float32"),
         (("--predictive", "mixture", "--particles", 3, "--dtype", "float32"), "mixture-3-float32"),
         (("--predictive", "map", "--dtype", "float32"), "map-1-float32"),
     ],
@@ -118,7 +120,7 @@ def test_the_posterior_stays_the_same_one(folder: Path, data: Path, call: Any) -
     record = (folder / "posterior.json").read_bytes()
     before = artefact.load(folder)
     assert before.calibration == {}
-    call(folder, data)
+    call(folder, data, "--predictive", "linearized")
     assert inspect.describe(artefact.load(folder))["calibration"] == "1 record"
     call(folder, data, "--predictive", "map")
     after = artefact.load(folder)
@@ -165,17 +167,21 @@ def test_another_fit_in_the_folder_has_no_calibration(folder: Path, data: Path, 
     edit(folder, width=0.5)
     with pytest.raises(PosteriorError, match=f"{path.name} calibrates another posterior"):
         artefact.load(folder)
+    path.unlink()
+    with pytest.raises(PosteriorError, match="served.json chooses for another posterior; delete it"):
+        artefact.load(folder)
 
 
 def test_the_table_and_json(folder: Path, data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--conformal", "aps", "--coverage", 0.8))
+    named = ("--base", tiny_base, "--predictive", "linearized", "--method", "temperature")
+    calibrate.run(arguments(calibrate, folder, data, *named, "--conformal", "aps", "--coverage", 0.8))
     text = capsys.readouterr().out
     assert "| linearized |" in text and "| linearized, temperature (cross-fitted) |" in text
     assert (
         "prediction sets (aps) at coverage 0.8, cross-fitted: covered 0." in text
         and "linearized-1024-float32.json" in text
     )
-    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--json"))
+    calibrate.run(arguments(calibrate, folder, data, *named, "--json"))
     assert json.loads(capsys.readouterr().out)["calibrator"]["method"] == "temperature"
 
 
@@ -247,7 +253,8 @@ def test_rows_with_answers_of_their_own(
     y = torch.tensor([one["label"] for one in rows])
     assert p.shape == (ROWS, 3) and record.calibrator == scalers.Platt.fit(p, y)
     assert record.conformal == conformal.Conformal.fit("lac", p, y)
-    ((_, other),) = call(folder, write(data, [one | {"choices": [" p", " n"]} for one in rows]))
+    two = write(data, [one | {"choices": [" p", " n"]} for one in rows])
+    ((_, other),) = call(folder, two, "--predictive", "linearized")
     assert other.name == "linearized-1024-2-float32.json" and len(artefact.load(folder).calibration) == 2
 
 
@@ -273,5 +280,27 @@ def test_particle_posteriors(fitted: Path, tmp_path: Path, data: Path, call: Any
         call(tmp_path / "gang", data, "--predictive", "linearized")
     with pytest.raises(PosteriorError, match="--particles is 3; 'gang' has 2"):
         call(tmp_path / "gang", data, "--particles", 3)
-    ((record, path),) = call(tmp_path / "gang", data)
+    ((record, path),) = call(tmp_path / "gang", data, "--predictive", "mixture")
     assert path.name == "mixture-2-bfloat16.json" and record.key.particles == 2
+
+
+def test_the_rows_choose_the_predictive_that_is_served(
+    folder: Path, data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All predictives and calibrators are compared; what wins has a record, and is the folder's default."""
+    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--particles", 2))
+    posterior = artefact.load(folder)
+    choice = posterior.choice
+    assert choice is not None and choice.n == ROWS
+    compared = {(each.predictive, each.method) for each in choice.compared}
+    assert compared == {(p, m) for p in ("linearized", "mixture", "map") for m in scalers.CALIBRATORS}
+    assert {each.evaluations for each in choice.compared} == {1, 2}
+    (record,) = posterior.calibration.values()
+    assert (record.key.predictive, record.calibrator.method) == (choice.predictive, choice.method)
+    assert posterior.predictives[0] == choice.predictive
+    text = capsys.readouterr().out
+    assert text.count("\n| ") >= 15 and f"served by default: {choice.predictive}" in text
+    held = calibrate.call(
+        arguments(calibrate, folder, data, "--base", tiny_base, "--predictive", "mixture", "--method", "none")
+    )
+    assert held.choice is None and artefact.load(folder).choice == choice, "a named predictive changes no default"

@@ -118,13 +118,14 @@ def test_an_input_of_messages_and_calls(client: TestClient) -> None:
 def test_many_backward_passes_are_answered_by_the_mixture_unless_asked_for(
     client: TestClient, engine: fakes.Engine
 ) -> None:
-    few, many = [choice(33)] * 8, [choice(33)] * 8 + [LATE]
+    few, many = [choice(33)] * 16, [choice(33)] * 16 + [LATE]  # 16 passes each, whatever has more options
     assert answers(client, model="mood", questions=few)[0]["uncertainty"]["predictive"] == "linearized"
     found = answers(client, model="mood", questions=many)
     assert {each["uncertainty"]["predictive"] for each in found} == {"mixture"}
     engine.scored.clear()
     error = error_of(decide(client, model="mood", questions=many, uncertainty={"predictive": "linearized"}), 400)
-    assert "266 options - 9 questions = 257 backward passes; the limit is 256" in error["message"]
+    assert "up to 257 backward passes for these 17 questions" in error["message"]
+    assert "the limit is 256" in error["message"]
     assert error["param"] == "uncertainty.predictive" and engine.scored == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,17 @@ def test_the_python_client_reads_it(client: TestClient, service: Service) -> Non
     ).json()
     one = predictive_response(body).data[0]
     assert (one.calibrated, one.prediction_set, one.answers[0].uncalibrated) == (False, None, None)
+
+
+def test_what_held_out_rows_chose_is_the_default(client: TestClient, service: Service) -> None:
+    """The default changes with the choice, and answers say who chose their predictive."""
+    plain = ask(client, predictive=None, particles=None)
+    assert (plain["predictive"], plain["chosen_by"]) == ("linearized", "default")
+    posterior: Any = service.registry.served["mood"].posterior
+    posterior.choice = SimpleNamespace(predictive="map")
+    chosen = ask(client, predictive=None, particles=None)
+    assert (chosen["predictive"], chosen["chosen_by"]) == ("map", "held-out rows")
+    asked = ask(client, predictive="mixture")
+    assert (asked["predictive"], asked["chosen_by"]) == ("mixture", "request")
+    models = {each["id"]: each for each in client.get("/v1/models").json()["data"]}
+    assert models["mood"]["predictives"][0] == "map"
