@@ -18,7 +18,7 @@ NOISE = torch.randint(0, 2, (48,), generator=torch.Generator().manual_seed(0)).t
 
 @pytest.mark.parametrize(
     ("labels", "tried", "kept"),
-    [(NOISE, [8, 4, 2, 1], 2), ([0, 1] * 24, [8, 4, 16, 32], 32)],
+    [(NOISE, [8, 4, 2, 1], 2), ([0, 1] * 12, [8, 4, 16, 32], 32)],
     ids=["nothing to learn", "all to learn"],
 )
 def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
@@ -39,7 +39,8 @@ def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
 
 def test_an_interrupted_choice_goes_on(run_fit, tmp_path, monkeypatch):
     """Killed in the second training, of 4 epochs, the next run ends where an uninterrupted one does."""
-    options = {"epochs": "evidence", "learning_rate": 0.01}
+    rows = [{"text": f"row {index}", "label": y} for index, y in enumerate(NOISE[:12])]  # few epochs are tried
+    options = {"rows": rows, "epochs": "evidence", "learning_rate": 0.01}
     whole, original, calls = run_fit(tmp_path / "whole", **options), gaussian.measure, []
 
     def interrupted(*args, **kwargs):
