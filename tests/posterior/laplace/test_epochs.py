@@ -39,8 +39,7 @@ def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
 
 def test_an_interrupted_choice_goes_on(run_fit, tmp_path, monkeypatch):
     """Killed in the second training, of 4 epochs, the next run ends where an uninterrupted one does."""
-    rows = [{"text": f"row {index}", "label": y} for index, y in enumerate(NOISE[:12])]  # few epochs are tried
-    options = {"rows": rows, "epochs": "evidence", "learning_rate": 0.01}
+    options = {"epochs": "evidence", "learning_rate": 0.01}
     whole, original, calls = run_fit(tmp_path / "whole", **options), gaussian.measure, []
 
     def interrupted(*args, **kwargs):
