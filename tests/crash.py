@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from posterior.calibration import metrics
 from posterior.cli import calibrate, fit, imported
 from posterior.errors import PosteriorError
 from posterior.models.base import Base, resolve
@@ -178,6 +179,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there in children
     tqdm.set_lock(threading.RLock())  # its own is shared with children, and stays locked where one is killed
     tqdm.monitor_interval = 0
+    metrics.RESAMPLES = 20  # else nearly all of a calibration is its intervals, and few kills hit what it writes
     kills = int(os.environ.get("CRASHES", 200))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = crash(Place(Path(folder)), kills, seed=kills)

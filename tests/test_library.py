@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def test_the_example_runs_without_vllm(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     words = [str(EXAMPLE), "--base", str(base), "--epochs", "1", "--out", str(out)]
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_VLLM, *words], capture_output=True, text=True)
+    command, one_thread = [sys.executable, "-c", WITHOUT_VLLM, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, *rest = ended.stdout.splitlines()
     assert re.fullmatch(r"<Posterior reviews@[0-9a-f]{12}: laplace of base>", first), ended.stdout

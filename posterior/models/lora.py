@@ -7,20 +7,21 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.files.tensors import save_file
 from posterior.models import servable
+
+if TYPE_CHECKING:  # seconds of import that a server's front end and `posterior inspect` do not need
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 Theta = dict[str, Tensor]
 ADAPTER = "default"
@@ -39,6 +40,8 @@ def attach(
     base_id: str | None = None,
 ) -> PeftModel:
     """The base with a fresh adapter (A random, B zero), trainable in float32 whatever the base's dtype."""
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -59,6 +62,8 @@ def attach(
 
 def initialise(model: nn.Module, seed: int) -> None:
     """A fresh theta in place: A random as PEFT draws it, B zero."""
+    from peft.tuners.lora import LoraLayer
+
     torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -102,6 +107,8 @@ def put(model: nn.Module, theta: Mapping[str, Tensor], adapter: str = ADAPTER) -
 
 def load_peft(model: PreTrainedModel, folder: Path, *, name: str = ADAPTER) -> PeftModel:
     """The base with the adapter of a PEFT folder, frozen. Raises PosteriorError when it does not fit."""
+    from peft import PeftModel
+
     config = read_config(folder)
     theta = read_adapter(folder)
     try:

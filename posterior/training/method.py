@@ -6,10 +6,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
 
 from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Full
@@ -18,6 +17,9 @@ from posterior.likelihood.scores import log_likelihood
 from posterior.models import lora
 from posterior.settings import POSITIVE, Range, Settings, setting
 from posterior.training.map import Checkpoint, Training
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PRECISION = 10.0  # of B where no evidence chooses it: the Laplace's evidence finds 4 to 14 on yelp and SST-2
 EPOCHS = 8  # where nothing says how many

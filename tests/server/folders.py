@@ -24,13 +24,13 @@ CONFIG = {
 }  # fmt: skip
 
 
-LAYERS = 6  # of 30
+LAYERS = 3  # of 30
 
 
 def cut_base(root: Path) -> Base:
-    """The default base's first layers: its own weights, widths, heads and tokenizer, at a fifth of the time. For tests
+    """The default base's first layers: its own weights, widths, heads and tokenizer, at a tenth of the time. For tests
     that ask how parts work together, not how good the answers are."""
-    whole, folder = resolve(), root / "six-layers"
+    whole, folder = resolve(), root / "first-layers"
     shutil.copytree(whole.path, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     model: Any = load_model(whole, torch.bfloat16, "cpu")
     model.model.layers = model.model.layers[:LAYERS]

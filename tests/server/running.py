@@ -78,7 +78,20 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def launched(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The URL and process of a server of all posteriors in root/posteriors, up to the end of the block."""
+    """The URL and process of a server of all posteriors in root/posteriors, up to the end of the block, where it must
+    end as it should."""
+    with started(root, base, *options) as (url, process):
+        try:
+            yield url, process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            status, said = process.wait(60), (root / "log").read_text()
+            assert status == 0 and "leaked" not in said, said
+
+
+@contextlib.contextmanager
+def started(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same of a server that may end in any way, at the latest with the block."""
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
     command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
@@ -89,9 +102,8 @@ def launched(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpr
         _wait_until_ready(f"http://127.0.0.1:{port}", process, root / "log")
         yield f"http://127.0.0.1:{port}", process
     finally:
-        process.send_signal(signal.SIGTERM)
-        status, said = process.wait(60), (root / "log").read_text()
-        assert status == 0 and "leaked" not in said, said
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

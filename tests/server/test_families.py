@@ -4,6 +4,7 @@ real server: its answers are those of transformers + peft in this process."""
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from posterior import fitting
 from posterior.cli import fit
 from posterior.data.examples import encode
 from posterior.evaluation.predictions import linearized, sampled
@@ -60,6 +62,7 @@ def fitted(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(width, "DRAWS", 1)  # any width will do, and eight draws' one takes as long as all the rest
         patch.setattr(width, "TOLERANCE", 0.5)
+        patch.setattr(fitting, "load_tokenizer", functools.cache(load_tokenizer))  # half a second each time
         for name, options in FAMILIES.items():
             given = ("--adapter", str(root / "posteriors" / "laplace" / "map")) if name == "tfb" else training
             parser = argparse.ArgumentParser()
@@ -76,10 +79,17 @@ def url(base: Base, fitted: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def tokenizer(base: Base) -> Any:
+    return load_tokenizer(base)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_served_answers_are_those_of_the_fitted_posterior(base: Base, fitted: Path, url: str, name: str) -> None:
+def test_served_answers_are_those_of_the_fitted_posterior(
+    base: Base, tokenizer: Any, fitted: Path, url: str, name: str
+) -> None:
     posterior = artefact.load(fitted / "posteriors" / name)
-    rows = encode(posterior.task, load_tokenizer(base), [row | {"label": 0} for row in INPUTS])
+    rows = encode(posterior.task, tokenizer, [row | {"label": 0} for row in INPUTS])
     model: Any = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
     expected = {"mixture": sampled(model, posterior, K, rows)}
     if posterior.family == "laplace":

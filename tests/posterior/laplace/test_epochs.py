@@ -18,7 +18,7 @@ NOISE = torch.randint(0, 2, (48,), generator=torch.Generator().manual_seed(0)).t
 
 @pytest.mark.parametrize(
     ("labels", "tried", "kept"),
-    [(NOISE, [8, 4, 2, 1], 2), ([0, 1] * 24, [8, 4, 16, 32], 32)],
+    [(NOISE, [8, 4, 2, 1], 2), ([0, 1] * 12, [8, 4, 16, 32], 32)],
     ids=["nothing to learn", "all to learn"],
 )
 def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
