@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from posterior_client import Answer
-from posterior_client.ask import ASCII, WIDTH, bar
+from posterior_client._bars import ASCII, WIDTH, bar
 
 SHOWN = """\
 positive  (confidence 0.75, not calibrated)
