@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from openai.types.chat import ChatCompletion
 from posterior_client import (
     AsyncPosteriorClient,
     ChoiceAnswer,
@@ -141,3 +142,16 @@ def test_a_decision_without_uncertainty() -> None:
 
     with pytest.raises(ResponseError, match="this answer carries no `uncertainty`"):
         uncertainty_of(AnswerAnswerResourcePredicate(type="predicate", probability=0.5))
+
+
+def test_uncertainty_where_litellm_puts_it(stub: Any) -> None:
+    with OpenAI(base_url=stub.url, api_key="none") as client:
+        reply = client.chat.completions.create(
+            model="sentiment", messages=CHAT, extra_body={"uncertainty": {"answers": ["a", "b"]}}
+        )
+    body = reply.model_dump()
+    body["choices"][0]["provider_specific_fields"] = {"uncertainty": body["choices"][0].pop("uncertainty")}
+    moved = ChatCompletion.model_validate(body)
+    assert uncertainty_of(moved) == uncertainty_of(reply) == [uncertainty_of(moved.choices[0])]
+    body["choices"][0]["provider_specific_fields"] = None
+    assert uncertainty_of(ChatCompletion.model_validate(body)) == []

@@ -56,14 +56,21 @@ def uncertainty_of(
     if isinstance(response, AnyDecided):
         return _read(DecisionUncertainty, _record(response))
     if isinstance(response, AnyResponse):
-        return [uncertainty_of(choice) for choice in response.choices if hasattr(choice, "uncertainty")]
+        return [uncertainty_of(choice) for choice in response.choices if _given(choice) is not None]
     record = _record(response)
     kinds = {"answers": Prediction, "mixing": Text, "tokens": TextPart}
     return _read(next((kind for field, kind in kinds.items() if field in record), Uncertainty), record)
 
 
+def _given(part: AnyChoice | AnyDecided) -> dict[str, Any] | None:
+    """`uncertainty` as the server put it, or where LiteLLM puts what it does not know."""
+    fields = [getattr(part, "uncertainty", None), getattr(part, "provider_specific_fields", None)]
+    found: dict[str, Any] | None = fields[0] or (fields[1] or {}).get("uncertainty")
+    return found
+
+
 def _record(part: AnyChoice | AnyDecided) -> dict[str, Any]:
-    record: dict[str, Any] | None = getattr(part, "uncertainty", None)
+    record = _given(part)
     if record is None:
         what = "choice" if isinstance(part, AnyChoice) else "answer"
         raise ResponseError(f"this {what} carries no `uncertainty`: was it asked of a posterior?")
