@@ -1,17 +1,24 @@
 """A small server that answers like Posterior Server, on a real socket, for what is the client's own."""
 
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from tests.clients.asked import INPUT, KEY, QUESTIONS
+
+ROOT = Path(__file__).parents[2]
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
     "answer": " positive",
@@ -190,3 +197,27 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     running = Stub()
     with serving(build(running)) as running.url:
         yield running
+
+
+@pytest.fixture(scope="session")
+def api() -> Iterator[str]:
+    """The base URL of the real server's API. Where the tests' environment has no vLLM, $SERVER_PYTHON runs it."""
+    command = [os.environ["SERVER_PYTHON"], "-m", "tests.server.running"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    yield process.stdout.readline().strip() + "/v1"
+    process.stdin.close()
+    assert process.wait(120) == 0
+    process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def direct(api: str) -> Any:
+    """What the server says without anything between: its answers, as JSON."""
+    body = {"model": "mood", "input": INPUT, "questions": QUESTIONS}
+    reply = httpx.post(f"{api}/decisions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["answers"]
