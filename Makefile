@@ -33,9 +33,10 @@ oracles:
 	@ORACLES=1 $(SETUP)
 	.venv-oracles/bin/python -m pytest tests/oracles/run_*.py
 
-clients: setup
+clients: setup # LangChain and LiteLLM leave sockets of their async clients open
 	@CLIENTS=1 $(SETUP)
-	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest tests/clients/run_*.py
+	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest \
+	    -W ignore::ResourceWarning tests/clients/run_*.py
 
 docs:
 	@DOCS=1 $(SETUP)
