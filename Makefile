@@ -6,9 +6,10 @@
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
+# make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test oracles docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
+.PHONY: serve test oracles clients docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -31,6 +32,11 @@ check: setup
 oracles:
 	@ORACLES=1 $(SETUP)
 	.venv-oracles/bin/python -m pytest tests/oracles/run_*.py
+
+clients: setup # LangChain and LiteLLM leave sockets of their async clients open
+	@CLIENTS=1 $(SETUP)
+	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest \
+	    -W ignore::ResourceWarning tests/clients/run_*.py
 
 docs:
 	@DOCS=1 $(SETUP)
@@ -71,4 +77,4 @@ fuzz: setup
 	CASES=2000 $(BIN)/python -m pytest tests/server/http/test_fuzz.py
 
 clean:
-	rm -rf .venv .venv-oracles
+	rm -rf .venv .venv-oracles .venv-clients

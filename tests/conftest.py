@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The one real server, started when a test first asks for it."""
-    from tests.server.running import serving  # not before: pytest's own process, which runs no test, would wait for it
+    # Not before: pytest's own process, which runs no test, would wait for it.
+    from tests.server.running import OPTIONS, serving
 
-    with serving(tmp_path_factory.mktemp("serving"), "--dtype", "float32", "--tool-call-parser", "hermes") as running:
+    with serving(tmp_path_factory.mktemp("serving"), *OPTIONS) as running:
         yield running

@@ -17,6 +17,7 @@ from server.services.predictive import Service
 from server.services.warming import warm_up
 
 DRAIN_SECONDS = 30
+IDLE_SECONDS = 75  # of a connection; proxies close theirs first (nginx 60, aiohttp 15), else a request may meet the end
 WATCH_SECONDS = 0.5  # between looks at the engine
 
 
@@ -33,7 +34,10 @@ async def listen(app: FastAPI, listener: socket.socket, service: Service, when_r
 
     Raises PosteriorError when the warm-up fails, or the engine stops.
     """
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS)
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )  # fmt: skip
     server = Server(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,17 +1,24 @@
 """A small server that answers like Posterior Server, on a real socket, for what is the client's own."""
 
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from tests.clients.asked import INPUT, KEY, QUESTIONS
+
+ROOT = Path(__file__).parents[2]
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
     "answer": " positive",
@@ -30,6 +37,13 @@ RECORD: dict[str, Any] = {
     "mc_error": 0.0,
 }
 LAW = {"posterior": POSTERIOR, "predictive": "linearized", "particles": 8}
+DECISION_USAGE = {
+    "input_tokens": 7,
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens": 0,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 7,
+}
 MAP_TEXT = {"posterior": POSTERIOR, "predictive": "map", "calibrated": False}
 
 
@@ -120,7 +134,41 @@ def build(stub: Stub) -> FastAPI:
         last = {**base, "delta": {}, "finish_reason": "stop", **choice(body)}
         return events([{**head, "object": "chat.completion.chunk", "choices": [one]} for one in (first, last)])
 
+    @app.post("/v1/decisions")
+    async def decisions(request: Request) -> Any:
+        body = await request.json()
+        stub.bodies.append(body)
+        if body["model"] == "broken":
+            return {"id": "decision-1", "answers": []}
+        held = "max_risk" in body.get("uncertainty", {})
+        answers = [decided(question, held) for question in body["questions"]]
+        head = {"id": "decision-1", "object": "decision", "created": 1, "model": POSTERIOR}
+        return {**head, "answers": answers, "usage": {**DECISION_USAGE}}
+
     return app
+
+
+def decided(question: dict[str, Any], held: bool) -> dict[str, Any]:
+    """An answer that prefers the last option; if it is `held` back, a refusal, except of a predicate."""
+    kind = question["type"]
+    levels = question.get("levels", [])
+    choices = [each["value"] for each in question.get("choices", [])] or [*range(len(levels))] or [True, False]
+    p = [1 / 2 ** len(choices[1:])] + [1 / 2**number for number in range(len(choices) - 1, 0, -1)]
+    pairs = [*zip(choices, p, strict=True)]
+    options = [{**RECORD["answers"][0], "answer": one, "probability": each} for one, each in pairs]
+    record = {**LAW, **RECORD, "answer": choices[-1], "confidence": p[-1], "answers": options}
+    head = {"type": kind, "name": question.get("name"), "uncertainty": record}
+    if kind == "predicate":
+        return {**head, "probability": p[0]}
+    if held:
+        reason = "unfamiliar" if kind == "choice" else "ambiguous"
+        return {**head, "type": "refusal", "uncertainty": {**record, "reason": reason}}
+    if kind == "choice":
+        rows = [{"value": one, "probability": each} for one, each in pairs]
+        return {**head, "choice": choices[-1], "confidence": p[-1], "probabilities": rows}
+    rows = [{"label": level["label"], "value": n, "probability": p[n]} for n, level in enumerate(levels)]
+    score = sum(n * each for n, each in enumerate(p))
+    return {**head, "score": score, "confidence": p[-1], "probabilities": rows}
 
 
 def events(chunks: list[dict[str, Any]]) -> StreamingResponse:
@@ -149,3 +197,27 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     running = Stub()
     with serving(build(running)) as running.url:
         yield running
+
+
+@pytest.fixture(scope="session")
+def api() -> Iterator[str]:
+    """The base URL of the real server's API. Where the tests' environment has no vLLM, $SERVER_PYTHON runs it."""
+    command = [os.environ["SERVER_PYTHON"], "-m", "tests.server.running"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    yield process.stdout.readline().strip() + "/v1"
+    process.stdin.close()
+    assert process.wait(120) == 0
+    process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def direct(api: str) -> Any:
+    """What the server says without anything between: its answers, as JSON."""
+    body = {"model": "mood", "input": INPUT, "questions": QUESTIONS}
+    reply = httpx.post(f"{api}/decisions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["answers"]

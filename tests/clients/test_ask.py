@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from posterior_client import Answer
-from posterior_client.ask import ASCII, WIDTH, bar, main
+from posterior_client._bars import ASCII, WIDTH, bar
+from posterior_client.ask import main
 
 SHOWN = """\
 positive  (confidence 0.75, not calibrated)

@@ -8,13 +8,18 @@ import pytest
 from posterior_client import (
     AsyncPosteriorClient,
     AuthenticationError,
+    ChoiceAnswer,
     InvalidRequestError,
     ModelNotFoundError,
     PosteriorClient,
+    PredicateAnswer,
     Prediction,
+    Refusal,
+    ScoreAnswer,
     ServerError,
     Text,
     TextPart,
+    UncertaintyOptions,
     uncertainty_of,
 )
 
@@ -23,6 +28,7 @@ from server.metrics import Metrics
 from server.services.predictive import Service
 from tests.clients.conftest import serving
 from tests.server import fakes
+from tests.server.http.test_refusals import with_risk
 
 CHAT: list[Any] = [{"role": "user", "content": "was it good?"}]
 ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
@@ -125,6 +131,32 @@ def test_decisions_of_the_stock_client(client: PosteriorClient, url: str) -> Non
             return await other.openai.decisions.create(**options)
 
     assert asyncio.run(again()).answers == decision.answers
+
+
+def test_typed_decisions(client: PosteriorClient) -> None:
+    options: UncertaintyOptions = {"particles": 2, "coverage": 0.5, "per_particle": True, "orders": 2}
+    request: Any = {"model": "gang", "input": "It was good.", "questions": QUESTIONS}
+    good, mood, stars = client.decisions(**request, uncertainty=options).answers
+    assert isinstance(good, PredicateAnswer) and isinstance(mood, ChoiceAnswer) and isinstance(stars, ScoreAnswer)
+    assert [one.answer for one in mood.uncertainty.answers] == ["good", True]
+    for answer in (good, mood, stars):
+        found = answer.uncertainty
+        assert (found.particles, len(found.per_particle or ()), found.reason) == (2, 2, None)
+        assert found.orders is not None and found.orders.n == 2
+    decision = client.openai.decisions.create(**request)
+    assert uncertainty_of(decision) == [answer.uncertainty for answer in client.decisions(**request).answers]
+
+
+def test_a_refused_decision(client: PosteriorClient, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.state.service.registry.served["gang"].posterior, "calibration", {})
+    with_risk(400, app.state.service, split=0.99)
+    risk: UncertaintyOptions = {"max_risk": 0.05}
+    found = client.decisions(model="gang", input="It was good.", questions=QUESTIONS, uncertainty=risk)
+    assert all(isinstance(answer, Refusal) for answer in found.answers)
+    for answer in found.answers:
+        assert answer.uncertainty.calibrated and answer.uncertainty.calibration is not None
+        assert answer.uncertainty.reason in ("ambiguous", "unfamiliar")
+        assert set(answer.uncertainty.prediction_set or ()) <= {one.answer for one in answer.uncertainty.answers}
 
 
 def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:

@@ -4,6 +4,7 @@
 |------------------|--------------------------------------------------------------------------------------------|
 | `sh`, `python`   | `make test-docs` runs it, in the order of the page, where the block before left off        |
 | `json`           | shown output: it parses, and the answer of the `sh` block before it holds the same values  |
+| `yaml`           | a configuration of another program, which tests/clients/run_litellm.py runs                |
 | `text`           | a formula, a tree, a picture: no line of it is a command                                   |
 
 A comment on the line above a block changes that:
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-RUN, SHOWN = ("sh", "python"), ("json", "text")
+RUN, SHOWN = ("sh", "python"), ("json", "yaml", "text")
 FENCE = re.compile(r" *```(\w*)")
 MARK = re.compile(r"<!-- (server|not run)(?:: (.+))? -->")
 

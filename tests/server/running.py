@@ -1,4 +1,7 @@
-"""A real server for tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key."""
+"""A real server for tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key.
+
+`python -m tests.server.running` prints its URL and runs until standard input ends: for tests of another environment.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from tests.server import folders
 
 PARTICLES = 3
 KEY = "test-key"
+OPTIONS = ("--dtype", "float32", "--tool-call-parser", "hermes")
 
 
 @dataclass(frozen=True)
@@ -114,3 +119,9 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
                 return
         time.sleep(0.5)
     pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *OPTIONS) as running:
+        print(running.url, flush=True)
+        sys.stdin.read()

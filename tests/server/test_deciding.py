@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,11 +12,19 @@ import openai
 import pytest
 import torch
 from openai.types.decision import Decision
+from posterior_client import (
+    AsyncPosteriorClient,
+    DecisionResponse,
+    PosteriorClient,
+    PredicateAnswer,
+    uncertainty_of,
+)
 
 from posterior.data import decisions
 from posterior.data.task import Task
 from posterior.models import base as base_models
 from posterior.models import lora
+from server.cli import main
 from tests.server.running import KEY, PARTICLES, Running
 
 INPUT = "I waited an hour for the soup, and it was cold. The cake was wonderful. " * 3
@@ -70,6 +79,37 @@ def test_the_async_client_reads_the_same(sdk: openai.OpenAI, server: Running) ->
             return await client.decisions.create(model="mood", input=INPUT, questions=QUESTIONS)
 
     assert asyncio.run(decide()).answers == ask(sdk, "mood").answers
+
+
+def test_the_typed_client_reads_all_of_the_reply(sdk: openai.OpenAI, server: Running) -> None:
+    request: Any = {"model": "mood", "input": INPUT, "questions": [LATE]}
+    url, options = f"{server.url}/v1", {"coverage": 0.5}
+
+    async def decide() -> DecisionResponse:
+        async with AsyncPosteriorClient(url, KEY) as client:
+            return await client.decisions(**request, uncertainty=options)
+
+    with PosteriorClient(url, KEY) as client:
+        (late,) = client.decisions(**request, uncertainty=options).answers
+    stock = sdk.decisions.create(**request, extra_body={"uncertainty": options})
+    assert isinstance(late, PredicateAnswer) and late.probability == stock.answers[0].probability
+    assert [late.uncertainty] == uncertainty_of(stock) and asyncio.run(decide()).answers == (late,)
+
+
+def test_the_command_shows_the_reply(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POSTERIOR_API_KEY", KEY)
+    command = ["ask", INPUT, "--model", "mood", "--base-url", f"{server.url}/v1", "--predictive", "map"]
+    command += ["--predicate", LATE["instructions"]]
+    assert main([*command, "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"  yes  {answer['probability']:.3f}  " in shown and f"mood@{server.mood.hash[:12]}, map predictive" in shown
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--max-risk", ".05"])
+    assert "no calibration tells how often such answers are wrong" in capsys.readouterr().err
 
 
 def test_errors_are_the_clients_own(sdk: openai.OpenAI) -> None:

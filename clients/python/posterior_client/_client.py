@@ -1,25 +1,24 @@
 """`PosteriorClient` and its async twin: thin wrappers whose transport (retries, timeouts, auth) is the SDK's own."""
 
-import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Self
 
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.decision_create_params import InputUnionMember1, Question
 
-from posterior_client._exceptions import InputError, proxied, translated
+from posterior_client._decisions import DecisionResponse, UncertaintyOptions
+from posterior_client._exceptions import proxied, translated
+from posterior_client._request import body, settings
 from posterior_client._types import PredictiveName, PredictiveResponse
-from posterior_client._uncertainty import predictive_response
+from posterior_client._uncertainty import decision_response, predictive_response
 
-BASE_URL = "http://127.0.0.1:8000/v1"
+DecisionInput = str | Sequence[InputUnionMember1]
 
 
 class PosteriorClient:
-    """A Posterior Server, with `.openai` as the stock SDK client for chat, completions and models.
+    """A Posterior Server, with `.openai` as the stock SDK client for all of OpenAI's routes.
 
     Args:
         base_url: default $POSTERIOR_BASE_URL, else http://127.0.0.1:8000/v1.
@@ -39,7 +38,7 @@ class PosteriorClient:
         timeout: float = 600.0,
         max_retries: int = 2,
     ) -> None:
-        self.base_url, key = _settings(base_url, api_key)
+        self.base_url, key = settings(base_url, api_key)
         with proxied():
             self.openai = OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
 
@@ -74,9 +73,31 @@ class PosteriorClient:
             UnreachableError: no server there, or too slow.
             ResponseError: the answer is not a Posterior Server's.
         """
-        body = _body(locals())
+        sent = body(locals())
         with translated(self.base_url):
-            return predictive_response(self.openai.post("/predictive", cast_to=object, body=body))
+            return predictive_response(self.openai.post("/predictive", cast_to=object, body=sent))
+
+    def decisions(
+        self,
+        *,
+        model: str,
+        input: DecisionInput,
+        questions: Sequence[Question],
+        uncertainty: UncertaintyOptions | None = None,
+    ) -> DecisionResponse:
+        """The answer to typed questions about one input. What is None, the server decides.
+
+        Args:
+            model: a posterior's name.
+            input: a text, or messages, tool calls and their outputs, as OpenAI has them.
+            questions: predicates, choices and scores, as OpenAI has them.
+            uncertainty: how the posterior is averaged, and when a question is not to be answered.
+
+        Raises: as `predictive`.
+        """
+        sent = body(locals())
+        with translated(self.base_url):
+            return decision_response(self.openai.post("/decisions", cast_to=object, body=sent), len(questions))
 
     def close(self) -> None:
         """Close the connections."""
@@ -102,7 +123,7 @@ class AsyncPosteriorClient:
         timeout: float = 600.0,
         max_retries: int = 2,
     ) -> None:
-        self.base_url, key = _settings(base_url, api_key)
+        self.base_url, key = settings(base_url, api_key)
         with proxied():
             self.openai = AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
 
@@ -120,9 +141,22 @@ class AsyncPosteriorClient:
         coverage: float | None = None,
     ) -> PredictiveResponse:
         """`PosteriorClient.predictive`, awaited."""
-        body = _body(locals())
+        sent = body(locals())
         with translated(self.base_url):
-            return predictive_response(await self.openai.post("/predictive", cast_to=object, body=body))
+            return predictive_response(await self.openai.post("/predictive", cast_to=object, body=sent))
+
+    async def decisions(
+        self,
+        *,
+        model: str,
+        input: DecisionInput,
+        questions: Sequence[Question],
+        uncertainty: UncertaintyOptions | None = None,
+    ) -> DecisionResponse:
+        """`PosteriorClient.decisions`, awaited."""
+        sent = body(locals())
+        with translated(self.base_url):
+            return decision_response(await self.openai.post("/decisions", cast_to=object, body=sent), len(questions))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,58 +169,3 @@ class AsyncPosteriorClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _settings(base_url: str | None, api_key: str | None) -> tuple[str, str]:
-    base_url = base_url or os.environ.get("POSTERIOR_BASE_URL") or BASE_URL
-    # Without a key the SDK would send $OPENAI_API_KEY, a secret of someone else, to this server.
-    key = api_key or os.environ.get("POSTERIOR_API_KEY") or "none"
-    if not _is_url(base_url):
-        raise InputError(f"the base URL {base_url!r} is none; write it like {BASE_URL}")
-    if not (key.isascii() and key.isprintable()):
-        raise InputError("the API key holds characters that no HTTP header may have; use ASCII letters and digits")
-    return base_url, key
-
-
-def _is_url(text: str) -> bool:
-    try:
-        text.encode()
-        parts = urlsplit(text)
-        (parts.hostname or "").encode("idna")
-        return (
-            not re.search(r"\s", text)
-            and parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-        )
-    except ValueError:  # also what has no UTF-8, no number as its port, or a host that no name server knows
-        return False
-
-
-def _body(arguments: dict[str, Any]) -> dict[str, Any]:
-    body = {name: value for name, value in arguments.items() if name != "self" and value is not None}
-    for name, value in body.items():
-        _check(name, value)
-    return body
-
-
-def _check(name: str, value: object) -> None:
-    """Raises InputError for what JSON in UTF-8 cannot say, inside `value` too."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start]
-            raise InputError(
-                f"{name} holds {half!r}, half of a character or a byte that is not UTF-8; write it in UTF-8"
-            ) from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise InputError(f"{name} is {value}; give a finite number")
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            _check(name, key)
-            _check(name, each)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        for each in value:
-            _check(name, each)

@@ -8,20 +8,26 @@ PredictiveName = Literal["mixture", "linearized", "map"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One candidate answer: its posterior predictive probability and how far the weights leave it open.
+class Probable:
+    """The posterior predictive probability of an answer, and how far the weights leave it open.
 
     `variance` and `std` are those of p(answer | weights) under the posterior; `interval` is its
     central credible interval at the requested coverage. A calibrated `probability` moves none of the three;
     `uncalibrated` then is the posterior predictive probability itself.
     """
 
-    answer: str
     probability: float
     variance: float
     std: float
     interval: tuple[float, float]
     uncalibrated: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Probable):
+    """One candidate answer."""
+
+    answer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +67,16 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction(Uncertainty):
-    """The posterior predictive over a set of answers.
+class Predictive(Uncertainty):
+    """The posterior predictive over C answers.
 
-    `answers` [C] are in the order asked; `covariance` [C, C] is that of p(answer | weights);
     `per_particle` [K, C] is there when asked for; `mc_error` is the Monte-Carlo standard error of `confidence`.
-    Calibrated, `answer`, `confidence`, `logprob` and the probabilities of `answers` come from the calibration, all
-    else from the posterior itself; `prediction_set` then holds the true answer at the requested coverage.
+    Calibrated, the answer, `confidence`, `logprob` and the probabilities come from the calibration, all else from the
+    posterior itself.
     """
 
-    answer: str
     confidence: float
     logprob: float
-    answers: tuple[Answer, ...]
-    covariance: tuple[tuple[float, ...], ...]
     entropy: Entropy
     variance: Variance
     particles: int
@@ -82,6 +84,19 @@ class Prediction(Uncertainty):
     mc_error: float
     chosen_by: Literal["request", "held-out rows", "default"] | None = None
     per_particle: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction(Predictive):
+    """The posterior predictive over candidate answers.
+
+    `answers` [C] are in the order asked; `covariance` [C, C] is that of p(answer | weights). `prediction_set`, where
+    there is a calibration, holds the true answer at the requested coverage.
+    """
+
+    answer: str
+    answers: tuple[Answer, ...]
+    covariance: tuple[tuple[float, ...], ...]
     prediction_set: tuple[str, ...] | None = None
 
 

@@ -1,45 +1,80 @@
 """From the server's JSON to the frozen types."""
 
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from openai.types import Completion, CompletionChoice
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.decision import (
+    AnswerAnswerResourceChoice,
+    AnswerAnswerResourcePredicate,
+    AnswerAnswerResourceRefusal,
+    AnswerAnswerResourceScore,
+    Decision,
+)
 from pydantic import TypeAdapter, ValidationError
 
+from posterior_client._decisions import DecisionResponse, DecisionUncertainty
 from posterior_client._exceptions import ResponseError
 from posterior_client._types import Prediction, PredictiveResponse, Text, TextPart, Uncertainty
 
 AnyResponse = ChatCompletion | ChatCompletionChunk | Completion
 AnyChoice = Choice | ChunkChoice | CompletionChoice
+AnyDecided = (
+    AnswerAnswerResourcePredicate | AnswerAnswerResourceChoice | AnswerAnswerResourceScore | AnswerAnswerResourceRefusal
+)
 T = TypeVar("T")
 
 
 @overload
+def uncertainty_of(response: Decision) -> list[DecisionUncertainty]: ...
+@overload
+def uncertainty_of(response: AnyDecided) -> DecisionUncertainty: ...
+@overload
 def uncertainty_of(response: AnyResponse) -> list[Uncertainty]: ...
 @overload
 def uncertainty_of(response: AnyChoice) -> Uncertainty: ...
-def uncertainty_of(response: AnyResponse | AnyChoice) -> list[Uncertainty] | Uncertainty:
-    """Read `uncertainty` from a stock `openai` response, stream chunk or choice.
+def uncertainty_of(
+    response: AnyResponse | AnyChoice | Decision | AnyDecided,
+) -> list[Uncertainty] | list[DecisionUncertainty] | Uncertainty:
+    """Read `uncertainty` from a stock `openai` response, stream chunk or choice, or from a decision or its answer.
 
     Args:
         response: A response or chunk gives one entry for each choice that carries an `uncertainty`
-            (none for the base model's text, nor for a chunk without tokens); a choice gives its own.
+            (none for the base model's text, nor for a chunk without tokens); a choice gives its own. A decision gives
+            one entry for each answer, an answer its own.
 
-    Returns: a `Prediction` where the request named `answers`, a `Text` for text under the mixture (a `TextPart` for a
-        chunk before the last), a plain `Uncertainty` for text by the MAP.
+    Returns: a `DecisionUncertainty` of decisions. Else a `Prediction` where the request named `answers`, a `Text` for
+        text under the mixture (a `TextPart` for a chunk before the last), a plain `Uncertainty` for text by the MAP.
 
     Raises:
-        ResponseError: the choice carries no `uncertainty`, or one this client cannot read.
+        ResponseError: there is no `uncertainty`, or one this client cannot read.
     """
+    if isinstance(response, Decision):
+        return [_read(DecisionUncertainty, _record(answer)) for answer in response.answers]
+    if isinstance(response, AnyDecided):
+        return _read(DecisionUncertainty, _record(response))
     if isinstance(response, AnyResponse):
-        return [uncertainty_of(choice) for choice in response.choices if hasattr(choice, "uncertainty")]
-    record = getattr(response, "uncertainty", None)
-    if record is None:
-        raise ResponseError("this choice carries no `uncertainty`: was it asked of a posterior?")
+        return [uncertainty_of(choice) for choice in response.choices if _given(choice) is not None]
+    record = _record(response)
     kinds = {"answers": Prediction, "mixing": Text, "tokens": TextPart}
     return _read(next((kind for field, kind in kinds.items() if field in record), Uncertainty), record)
+
+
+def _given(part: AnyChoice | AnyDecided) -> dict[str, Any] | None:
+    """`uncertainty` as the server put it, or where LiteLLM puts what it does not know."""
+    fields = [getattr(part, "uncertainty", None), getattr(part, "provider_specific_fields", None)]
+    found: dict[str, Any] | None = fields[0] or (fields[1] or {}).get("uncertainty")
+    return found
+
+
+def _record(part: AnyChoice | AnyDecided) -> dict[str, Any]:
+    record = _given(part)
+    if record is None:
+        what = "choice" if isinstance(part, AnyChoice) else "answer"
+        raise ResponseError(f"this {what} carries no `uncertainty`: was it asked of a posterior?")
+    return record
 
 
 def predictive_response(body: object) -> PredictiveResponse:
@@ -49,6 +84,16 @@ def predictive_response(body: object) -> PredictiveResponse:
     # What holds for all rows is said once on the wire; each Prediction also stands alone.
     shared = {key: body.get(key) for key in ("posterior", "predictive", "particles")}
     return _read(PredictiveResponse, {**body, "data": [{**shared, **row} for row in body["data"]]})
+
+
+def decision_response(body: object, asked: int) -> DecisionResponse:
+    """Read the JSON answer of `POST /v1/decisions` to so many questions. Raises ResponseError when a field is missing
+    or wrong."""
+    if not isinstance(body, dict) or not isinstance(body.get("answers"), list):
+        raise ResponseError("the answer is no decision: is the base URL a Posterior Server's?")
+    if len(body["answers"]) != asked:
+        raise ResponseError(f"{asked} questions were asked, and {len(body['answers'])} answers came")
+    return _read(DecisionResponse, body)
 
 
 def _read(kind: type[T], record: object) -> T:
