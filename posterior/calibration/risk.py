@@ -9,7 +9,7 @@ exchangeable with those rows.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,25 @@ class Risk(Part):
             length = failed[0] if len(failed) else len(passed) - start
             best = max(best, start + length - 1 if length else -1)
         return None if best < 0 else self.confidence[ends[best]]
+
+
+class Held(NamedTuple):
+    """What an allowed error comes to. threshold: the least confidence that is answered, None where the held-out rows
+    prove none; answered: the share of test rows that have it; wrong: the share of those that are answered wrongly."""
+
+    allowed: float
+    threshold: float | None
+    answered: float
+    wrong: float
+
+    @classmethod
+    def of(cls, risk: Risk, allowed: float, p: Tensor, y: Tensor) -> Held:
+        """On test rows, probabilities [N, C] and labels [N]."""
+        threshold = risk.threshold(allowed)
+        confidence, answer = p.max(1)
+        kept = confidence >= (math.inf if threshold is None else threshold)
+        wrong = float((answer != y)[kept].double().mean()) if bool(kept.any()) else math.nan
+        return cls(allowed, threshold, float(kept.double().mean()), wrong)
 
 
 def needed(allowed: float) -> int:

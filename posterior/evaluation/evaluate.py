@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posterior.calibration.conformal import sets
 from posterior.calibration.metrics import estimate, ood_auroc
+from posterior.calibration.risk import Held, Risk
 from posterior.calibration.scalers import Temperature
 from posterior.data.examples import ROWS, Examples, data_hash, encode
 from posterior.data.reading import Rows, read, source
@@ -23,7 +24,7 @@ from posterior.evaluation.report import ENTROPIES, Report, Source
 from posterior.models import devices, lora
 from posterior.models.base import Base, context, load_model, load_tokenizer, resolve
 from posterior.models.devices import Dtype
-from posterior.settings import Range, Settings, setting
+from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage.artefact import Posterior
 
 BATCH = Range(1, 2**16)
@@ -35,10 +36,15 @@ class Evaluation(Settings):
 
     particles: int = setting(8, "of the sampled predictive, or all in the folder if it has fewer", Range(1, 1000))
     batch_size: int = setting(ROWS, "rows a forward pass, at most", BATCH)
+    max_risk: float = setting(
+        0.05, "share of wrong answers that is allowed among those given: which confidence it takes", Range(0, 1)
+    )
     dtype: Dtype = setting("float32", "of the base's weights")
     device: str | None = setting(None, devices.HELP)
 
     def __post_init__(self) -> None:
+        if not 0 < self.max_risk < 1:
+            raise SettingError("{max_risk} is {value}; it must lie between 0 and 1", value=self.max_risk)
         super().__post_init__()
         devices.check(self.device)
 
@@ -57,7 +63,8 @@ def evaluate(
     Args:
         posterior: of a choice task.
         rows: labelled rows that it was not fitted on, or the file that has them.
-        calibration: held-out rows for prediction sets, and for a temperature of the MAP, shown as a baseline.
+        calibration: held-out rows for prediction sets, for the confidence that `max_risk` takes, and for a temperature
+            of the MAP, shown as a baseline.
         ood: rows of another kind (labels are not read): does entropy tell them from the others?
         base: where the base is now; None: by the id in the posterior.
         settings: None: the defaults.
@@ -92,6 +99,12 @@ def evaluate(
         ood=other.source if other else None,
         table={name: estimate(each.probability, test.y) for name, each in at_test.items()},
         sets=_sets(at_held, held, at_test, test),
+        held={}
+        if held is None
+        else {
+            name: Held.of(Risk.fit(each.probability, held.y), settings.max_risk, at_test[name].probability, test.y)
+            for name, each in at_held.items()
+        },
         ood_auroc={
             name: {kind: ood_auroc(getattr(at_test[name], kind), getattr(each, kind)) for kind in ENTROPIES}
             for name, each in at_ood.items()

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from posterior.calibration import metrics
+from posterior.calibration.risk import Held
 
 Curves = Mapping[str, tuple[Tensor, Tensor]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito 2008: told apart by all
@@ -36,13 +37,18 @@ def reliability(curves: Curves) -> Figure:
     return figure
 
 
-def risk_coverage(curves: Curves) -> Figure:
-    """The share of wrong answers against the share of answers that are kept, the most confident first."""
+def risk_coverage(curves: Curves, held: Mapping[str, Held] | None = None) -> Figure:
+    """The share of wrong answers against the share of answers that are kept, the most confident first; and of each
+    curve the point where an allowed error, the horizontal line, makes it stop."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for name, style in _styles(curves):
         risk = metrics.risk_coverage(*curves[name])
         axes.plot(torch.arange(1, len(risk) + 1) / len(risk), risk, label=name, **style | {"marker": ""})
+        if held and name in held and held[name].threshold is not None:
+            axes.plot(held[name].answered, held[name].wrong, color=style["color"], marker="o", markersize=10)
+    for allowed in {each.allowed for each in (held or {}).values()}:
+        axes.axhline(allowed, color="grey", linewidth=1, label=f"allowed: {allowed:g}; a dot is where answers stop")
     axes.set(xlabel="coverage: share of answers kept", ylabel="risk: share of those that are wrong", xlim=(0, 1))
     axes.set(ylim=(0, None), title="Risk and coverage: lower is better")
     figure.legend(loc="outside right upper")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from posterior.calibration import metrics
 from posterior.calibration.metrics import COVERAGE, METRICS, Estimate
+from posterior.calibration.risk import Held
 from posterior.evaluation import plots
 from posterior.files import atomic
 
@@ -38,6 +39,11 @@ MEANING = {
     "covered": "The share of prediction sets that hold the true answer. A set lists all answers it takes to be right "
     f"for {100 * COVERAGE:g} % of rows like the calibration's, so it should be about that.",
     "size": "How many answers a prediction set lists on average. Fewer says more, at the same coverage.",
+    "threshold": "The least confidence at which a question is answered, so that the share of wrong answers among those "
+    "given is at most the one allowed, with 90 % probability over the calibration rows. - where those rows prove no "
+    "such confidence: calibrate with more, or allow more.",
+    "answered": "The share of test rows that have this confidence; the others are left to a person.",
+    "wrong": "The share of wrong answers among the test rows that are answered.",
     "OOD AUROC": "Is it less sure of rows of another kind? The probability that one has a larger entropy than a test "
     "row: 1 always, 0.5 no better than a coin. Total entropy is all uncertainty about the answer; the epistemic part "
     "is what more training data would take away, of which the MAP knows nothing.",
@@ -59,7 +65,8 @@ class Source:
 @dataclass(frozen=True)
 class Report:
     """One evaluation. posterior: {"name", "hash", "family"}; base: {"id", "revision", "hash"}; repeated: test rows that
-    are calibration rows too; table: methods x metrics; sets: (share that cover, mean size) of each method; ood_auroc:
+    are calibration rows too; table: methods x metrics; sets: (share that cover, mean size) of each method; held: of
+    each method, what the allowed error takes; ood_auroc:
     methods x ENTROPIES; curves: (probabilities [N, C], labels [N]) of each method; fit: the posterior's record."""
 
     posterior: Mapping[str, Any]
@@ -70,6 +77,7 @@ class Report:
     ood: Source | None
     table: Mapping[str, Mapping[str, Estimate]]
     sets: Mapping[str, tuple[float, float]]
+    held: Mapping[str, Held]
     ood_auroc: Mapping[str, Mapping[str, float]]
     curves: plots.Curves
     fit: Mapping[str, Any]
@@ -92,6 +100,7 @@ class Report:
                     method: {"coverage": COVERAGE, "covered": covered, "size": size}
                     for method, (covered, size) in self.sets.items()
                 },
+                "max_risk": {method: each._asdict() for method, each in self.held.items()},
                 "ood_auroc": self.ood_auroc,
                 "curves": {method: _curve(*curve) for method, curve in self.curves.items()},
                 "fit": self.fit,
@@ -105,6 +114,10 @@ class Report:
         if self.sets:
             sets = [[method, f"{covered:.3f}", f"{size:.3f}"] for method, (covered, size) in self.sets.items()]
             found.append([[f"prediction sets at coverage {COVERAGE:g}", "covered", "size"], *sets])
+        if self.held:
+            allowed = next(iter(self.held.values())).allowed
+            held = [[method, *_shares(each)] for method, each in self.held.items()]
+            found.append([[f"answers with an error of at most {allowed:g}", "threshold", "answered", "wrong"], *held])
         if self.ood_auroc:
             aurocs = [[name, *(f"{of[kind]:.3f}" for kind in ENTROPIES)] for name, of in self.ood_auroc.items()]
             found.append([["OOD AUROC", *(f"{kind} entropy" for kind in ENTROPIES)], *aurocs])
@@ -123,7 +136,7 @@ class Report:
         }
         pictures = {
             "reliability diagram": plots.reliability(self.curves),
-            "risk-coverage curve": plots.risk_coverage(self.curves),
+            "risk-coverage curve": plots.risk_coverage(self.curves, self.held),
         }
         page = PAGES.get_template("report.html").render(
             title=f"Evaluation of {self.posterior['name']}",
@@ -144,6 +157,13 @@ def cells(table: Mapping[str, Mapping[str, Estimate]], rows: int) -> list[list[s
     """Methods x metrics with their intervals, below a head; - for what is undefined."""
     body = [[name, *(str(found.get(metric, "-")) for metric in METRICS)] for name, found in table.items()]
     return [[f"{rows} rows", *METRICS], *body]
+
+
+def _shares(held: Held) -> list[str]:
+    """The cells of a method's answers; - where the rows prove no threshold."""
+    if held.threshold is None:
+        return ["-", "-", "-"]
+    return [f"{held.threshold:.3f}", f"{held.answered:.3f}", "-" if math.isnan(held.wrong) else f"{held.wrong:.3f}"]
 
 
 def _curve(p: Tensor, y: Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from posterior.calibration.risk import DELTA, STARTS, Risk, needed
+from posterior.calibration.risk import DELTA, STARTS, Held, Risk, needed
 
 
 def simulated(n: int, sharpness: float, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,3 +89,13 @@ def test_what_cannot_be_is_refused() -> None:
         Risk(confidence=(0.9,), right=(True, False))
     with pytest.raises(ValueError, match="descending"):
         Risk(confidence=(0.8, 0.9), right=(True, False))
+
+
+def test_what_an_allowed_error_comes_to_on_test_rows() -> None:
+    right = Risk(confidence=tuple(1 - i / 1000 for i in range(500)), right=(True,) * 500)
+    p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.51, 0.49]], dtype=torch.float64)
+    found = Held.of(right, 0.05, p, torch.tensor([0, 0, 1, 0]))
+    assert found == (0.05, 0.501, 1.0, 0.25)
+    few = Risk(confidence=(0.9,), right=(True,))
+    none = Held.of(few, 0.05, p, torch.tensor([0, 0, 1, 0]))
+    assert none.threshold is None and none.answered == 0 and np.isnan(none.wrong)

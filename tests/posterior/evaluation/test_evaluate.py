@@ -126,9 +126,10 @@ def test_markdown(run_fit, call, capsys):
     assert lines[0] == "| 40 rows | " + " | ".join(metrics.METRICS) + " |" and lines[1] == "|---" * 9 + "|"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| MAP", "| linearized", "| 3 particles"]
     call(posterior.path, FRESH, calibration=ROWS, ood=[{"text": "1 + 1"}, {"text": "2 x 3", "label": "six"}])
-    tables = capsys.readouterr().out.split("\n\n")[-2:]
+    tables = capsys.readouterr().out.split("\n\n")[-3:]
     assert [table.splitlines()[0] for table in tables] == [
         "| prediction sets at coverage 0.9 | covered | size |",
+        "| answers with an error of at most 0.05 | threshold | answered | wrong |",
         "| OOD AUROC | epistemic entropy | total entropy |",
     ]
 

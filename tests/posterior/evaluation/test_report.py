@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 from base64 import b64decode
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from posterior.calibration import metrics
+from posterior.calibration.risk import Held
 from posterior.cli import evaluate
 from posterior.errors import PosteriorError
 from posterior.evaluation import plots
@@ -24,6 +26,9 @@ from posterior.evaluation.report import MEANING, START, Report, Source
 from posterior.files import atomic
 
 ROWS = [{"text": f"a {'fine' if index % 3 else 'poor'} thing {index}", "label": index % 2} for index in range(40)]
+
+
+SETS, HELD = ("covered", "size"), ("threshold", "answered", "wrong")
 
 
 class Page(HTMLParser):
@@ -66,6 +71,7 @@ def make(**changes: Any) -> Report:
         "ood": None,
         "table": {"MAP": metrics.estimate(p, y, draws=10)},
         "sets": {},
+        "held": {},
         "ood_auroc": {},
         "curves": {"MAP": (p, y)},
         "fit": {"seconds": 1.5},
@@ -98,6 +104,7 @@ def test_the_page_of_a_tiny_posterior_has_the_numbers_of_json(run_fit, tiny_base
         shown = [f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" for found in estimates.values()]
         assert cells[start : start + len(metrics.METRICS)] == shown
     numbers = [value for found in facts["sets"].values() for value in (found["covered"], found["size"])]
+    assert all(found["threshold"] is None for found in facts["max_risk"].values()), "15 rows prove nothing"
     numbers += [value for found in facts["ood_auroc"].values() for value in (found["epistemic"], found["total"])]
     shown = [cell for cell in cells if re.fullmatch(r"\d+\.\d{3}", cell)]
     assert shown == [f"{value:.3f}" for value in numbers]
@@ -112,7 +119,7 @@ def test_the_page_of_a_tiny_posterior_has_the_numbers_of_json(run_fit, tiny_base
     ):
         assert fact in about
     assert "40 rows" in about and "15 test rows are among them" in about
-    assert set(MEANING) == set(metrics.METRICS) | {"covered", "size", "OOD AUROC"} <= set(page.text["dt"])
+    assert set(MEANING) == set(metrics.METRICS) | {*SETS, *HELD, "OOD AUROC"} <= set(page.text["dt"])
 
 
 def test_the_page_loads_nothing(tmp_path):
@@ -173,6 +180,18 @@ def test_plots_show_the_numbers():
         and axes.lines[0].get_ydata().tolist() == metrics.risk_coverage(p, y).tolist()
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["it"]
+
+
+def test_the_curve_shows_where_an_allowed_error_makes_it_stop():
+    p, y = draw()
+    found = {"it": Held(0.4, 0.7, 0.25, 0.3), "other": Held(0.4, None, 0.0, math.nan)}
+    (axes,) = plots.risk_coverage({"it": (p, y), "other": (p, y)}, found).axes
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert points == [[[0.25, 0.3]]], "one that no rows prove has no point"
+    assert axes.lines[-1].get_ydata() == [0.4, 0.4]
+    report = make(held=found)
+    assert report.tables()[1][1:] == [["it", "0.700", "0.250", "0.300"], ["other", "-", "-", "-"]]
+    assert report.to_json()["max_risk"]["other"] == {"allowed": 0.4, "threshold": None, "answered": 0.0, "wrong": None}
 
 
 def test_the_legend_of_as_many_methods_as_the_grid_has_hides_nothing():
