@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictStr,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -143,10 +145,22 @@ class Output(Item):
     output: str | Annotated[list[OutputPart], Field(min_length=1)]
 
 
-Input = (
-    Annotated[str, Field(min_length=1)]
-    | Annotated[list[Message | Assistant | FunctionCall | CustomCall | Output], Field(min_length=1)]
-)
+def _form(value: Any) -> str | None:
+    """Which of an input's two forms a value has: what is wrong with it is said of that one alone."""
+    if isinstance(value, list):
+        return "items"
+    return "text" if isinstance(value, str) else None
+
+
+Items = list[Message | Assistant | FunctionCall | CustomCall | Output]
+Input = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")] | Annotated[Items, Field(min_length=1), Tag("items")],
+    Discriminator(
+        _form,
+        custom_error_type="input_form",
+        custom_error_message="must be a text, or a list of messages, function calls and their outputs",
+    ),
+]
 Instructions = str | Annotated[list[Part], Field(min_length=1)]
 
 
