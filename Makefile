@@ -1,8 +1,8 @@
-# make serve   a server with the sentiment posterior on 127.0.0.1:8000 (makes the environment first)
+# make serve   a server with the shipped posteriors on 127.0.0.1:8000 (makes the environment first)
 # make test    the same environment: all checks and tests
 # make check   ruff and mypy only          make bench   the numbers in benchmarks/README.md
 # make grid    hours: every family of posteriors, cell by cell (GRID='--data FOLDER --sets yelp sst2 --seeds 0 1 2')
-# make fit     refit the shipped posterior make fit-check   fit it again elsewhere, and compare both
+# make fit     refit the shipped posteriors                 make fit-check   fit sentiment again elsewhere, and compare both
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
@@ -47,9 +47,11 @@ test-docs: setup
 
 SENTIMENT := benchmarks/data/yelp.train.jsonl --template '{text}\nSentiment:' --answers ' negative' ' positive' \
     --epochs 3 --curvature-rank 16
+SUPPORT := benchmarks/data/support.train.jsonl --task decision --epochs 4 --curvature-rank 16
 
 fit: setup
 	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment
+	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
 
 fit-check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
