@@ -15,6 +15,7 @@ from posterior_client._exceptions import (
 from posterior_client._types import (
     Answer,
     Entropy,
+    LeftOut,
     Particles,
     Prediction,
     PredictiveResponse,
@@ -35,6 +36,7 @@ __all__ = [
     "Entropy",
     "InputError",
     "InvalidRequestError",
+    "LeftOut",
     "ModelNotFoundError",
     "Particles",
     "PosteriorClient",

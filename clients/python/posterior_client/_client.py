@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, OpenAI
@@ -52,7 +52,7 @@ class PosteriorClient:
         messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
         answers: Sequence[str] | None = None,
         predictive: PredictiveName | None = None,
-        particles: int | None = None,
+        particles: int | Literal["auto"] | None = None,
         per_particle: bool | None = None,
         coverage: float | None = None,
     ) -> PredictiveResponse:
@@ -64,7 +64,7 @@ class PosteriorClient:
                 posterior was fitted with; raw text; or chats. The answers continue them.
             answers: candidate answers, exactly as they continue the prompt; default the task's own.
             predictive: which predictive; default the posterior's best.
-            particles: how many particles a mixture uses.
+            particles: how many particles a mixture uses; "auto": as many as each answer needs.
             per_particle: also return each particle's distribution.
             coverage: of the credible intervals, in (0, 1).
 
@@ -115,7 +115,7 @@ class AsyncPosteriorClient:
         messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
         answers: Sequence[str] | None = None,
         predictive: PredictiveName | None = None,
-        particles: int | None = None,
+        particles: int | Literal["auto"] | None = None,
         per_particle: bool | None = None,
         coverage: float | None = None,
     ) -> PredictiveResponse:

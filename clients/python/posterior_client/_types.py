@@ -61,6 +61,16 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """What the particles that `particles="auto"` did not use may change: a bound of the mean total variation, and one
+    of the probability of another answer."""
+
+    particles: int
+    total_variation: float
+    other_answer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction(Uncertainty):
     """The posterior predictive over a set of answers.
 
@@ -80,6 +90,7 @@ class Prediction(Uncertainty):
     particles: int
     effective_particles: float
     mc_error: float
+    left_out: LeftOut | None = None
     chosen_by: Literal["request", "held-out rows", "default"] | None = None
     per_particle: tuple[tuple[float, ...], ...] | None = None
     prediction_set: tuple[str, ...] | None = None
