@@ -36,7 +36,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
         "model": served.name,
         "posterior": served.label,
         "predictive": question.predictive,
-        "particles": answers[0].predictive.particles,
+        "particles": max(answer.predictive.particles for answer in answers),
         "data": [
             {"index": index, **answer_record(service.judge(question, answer))} for index, answer in enumerate(answers)
         ],

@@ -55,6 +55,8 @@ def _choice(judged: Judged, names: Sequence[Value]) -> dict[str, Any]:
         "effective_particles": p.effective_particles,
         "mc_error": float(p.mc_error[judged.best]),
     }
+    if (left_out := judged.answer.left_out) is not None:
+        record["left_out"] = asdict(left_out)
     if (inside := judged.prediction_set) is not None:
         record["prediction_set"] = [names[c] for c in inside]
     if question.options.per_particle and judged.answer.particles is not None:

@@ -77,6 +77,15 @@ class Candidate(_Probable):
     answer: str
 
 
+class LeftOut(BaseModel):
+    """How many particles were left out, and what they may change: a bound of the mean total variation, and one of the
+    probability of another answer."""
+
+    particles: int
+    total_variation: float
+    other_answer: float
+
+
 class _Record(_Reply):
     posterior: str | None
     predictive: PredictiveName
@@ -90,6 +99,7 @@ class _Record(_Reply):
     variance: Variance
     effective_particles: float
     mc_error: float
+    left_out: LeftOut | None = None
 
 
 class AnswerRecord(_Record):

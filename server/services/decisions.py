@@ -75,6 +75,12 @@ def within_risk(name: str, judged: Judged, allowed: float) -> Judged:
     part of the entropy is the reason. Raises Refused where no record can tell."""
     record, p = judged.calibration, judged.answer.predictive
     place = "uncertainty.max_risk"
+    if record is None and judged.question.auto:
+        raise Refused(
+            f"question {name}: 'max_risk' needs a calibration, which belongs to a number of particles; give that "
+            "number instead of 'auto', or leave out 'max_risk'",
+            place,
+        )
     if record is None:
         raise Refused(
             f"question {name}: no calibration tells how often such answers are wrong; make one of held-out rows with "
@@ -114,9 +120,7 @@ async def _answer(service: Service, orders: list[Question], unprompted: bool) ->
 
 def _average(found: Sequence[Answer], question: Question) -> Answer:
     """A mixture of the particles in every order: each particle's weight is shared by its orders."""
-    weights = torch.ones(1)
-    if question.predictive == "mixture":
-        weights = torch.tensor(question.served.weights[: question.particles])
+    weights = question.weights
     each = torch.stack([answer.particles for answer in found if answer.particles is not None])  # [orders, K, C]
     predictive = from_particles(each.flatten(0, 1).log(), weights.repeat(len(found)), question.options.coverage)
     means = torch.stack([answer.predictive.probability for answer in found])
@@ -179,6 +183,11 @@ def _ask(
 def _averaged(served: Served, options: Uncertainty) -> Uncertainty:
     """The options of a question that is asked in several orders: particles are averaged, so the mixture answers where
     nothing else was asked for. No calibration is of such an average. Raises Refused."""
+    if options.particles == "auto":
+        raise Refused(
+            "'orders' averages the same particles in every order; give a number of particles, not 'auto'",
+            "uncertainty.particles",
+        )
     if options.predictive == "linearized":
         raise Refused("'orders' averages particles; ask for the predictive 'mixture' or 'map'", "uncertainty.orders")
     if options.predictive is None and "mixture" in served.predictives:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from posterior.data.candidates import MAX_CANDIDATES
 from posterior.predictive.decoding import Mixing
@@ -31,8 +31,8 @@ class Uncertainty(BaseModel):
     predictive: PredictiveName | None = Field(
         default=None, description="how the posterior is averaged; the model's first"
     )
-    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = Field(
-        default=None, description="of the mixture; all"
+    particles: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | Literal["auto"] | None = Field(
+        default=None, description="of the mixture; all. 'auto': as many as the answer needs"
     )
     answers: Annotated[list[str], Field(min_length=2, max_length=MAX_ANSWERS)] | None = Field(
         default=None, description="candidate answers, each with its leading space if it has one"
@@ -45,6 +45,13 @@ class Uncertainty(BaseModel):
     tokens: bool | None = Field(
         default=None, description="of text: a record for each token; by default on streams only"
     )
+
+    @field_validator("particles", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"must be an integer or 'auto'; got {value[:20]!r}")
+        return value
 
 
 class DecisionUncertainty(Uncertainty):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -18,10 +18,12 @@ from posterior.errors import PosteriorError
 from posterior.likelihood.directions import passes
 from posterior.models.base import Base
 from posterior.models.devices import Dtype
+from posterior.predictive import sequential
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
-from server.engine import Engine
+from posterior.predictive.sequential import LeftOut
+from server.engine import Adapter, Engine
 from server.engine.scoring import reads
-from server.errors import NotFound, Refused
+from server.errors import NotFound, Refused, first
 from server.metrics import Metrics
 from server.services.messages import check_messages
 from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Reason, Uncertainty
@@ -48,10 +50,27 @@ class Question:
 
     @property
     def particles(self) -> int:
-        """How many adapters score the candidates; one where the predictive is not a mixture."""
+        """How many adapters score the candidates, at most; one where the predictive is not a mixture."""
         if self.predictive != "mixture":
             return 1
-        return self.options.particles or len(self.served.particles)
+        if self.auto:
+            return len(self.served.particles)
+        return int(self.options.particles or len(self.served.particles))
+
+    @property
+    def auto(self) -> bool:
+        """Whether each prompt stops at as many particles as its answer needs."""
+        return self.options.particles == "auto"
+
+    @property
+    def adapters(self) -> list[Adapter | None]:
+        """What scores the candidates, the heaviest particle first."""
+        return list(self.served.particles[: self.particles]) if self.predictive == "mixture" else [self.served.map]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Of the adapters."""
+        return torch.tensor(self.served.weights[: self.particles] if self.predictive == "mixture" else (1.0,))
 
     @property
     def chosen_by(self) -> Literal["request", "held-out rows", "default"]:
@@ -99,12 +118,13 @@ class Orders:
 class Answer:
     """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any;
     `unprompted` is None for the linearised predictive, which reads nothing but the candidates; `orders` where there is
-    but one."""
+    but one; `left_out` where as many particles as needed were asked for."""
 
     predictive: Predictive
     particles: torch.Tensor | None = None
     unprompted: Unprompted | None = None
     orders: Orders | None = None
+    left_out: LeftOut | None = None
 
 
 @dataclass(frozen=True)
@@ -215,22 +235,30 @@ class Service:
             return await asyncio.to_thread(
                 lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage)) for mean, cov in moments]
             )
-        if question.predictive == "map":
-            adapters, weights = [served.map], torch.ones(1)
-        else:
-            k = question.particles
-            adapters, weights = list(served.particles[:k]), torch.tensor(served.weights[:k])
-        found = await self.engine.score(question.prompts, question.candidates, adapters)  # [prompts, K, C] and [.., K]
-        lengths = torch.tensor([len(tokens) for tokens in question.candidates])
-        log_p = served.scoring.scores(found.log_p, lengths).log_softmax(-1)
-        return [
-            Answer(
-                from_particles(row, weights, options.coverage),
-                row.exp(),
-                unprompted(question.candidates, raw, top, weights),
-            )
-            for row, raw, top in zip(log_p, found.log_p, found.top, strict=True)
-        ]
+        if question.auto:
+            return await self._answer_by_stages(question)
+        found = await self.engine.score(question.prompts, question.candidates, question.adapters)
+        return [_answer(question, log_p, top) for log_p, top in zip(found.log_p, found.top, strict=True)]
+
+    async def _answer_by_stages(self, question: Question) -> list[Answer]:
+        """The answers by as many particles as each prompt needs, all prompts at once."""
+        try:
+            async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
+                tasks = [group.create_task(self._by_stages(question, prompt)) for prompt in question.prompts]
+        except ExceptionGroup as errors:
+            raise first(errors) from errors
+        return [task.result() for task in tasks]
+
+    async def _by_stages(self, question: Question, prompt: list[int]) -> Answer:
+        """The answer to one prompt: a stage of particles after the other, until those left out no longer matter."""
+        log_p, top = torch.empty(0, len(question.candidates)).double(), torch.empty(0, dtype=torch.long)
+        for n in sequential.stages(question.particles):
+            more = await self.engine.score([prompt], question.candidates, question.adapters[len(top) : n])
+            log_p, top = torch.cat([log_p, more.log_p[0]]), torch.cat([top, more.top[0]])
+            left_out = sequential.left_out(_normalised(question, log_p).exp(), question.weights)
+            if left_out.negligible:
+                break
+        return replace(_answer(question, log_p, top), left_out=left_out)
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
         """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
@@ -243,13 +271,16 @@ class Service:
         best = int(probability.argmax()) if chosen is None else chosen
         judged = Judged(question, answer, calibration, probability, best)
         self.metrics.count_answer(question.served.owner, question.predictive, p, judged.confidence)
+        if answer.left_out is not None:
+            self.metrics.particles.labels(question.served.owner).observe(p.particles)
         return judged
 
     def _calibration(self, question: Question, p: Predictive) -> Record | None:
         """The record made for exactly this base, posterior, template, predictive, number of particles and dtype, and
-        for so many answers where each question brings its own."""
+        for so many answers where each question brings its own. None is of as many particles as needed: prompts that
+        stop at one number are not like all prompts."""
         posterior = question.served.posterior
-        if posterior is None or question.template is None:
+        if posterior is None or question.template is None or question.auto:
             return None
         key = Key(
             base=self.base.hash,
@@ -323,6 +354,23 @@ class Service:
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
+def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor) -> Answer:
+    """The predictive of the first n adapters: log_p [n, C] and top [n] as in Scores."""
+    weights = question.weights[: len(top)]
+    own = _normalised(question, log_p)
+    return Answer(
+        from_particles(own, weights, question.options.coverage),
+        own.exp(),
+        unprompted(question.candidates, log_p, top, weights),
+    )
+
+
+def _normalised(question: Question, log_p: torch.Tensor) -> torch.Tensor:
+    """The logarithm of each adapter's probabilities of the candidates, [n, C], as the posterior scores them."""
+    lengths = torch.tensor([len(tokens) for tokens in question.candidates])
+    return question.served.scoring.scores(log_p, lengths).log_softmax(-1)
+
+
 def unprompted(candidates: Candidates, log_p: torch.Tensor, top: torch.Tensor, weights: torch.Tensor) -> Unprompted:
     """What K particles of these weights would write; log_p [K, C] of the candidates, top [K] the most probable token.
 
@@ -344,7 +392,7 @@ def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:
         )
     if name != "mixture" and options.particles is not None:
         raise Refused(f"'particles' belongs to the predictive 'mixture'; this is {name!r}", "particles")
-    if name == "mixture" and options.particles is not None and options.particles > len(served.particles):
+    if name == "mixture" and isinstance(options.particles, int) and options.particles > len(served.particles):
         raise Refused(
             f"particles is {options.particles}; this server holds {len(served.particles)} of {served.name!r}",
             "particles",

@@ -117,6 +117,12 @@ def writer(service: Service, served: Served, options: Uncertainty, wanted: Wante
             "distribution over them",
             "uncertainty.predictive",
         )
+    if options.particles == "auto":
+        raise Refused(
+            "particles 'auto' belongs to a choice among 'answers', and this is text; give a number of particles, or "
+            "give 'answers'",
+            "uncertainty.particles",
+        )
     unsaid = options.predictive is None and options.mixing is None
     alone = options.predictive == "map" or not served.particles or (unsaid and options.particles == 1)
     if alone:

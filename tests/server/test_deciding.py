@@ -134,6 +134,16 @@ def test_each_question_is_the_prompt_of_its_task(sdk: openai.OpenAI, server: Run
             assert got == pytest.approx(wanted, abs=1e-5)
 
 
+def test_auto_answers_by_the_first_particles(sdk: openai.OpenAI) -> None:
+    whole = ours(ask(sdk, "mood", predictive="mixture", per_particle=True))
+    auto = ours(ask(sdk, "mood", predictive="mixture", particles="auto", per_particle=True))
+    for every, some in zip(whole, auto, strict=True):
+        n = some["particles"]
+        assert 2 <= n == PARTICLES - some["left_out"]["particles"]
+        for p, expected in zip(some["per_particle"], every["per_particle"][:n], strict=True):
+            assert p == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize(("predictive", "tolerance"), [("linearized", 0.0), ("mixture", 1e-5), ("map", 1e-5)])
 def test_the_same_request_gives_the_same_numbers_whatever_is_asked_meanwhile(
     sdk: openai.OpenAI, server: Running, predictive: str, tolerance: float

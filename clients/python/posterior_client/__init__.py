@@ -30,6 +30,7 @@ from posterior_client._exceptions import (
 from posterior_client._types import (
     Answer,
     Entropy,
+    LeftOut,
     Particles,
     Prediction,
     Predictive,
@@ -58,6 +59,7 @@ __all__ = [
     "Entropy",
     "InputError",
     "InvalidRequestError",
+    "LeftOut",
     "LevelProbability",
     "ModelNotFoundError",
     "Option",

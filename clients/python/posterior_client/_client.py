@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -51,7 +51,7 @@ class PosteriorClient:
         messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
         answers: Sequence[str] | None = None,
         predictive: PredictiveName | None = None,
-        particles: int | None = None,
+        particles: int | Literal["auto"] | None = None,
         per_particle: bool | None = None,
         coverage: float | None = None,
     ) -> PredictiveResponse:
@@ -63,7 +63,7 @@ class PosteriorClient:
                 posterior was fitted with; raw text; or chats. The answers continue them.
             answers: candidate answers, exactly as they continue the prompt; default the task's own.
             predictive: which predictive; default the posterior's best.
-            particles: how many particles a mixture uses.
+            particles: how many particles a mixture uses; "auto": as many as each answer needs.
             per_particle: also return each particle's distribution.
             coverage: of the credible intervals, in (0, 1).
 
@@ -136,7 +136,7 @@ class AsyncPosteriorClient:
         messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
         answers: Sequence[str] | None = None,
         predictive: PredictiveName | None = None,
-        particles: int | None = None,
+        particles: int | Literal["auto"] | None = None,
         per_particle: bool | None = None,
         coverage: float | None = None,
     ) -> PredictiveResponse:

@@ -15,7 +15,7 @@ class UncertaintyOptions(TypedDict, total=False):
     """What a request for decisions may say of its uncertainty. What is left out, the server decides.
 
     predictive: which predictive; default the posterior's best.
-    particles: how many particles a mixture uses.
+    particles: how many particles a mixture uses; "auto": as many as the answer needs.
     per_particle: also return each particle's distribution.
     coverage: of the credible intervals and prediction sets, in (0, 1).
     max_risk: answer only where the error among answered questions is at most this, in (0, 1); else a `Refusal`.
@@ -23,7 +23,7 @@ class UncertaintyOptions(TypedDict, total=False):
     """
 
     predictive: PredictiveName
-    particles: int
+    particles: int | Literal["auto"]
     per_particle: bool
     coverage: float
     max_risk: float

@@ -67,6 +67,16 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """What the particles that `particles="auto"` did not use may change: a bound of the mean total variation, and one
+    of the probability of another answer."""
+
+    particles: int
+    total_variation: float
+    other_answer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Predictive(Uncertainty):
     """The posterior predictive over C answers.
 
@@ -82,6 +92,7 @@ class Predictive(Uncertainty):
     particles: int
     effective_particles: float
     mc_error: float
+    left_out: LeftOut | None = None
     chosen_by: Literal["request", "held-out rows", "default"] | None = None
     per_particle: tuple[tuple[float, ...], ...] | None = None
 

@@ -43,9 +43,7 @@ def test_orders_of_the_options_are_part_of_the_mixture(client: TestClient, engin
 def test_an_average_over_orders_by_hand() -> None:
     p = torch.tensor([[[0.7, 0.3], [0.6, 0.4]], [[0.3, 0.7], [0.4, 0.6]]], dtype=torch.float64)  # [orders, K, C]
     weights = torch.tensor([0.25, 0.75])
-    question: Any = SimpleNamespace(
-        predictive="mixture", particles=2, options=Uncertainty(), served=SimpleNamespace(weights=[0.25, 0.75])
-    )
+    question: Any = SimpleNamespace(predictive="mixture", weights=weights, options=Uncertainty())
     found = _average([Answer(from_particles(each.log(), weights), each) for each in p], question)
     torch.testing.assert_close(found.predictive.probability, torch.tensor([0.5, 0.5], dtype=torch.float64))
     aleatoric = sum(float(w * entropy(row)) / 2 for each in p for w, row in zip(weights, each, strict=True))
