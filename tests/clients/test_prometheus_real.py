@@ -75,12 +75,16 @@ def has_data(prometheus: str, target: dict[str, Any]) -> bool:
 
 
 def traffic(server: Running) -> None:
-    """One of everything the dashboard counts: every predictive of every posterior, text by the MAP, and a refusal."""
+    """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text by
+    the MAP, and a refusal."""
     with PosteriorClient(f"{server.url}/v1", KEY) as client:
         posteriors = [model for model in client.openai.models.list() if "mixture" in getattr(model, "predictives", ())]
         for model in posteriors:
             for predictive in model.predictives:  # type: ignore[attr-defined]
                 client.predictive(model=model.id, prompts=["It was"], answers=ANSWERS, predictive=predictive)
+            client.predictive(
+                model=model.id, prompts=["It was"], answers=ANSWERS, predictive="mixture", particles="auto"
+            )
             client.openai.completions.create(model=model.id, prompt="It was", max_tokens=2)
         with pytest.raises(InvalidRequestError):
             client.predictive(model=posteriors[0].id, prompts=["It was"], answers=[" same", " same"])
