@@ -78,8 +78,8 @@ class Candidate(_Probable):
 
 
 class LeftOut(BaseModel):
-    """How many particles were left out, and what they may change: a bound of the mean total variation, and one of the
-    probability of another answer."""
+    """How many particles were left out, and what the stop was decided by: estimates of the total variation from all
+    particles and of the probability of another answer. After a stop they are too low."""
 
     particles: int
     total_variation: float

@@ -68,8 +68,8 @@ class Uncertainty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """What the particles that `particles="auto"` did not use may change: a bound of the mean total variation, and one
-    of the probability of another answer."""
+    """The particles that `particles="auto"` did not use, and what the stop was decided by: estimates of the total
+    variation from all particles and of the probability of another answer. After a stop they are too low."""
 
     particles: int
     total_variation: float
