@@ -12,8 +12,8 @@ no distribution, only an order at random). s_c^2 is estimated by the first n, wi
 
     total_variation   t sum_c s_c sqrt(D_n) / 2. The total variation of m_n from m is sum_c |m_c - m_nc| / 2, and E|x|
                       is at most the root of E x^2, so that at a fixed n this bounds its mean. t makes up in part for
-                      an s_c that is too small by chance: T_{n-1} is within t as often as a Gaussian draw is within 1. It is 1.84 at two
-                      particles, 1.32 at three, and falls to 1.
+                      an s_c that is too small by chance: T_{n-1} is within t as often as a Gaussian draw is within
+                      1. It is 1.84 at two particles, 1.32 at three, and falls to 1.
     other_answer      sum_b T_{n-1}(-g_b / (s_b sqrt(D_n))) over all answers b but the most probable one, where g_b is
                       the gap of their probabilities in m_n, s_b^2 the variance of the particles' gaps and T Student's
                       distribution: a bound of the probability that m prefers some b.
