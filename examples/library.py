@@ -29,7 +29,7 @@ def main() -> None:
         print(f"{name}: accuracy {scores['accuracy']}, negative log-likelihood {scores['nll']}")
 
     (record,) = fitted.calibrate(HERE / "held-out.csv")
-    print(f"calibrated on {record.n} rows by {record.calibrator.method}")
+    print(f"{record.n} rows chose {record.key.predictive}, calibrated by {record.calibrator.method}")
 
     for answer in fitted.predict(["The soup was cold.", "We were there on a Tuesday."]):
         doubt = f"{answer.predictive.total:.2f} nats of doubt, {answer.predictive.epistemic:.2f} of it the model's own"
