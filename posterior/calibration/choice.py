@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -55,10 +55,6 @@ class Choice(Part):
             posterior=posterior, predictive=best.predictive, method=best.method, n=n, data=data, compared=compared
         )
 
-    def summary(self) -> dict[str, Any]:
-        """What an answer says of it."""
-        return {"by": "held-out rows", "n": self.n, "data": self.data}
-
 
 def save(folder: Path, made: Choice) -> Path:
     """Write it into a posterior folder, atomically. Raises PosteriorError."""
@@ -72,6 +68,8 @@ def load(folder: Path, *, posterior: str, predictives: tuple[PredictiveName, ...
     path = folder / FOLDER / CHOICE
     if not path.exists():
         return None
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise PosteriorError(f"{path} leads outside the folder; refused")
     try:
         found = Choice.model_validate_json(json.dumps(objects.read(path)))
     except (ValidationError, OSError, ValueError):

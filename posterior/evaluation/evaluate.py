@@ -99,12 +99,7 @@ def evaluate(
         ood=other.source if other else None,
         table={name: estimate(each.probability, test.y) for name, each in at_test.items()},
         sets=_sets(at_held, held, at_test, test),
-        held={}
-        if held is None
-        else {
-            name: Held.of(Risk.fit(each.probability, held.y), settings.max_risk, at_test[name].probability, test.y)
-            for name, each in at_held.items()
-        },
+        held=_held(settings.max_risk, at_held, held, at_test, test),
         ood_auroc={
             name: {kind: ood_auroc(getattr(at_test[name], kind), getattr(each, kind)) for kind in ENTROPIES}
             for name, each in at_ood.items()
@@ -135,6 +130,22 @@ def _sets(
     if held is None:
         return {}
     return {name: sets(each.probability, held.y, at_test[name].probability, test.y) for name, each in at_held.items()}
+
+
+def _held(
+    allowed: float,
+    at_held: Mapping[str, Predictions],
+    held: TestRows | None,
+    at_test: Mapping[str, Predictions],
+    test: TestRows,
+) -> dict[str, Held]:
+    """What the allowed error comes to under each predictive."""
+    if held is None:
+        return {}
+    return {
+        name: Held.of(Risk.fit(each.probability, held.y), allowed, at_test[name].probability, test.y)
+        for name, each in at_held.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from server.http.schemas import ChatRequest, CompletionRequest
 from server.metrics import Observation
 from server.services.choices import Draw, choose
 from server.services.options import Uncertainty
-from server.services.predictive import Judged, Service
+from server.services.predictive import Service
+from server.services.questions import Judged
 from server.services.registry import Served
 
 # The fields that say how the prompt is read, which answer is drawn, and how it is sent.

@@ -13,7 +13,8 @@ from server.http.schemas import DecisionRequest
 from server.metrics import Observation
 from server.services.decisions import decide, within_risk
 from server.services.options import DecisionUncertainty
-from server.services.predictive import Judged, Service
+from server.services.predictive import Service
+from server.services.questions import Judged
 from server.validation import validated
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from posterior.data.decisions import Option, Value
 from posterior.predictive.decoding import TextPredictive
 from server.engine import Usage
-from server.services.predictive import Judged
+from server.services.questions import Judged
 from server.services.texts import Written
 
 MAX_COVARIANCE = 16  # options of a decision; the matrix of more would be most of the reply

@@ -15,7 +15,8 @@ from server.http.schemas import SystemOneChoice, SystemOneNoul, SystemOneRequest
 from server.metrics import Observation
 from server.services.decisions import decide
 from server.services.options import Uncertainty
-from server.services.predictive import Judged, Service
+from server.services.predictive import Service
+from server.services.questions import Judged
 from server.validation import validated
 
 MEDIA = ("images", "audio", "videos")

@@ -11,7 +11,8 @@ from server.engine import Kind, Usage
 from server.errors import Refused
 from server.metrics import Observation
 from server.services.options import Uncertainty
-from server.services.predictive import Answer, Judged, Question, Service
+from server.services.predictive import Service
+from server.services.questions import Answer, Judged, Question
 from server.services.registry import Served
 
 COLDEST = 1e-6  # below, a division may overflow, and nothing but the most probable answer is drawn anyway

@@ -23,7 +23,8 @@ from server.engine import Usage
 from server.errors import Refused, first
 from server.metrics import Observation
 from server.services.options import MAX_BACKWARD, MAX_OPTIONS, MAX_ORDERS, MAX_SEQUENCES, Uncertainty
-from server.services.predictive import Answer, Judged, Orders, Question, Service, predictive_name
+from server.services.predictive import Service, predictive_name
+from server.services.questions import Answer, Judged, Orders, Question
 from server.services.registry import Served
 
 FOREIGN = ("answers", "mixing", "tokens")  # of `uncertainty`: the questions bring their options, and nothing is written

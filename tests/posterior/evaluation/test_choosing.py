@@ -13,6 +13,7 @@ from posterior.calibration import choice
 from posterior.calibration.choice import Choice, Compared
 from posterior.calibration.measure import cross_fit
 from posterior.calibration.metrics import Estimate
+from posterior.calibration.records import QuestionKind
 from posterior.errors import PosteriorError
 from posterior.evaluation.choosing import Predicted, compare
 
@@ -68,8 +69,8 @@ def test_a_kind_of_question_has_its_own_calibration(y: torch.Tensor) -> None:
     p = predicted(y, TOO_SURE)
     mixed = p.probability.clone()
     mixed[: N // 2] = predicted(y, 1.0).probability[: N // 2]
-    kinds = {"choice": range(N // 2), "any": range(N)}
-    (found,) = compare({"map": p._replace(probability=mixed)}, y, kinds, [3] * N, ("platt",))  # type: ignore[arg-type]
+    kinds: dict[QuestionKind | None, range] = {"choice": range(N // 2), "any": range(N)}
+    (found,) = compare({"map": p._replace(probability=mixed)}, y, kinds, [3] * N, ("platt",))
     loss = torch.empty(N, dtype=torch.float64)
     for part in (range(N), range(N // 2)):
         after, _ = cross_fit(mixed[list(part)], y[list(part)], method="platt")
@@ -89,8 +90,8 @@ def test_methods_that_rows_do_not_allow_are_left_out(y: torch.Tensor) -> None:
         )
 
 
-def made(predictive: str = "map") -> Choice:
-    one = Compared(predictive=predictive, method="none", nll=Estimate(0.5, 0.4, 0.6), excess=0, error=0, evaluations=1)  # type: ignore[arg-type]
+def made() -> Choice:
+    one = Compared(predictive="map", method="none", nll=Estimate(0.5, 0.4, 0.6), excess=0, error=0, evaluations=1)
     return Choice.of((one,), posterior="sha256:1", n=60, data="sha256:2")
 
 
@@ -117,3 +118,12 @@ def test_a_damaged_choice_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(PosteriorError, match="served.json is not what `posterior calibrate` wrote; delete it") as error:
         choice.load(tmp_path, posterior="sha256:1", predictives=("map",))
     assert "\n" not in str(error.value)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own" / "calibration").mkdir(parents=True)
+    (tmp_path / "calibration").mkdir()
+    elsewhere = choice.save(tmp_path, made())
+    (tmp_path / "own" / "calibration" / "served.json").symlink_to(elsewhere)
+    with pytest.raises(PosteriorError, match="leads outside the folder; refused"):
+        choice.load(tmp_path / "own", posterior="sha256:1", predictives=("map",))

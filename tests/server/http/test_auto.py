@@ -12,6 +12,7 @@ from posterior.calibration.records import Key, template_hash
 from posterior.predictive import sequential
 from posterior.predictive.mixture import from_particles
 from server.engine import Adapter, Scores
+from server.errors import EngineLost
 from server.services import predictive
 from server.services.predictive import Service
 from tests.server import fakes
@@ -146,9 +147,9 @@ def test_used_particles_are_counted(client: TestClient) -> None:
     assert 'posterior_auto_particles_sum{posterior="mood"} 4.0' in lines
 
 
-def test_a_failure_of_a_later_stage_is_the_requests(client: TestClient, engine: fakes.Engine) -> None:
-    from server.errors import EngineLost
-
+def test_a_failure_of_a_later_stage_is_the_requests(
+    client: TestClient, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     score = engine.score
 
     async def fails(prompts: Any, candidates: Any, adapters: list[Adapter]) -> Scores:
@@ -156,5 +157,5 @@ def test_a_failure_of_a_later_stage_is_the_requests(client: TestClient, engine: 
             raise EngineLost
         return await score(prompts, candidates, adapters)
 
-    engine.score = fails  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(engine, "score", fails)
     error_of(ask(client, prompts=[SURE, OPEN]), 503)

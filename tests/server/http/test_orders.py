@@ -13,7 +13,7 @@ from posterior.data.decisions import QUESTION, fields, names, read
 from posterior.predictive.mixture import entropy, from_particles
 from server.services.decisions import _average
 from server.services.options import Uncertainty
-from server.services.predictive import Answer
+from server.services.questions import Answer
 from tests.server import fakes
 from tests.server.conftest import error_of
 from tests.server.http.asking import LATE, MOOD, answers, decide
