@@ -13,6 +13,7 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 BATCH = (1, 2, 4, 8, 16, 32)
+FAMILIARITY = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PARTICLES = (2, 3, 4, 6, 8, 9, 13, 16, 32, 64, 128)
 
 
@@ -57,6 +58,13 @@ class Metrics:
         )
         self.total = Histogram(
             "posterior_total_entropy_nats", "Entropy of the predictive.", answer, registry=own, buckets=NATS
+        )
+        self.familiarity = Histogram(
+            "posterior_familiarity",
+            "Share of held-out rows that are at least as strange as the question.",
+            ("posterior",),
+            registry=own,
+            buckets=FAMILIARITY,
         )
         self.particles = Histogram(
             "posterior_auto_particles",

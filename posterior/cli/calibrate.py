@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         print(comparison(found.choice) + "\n")
     for record, path in found.records:
         show(record, path, as_json=args.json)
+    for path in [] if args.json else found.familiarity:
+        print(f"wrote {path}, which tells how familiar a question is")
 
 
 def comparison(choice: Choice) -> str:

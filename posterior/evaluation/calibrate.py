@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from posterior.calibration import records
 from posterior.calibration.choice import Choice
 from posterior.calibration.conformal import MIN_ROWS, Score
+from posterior.calibration.familiarity import About, Familiarity, adapter_of
 from posterior.calibration.measure import measure, usable
 from posterior.calibration.records import Key, PredictiveName, QuestionKind, Record
 from posterior.calibration.scalers import CALIBRATORS, Method
@@ -22,6 +23,7 @@ from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.evaluation.choosing import Predicted, compare
 from posterior.evaluation.evaluate import BATCH
+from posterior.evaluation.familiar import familiarity
 from posterior.evaluation.predictions import answer_count, linearized, map_scores, sampled
 from posterior.files import objects
 from posterior.laplace import linearized as linear
@@ -74,11 +76,12 @@ class Calibration(Settings):
 
 
 class Calibrated(NamedTuple):
-    """The records, where each was written, and the choice of the predictive that is served by default, if it was left
-    open."""
+    """The records, and where each was written; the choice of the predictive that is served by default, if it was left
+    open; and the files that tell what questions are familiar."""
 
     records: list[tuple[Record, Path]]
     choice: Choice | None
+    familiarity: list[Path]
 
 
 def calibrate(
@@ -137,7 +140,40 @@ def calibrate(
         )
         made.append(record)
     choice = choice if settings.predictive is None else None
-    return Calibrated([(record, posterior.add(record)) for record in made], choice and posterior.choose(choice))
+    familiar = _familiar(posterior, found, wanted, examples, data, settings)
+    return Calibrated(
+        [(record, posterior.add(record)) for record in made],
+        choice and posterior.choose(choice),
+        [posterior.compare_with(about, each) for about, each in familiar],
+    )
+
+
+def _familiar(
+    posterior: artefact.Posterior,
+    base: Base,
+    wanted: Iterable[PredictiveName],
+    examples: Examples,
+    rows: Sequence[Row],
+    settings: Calibration,
+) -> list[tuple[About, Familiarity]]:
+    """What questions are familiar, by the adapter that the server asks with each predictive: the first particle of a
+    mixture, else theta*, in the dtype of its engine."""
+    device = devices.check(settings.device)
+    dtype = settings.dtype or served_dtype("map", base, device)
+    model = lora.load_peft(load_model(base, getattr(torch, dtype), device), posterior.map_dir).eval()
+    found = []
+    for adapter in dict.fromkeys(adapter_of(name) for name in wanted):
+        about = About(
+            base=base.hash,
+            posterior=posterior.hash,
+            template=records.template_hash(posterior.task),
+            adapter=adapter,
+            dtype=dtype,
+            n=len(rows),
+            data=data_hash(rows),
+        )
+        found.append((about, familiarity(model, posterior, adapter, examples, rows, settings.batch_size)))
+    return found
 
 
 def _labels(posterior: artefact.Posterior, examples: Examples) -> Tensor:

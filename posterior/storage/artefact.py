@@ -7,8 +7,8 @@ PEFT folder.
     laplace.safetensors   curvature and prior precision of each matrix that is uncertain (family "laplace")
     full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
-    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), and which
-                          predictive it chose (choice.py)
+    calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), which
+                          predictive it chose (choice.py), and what questions are familiar (familiarity.py)
 
 `hash` names the distribution: neither how it was made nor calibrations change it.
 """
@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from posterior.calibration import choice, records
+from posterior.calibration import choice, familiarity, records
 from posterior.calibration.choice import Choice
+from posterior.calibration.familiarity import About, Familiarity
 from posterior.calibration.records import Key, PredictiveName, Record
 from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Full
@@ -68,6 +69,7 @@ class Posterior:
     weights: tuple[float, ...]
     calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     choice: Choice | None = field(default=None, repr=False)
+    familiarity: Mapping[familiarity.Key, Familiarity] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -178,6 +180,11 @@ class Posterior:
             choice.save(self.path, made)
         return made
 
+    def compare_with(self, about: About, made: Familiarity) -> Path:
+        """Write what questions are familiar into the folder; returns where. Raises PosteriorError as `add`."""
+        with self._unchanged():
+            return familiarity.save(self.path, about, made)
+
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Within, the folder is locked and holds this posterior. Raises PosteriorError."""
@@ -270,6 +277,7 @@ def load(folder: Path | str) -> Posterior:
             weights=tuple(map(float, content["weights"])),
             calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
             choice=choice.load(folder, posterior=found.hash, predictives=PREDICTIVES[family]),
+            familiarity=familiarity.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
             curvature=curvature,
             precision=precision,
             full=packing.unpack_full(folder / FULL, precision) if FULL in found.files else None,

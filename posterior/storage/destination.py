@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from posterior.calibration import records
+from posterior.calibration import familiarity, records
 from posterior.errors import PosteriorError
 from posterior.files import atomic
 from posterior.storage import record
@@ -63,7 +63,8 @@ def check_replaceable(folder: Path) -> None:
         ) from None
     own = {*listed, *(parent for path in listed for parent in path.parents), Path(records.FOLDER)}
     inside = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # of a posterior, never of a whole disk
-    foreign = [path for path in inside if path not in own and not records.is_record(path)]
+    ours = (records.is_record, familiarity.is_familiarity)
+    foreign = [path for path in inside if path not in own and not any(is_ours(path) for is_ours in ours)]
     if foreign:
         raise PosteriorError(
             f"{folder} holds {str(foreign[0])!r}, which is no part of a posterior; nothing was touched: choose another "

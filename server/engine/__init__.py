@@ -38,10 +38,12 @@ class Adapter:
 
 class Scores(NamedTuple):
     """log_p: log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]. top: the most probable next
-    token of each prompt, [prompts, adapters]."""
+    token of each prompt, [prompts, adapters]. states: what the LM head reads at each prompt's last token under the
+    first adapter, float32 [prompts, hidden size], if they were asked for."""
 
     log_p: torch.Tensor
     top: torch.Tensor
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,12 @@ class Engine(Protocol):
     dtype: str  # of the base's weights, like "bfloat16"
 
     async def score(
-        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Candidates,
+        adapters: Sequence[Adapter | None],
+        *,
+        states: bool = False,
     ) -> Scores:
         """Every candidate after every prompt under every adapter; None is the bare base."""
         ...

@@ -21,10 +21,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from posterior.data.candidates import Candidates
 from posterior.errors import first_line
 from server.engine import Adapter, Call, Kind, Scores, Usage
+from server.engine.compat.client import MixingLLM
 from server.engine.compat.starting import serving_classes, start_llm
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
-from server.engine.gang import CURRENT, Trace
+from server.engine.gang import CURRENT, STATE, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
 from server.engine.scoring import Prefix, reads, sum_over_tokens
@@ -34,10 +35,12 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
 
 class _Read(NamedTuple):
-    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; and the most probable token."""
+    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; the most probable token; and the
+    state as bytes, empty where it was not asked for."""
 
     logprobs: dict[int, float]
     top: int
+    state: bytes
 
 
 class VllmEngine:
@@ -45,7 +48,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        llm: AsyncLLM,
+        llm: MixingLLM,
         classes: Any,
         fields: Mapping[Kind, Set[str]],
         refused: Mapping[Adapter, str],
@@ -90,7 +93,12 @@ class VllmEngine:
         return cls(llm, classes, fields, refused, tools=config.tool_call_parser is not None)
 
     async def score(
-        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Candidates,
+        adapters: Sequence[Adapter | None],
+        *,
+        states: bool = False,
     ) -> Scores:
         """As Engine.score: a request for each prompt, adapter and read of the candidates, all at once."""
         plan = reads(candidates)
@@ -99,10 +107,12 @@ class VllmEngine:
                 tasks = [
                     [
                         [
-                            group.create_task(self._read([*prompt, *prefix], children, adapter))
-                            for prefix, children in plan
+                            group.create_task(
+                                self._read([*prompt, *prefix], children, adapter, state=states and number == part == 0)
+                            )
+                            for part, (prefix, children) in enumerate(plan)
                         ]
-                        for adapter in adapters
+                        for number, adapter in enumerate(adapters)
                     ]
                     for prompt in prompts
                 ]
@@ -110,30 +120,39 @@ class VllmEngine:
             raise first(errors) from errors
         found = [[[task.result() for task in each] for each in row] for row in tasks]
         log_p = torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in found])
-        return Scores(log_p, torch.tensor([[each[0].top for each in row] for row in found]))
+        top = torch.tensor([[each[0].top for each in row] for row in found])
+        return Scores(log_p, top, _states([row[0][0].state for row in found]) if states else None)
 
-    async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> _Read:
+    async def _read(
+        self, tokens: list[int], children: list[int], adapter: Adapter | None, *, state: bool = False
+    ) -> _Read:
         """What may stand right after `tokens`, of which the tokens `children` are asked for."""
+        key = uuid.uuid4().hex
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             logprob_token_ids=children,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={STATE: key} if state else None,
         )
         outputs = self._llm.generate(
-            tokens_input(tokens), params, f"read-{uuid.uuid4().hex}", lora_request=_lora(adapter) if adapter else None
+            tokens_input(tokens), params, f"read-{key}", lora_request=_lora(adapter) if adapter else None
         )
+        if state:
+            self._llm.states[key] = b""
         try:
             async for output in outputs:
                 logprobs = output.outputs[0].logprobs
                 if output.finished and logprobs:
                     found = {token: logprobs[0][token].logprob for token in children}
-                    return _Read(found, output.outputs[0].token_ids[0])
+                    return _Read(found, output.outputs[0].token_ids[0], self._llm.states.get(key, b""))
         except EngineDeadError as error:
             raise EngineLost from error
         except (VLLMClientError, GracefulHTTPError) as error:
             raise refusal(error) from error
+        finally:
+            self._llm.states.pop(key, None)
         raise Fault  # a read without result is never averaged away
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
@@ -212,6 +231,13 @@ async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Ada
             refused[adapter] = first_line(said, type(error).__name__)
             await llm.remove_lora(adapter.number)  # what was loaded of it
     return refused
+
+
+def _states(found: Sequence[bytes]) -> torch.Tensor:
+    """[prompts, hidden size] of the notes. Raises Fault where one is missing."""
+    if not all(found):
+        raise Fault
+    return torch.stack([torch.frombuffer(bytearray(each), dtype=torch.float32) for each in found])
 
 
 def _lora(adapter: Adapter) -> LoRARequest:

@@ -15,6 +15,8 @@ LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "a
 SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
 NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nobody else uses here:
 # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "prompt": such rows if it is scored, "resumed"}
+STATE = "posterior_state"  # in a plain request's SamplingParams.extra_args: the key under which its note comes back,
+# {"key", "state": what the LM head reads at the prompt's last token, float32 as bytes}
 MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that are kept until all have read it
 
 

@@ -55,6 +55,8 @@ def _choice(judged: Judged, names: Sequence[Value]) -> dict[str, Any]:
         "effective_particles": p.effective_particles,
         "mc_error": float(p.mc_error[judged.best]),
     }
+    if judged.answer.familiarity is not None:
+        record["familiarity"] = judged.answer.familiarity
     if (left_out := judged.answer.left_out) is not None:
         record["left_out"] = asdict(left_out)
     if (inside := judged.prediction_set) is not None:

@@ -99,6 +99,7 @@ class _Record(_Reply):
     variance: Variance
     effective_particles: float
     mc_error: float
+    familiarity: float | None = None
     left_out: LeftOut | None = None
 
 

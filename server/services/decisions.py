@@ -27,6 +27,7 @@ from server.services.predictive import Service, predictive_name
 from server.services.questions import Answer, Judged, Orders, Question
 from server.services.registry import Served
 
+STRANGE = 0.05  # of held-out rows, at most, are as strange as a question that is called unfamiliar
 FOREIGN = ("answers", "mixing", "tokens")  # of `uncertainty`: the questions bring their options, and nothing is written
 
 
@@ -72,8 +73,8 @@ async def decide(
 
 
 def within_risk(name: str, judged: Judged, allowed: float) -> Judged:
-    """The answer, or its refusal where the model is less confident than the error that is allowed asks for: the larger
-    part of the entropy is the reason. Raises Refused where no record can tell."""
+    """The answer, or its refusal where the model is less confident than the error that is allowed asks for. Raises
+    Refused where no record can tell."""
     record, p = judged.calibration, judged.answer.predictive
     place = "uncertainty.max_risk"
     if record is None and judged.question.auto:
@@ -104,7 +105,15 @@ def within_risk(name: str, judged: Judged, allowed: float) -> Judged:
         )
     if float(p.probability.max()) >= threshold:
         return judged
-    return replace(judged, refusal="ambiguous" if p.aleatoric >= p.epistemic else "unfamiliar")
+    return replace(judged, refusal="unfamiliar" if _unfamiliar(judged.answer) else "ambiguous")
+
+
+def _unfamiliar(answer: Answer) -> bool:
+    """Whether the question is stranger than all but STRANGE of held-out rows; where none tell, whether the larger part
+    of the entropy is epistemic."""
+    if answer.familiarity is not None:
+        return answer.familiarity <= STRANGE
+    return answer.predictive.epistemic > answer.predictive.aleatoric
 
 
 async def _answer(service: Service, orders: list[Question], unprompted: bool) -> Answer:

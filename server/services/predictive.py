@@ -10,16 +10,18 @@ from typing import Any, cast
 import torch
 
 from posterior.calibration import records
+from posterior.calibration.familiarity import Familiarity, adapter_of
 from posterior.calibration.records import Key, Record, template_hash
 from posterior.data import candidates as candidate_answers
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
+from posterior.likelihood.states import NOTHING
 from posterior.models.base import Base
 from posterior.models.devices import Dtype
 from posterior.predictive import sequential
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
-from server.engine import Engine
+from server.engine import Engine, Scores
 from server.errors import NotFound, Refused, first
 from server.metrics import Metrics
 from server.services.messages import check_messages
@@ -93,18 +95,35 @@ class Service:
 
     async def answer(self, question: Question) -> list[Answer]:
         """The predictive of each prompt, in order."""
-        served, options = question.served, question.options
         if question.predictive == "linearized":
-            if self.linearizer is None or served.posterior is None:
-                raise RuntimeError(f"{served.name} has no linearised predictive")
-            moments = await self.linearizer.moments(served.name, question.prompts, question.candidates)
-            return await asyncio.to_thread(
-                lambda: [Answer(from_gaussian(mean, cov, coverage=options.coverage)) for mean, cov in moments]
-            )
+            return await self._linearized(question)
         if question.auto:
             return await self._answer_by_stages(question)
-        found = await self.engine.score(question.prompts, question.candidates, question.adapters)
-        return [_answer(question, log_p, top) for log_p, top in zip(found.log_p, found.top, strict=True)]
+        compared = self._compared(question)
+        found = await self.engine.score(
+            question.prompts, question.candidates, question.adapters, states=compared is not None
+        )
+        answers = [_answer(question, log_p, top) for log_p, top in zip(found.log_p, found.top, strict=True)]
+        return _with_familiarity(answers, compared, found)
+
+    async def _linearized(self, question: Question) -> list[Answer]:
+        """The answers by the linearised predictive; the engine reads the prompts too where their states are wanted."""
+        served, compared = question.served, self._compared(question)
+        if self.linearizer is None or served.posterior is None:
+            raise RuntimeError(f"{served.name} has no linearised predictive")
+        try:
+            async with asyncio.TaskGroup() as group:
+                moments = group.create_task(self.linearizer.moments(served.name, question.prompts, question.candidates))
+                read = compared and group.create_task(
+                    self.engine.score(question.prompts, NOTHING, question.adapters, states=True)
+                )
+        except ExceptionGroup as errors:
+            raise first(errors) from errors
+        coverage = question.options.coverage
+        answers = await asyncio.to_thread(
+            lambda: [Answer(from_gaussian(mean, spread, coverage=coverage)) for mean, spread in moments.result()]
+        )
+        return answers if read is None else _with_familiarity(answers, compared, read.result())
 
     async def _answer_by_stages(self, question: Question) -> list[Answer]:
         """The answers by as many particles as each prompt needs, all prompts at once."""
@@ -117,14 +136,20 @@ class Service:
 
     async def _by_stages(self, question: Question, prompt: list[int]) -> Answer:
         """The answer to one prompt: a stage of particles after the other, until those left out no longer matter."""
-        log_p, top = torch.empty(0, len(question.candidates)).double(), torch.empty(0, dtype=torch.long)
+        compared, reads = self._compared(question), []
         for n in sequential.stages(question.particles):
-            more = await self.engine.score([prompt], question.candidates, question.adapters[len(top) : n])
-            log_p, top = torch.cat([log_p, more.log_p[0]]), torch.cat([top, more.top[0]])
+            done = sum(each.top.shape[1] for each in reads)
+            reads.append(
+                await self.engine.score(
+                    [prompt], question.candidates, question.adapters[done:n], states=compared is not None and not done
+                )
+            )
+            log_p, top = (torch.cat([getattr(each, name)[0] for each in reads]) for name in ("log_p", "top"))
             left_out = sequential.left_out(_normalised(question, log_p).exp(), question.weights)
             if left_out.negligible:
                 break
-        return replace(_answer(question, log_p, top), left_out=left_out)
+        answer = replace(_answer(question, log_p, top), left_out=left_out)
+        return _with_familiarity([answer], compared, reads[0])[0]
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
         """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
@@ -137,6 +162,8 @@ class Service:
         best = int(probability.argmax()) if chosen is None else chosen
         judged = Judged(question, answer, calibration, probability, best)
         self.metrics.count_answer(question.served.owner, question.predictive, p, judged.confidence)
+        if answer.familiarity is not None:
+            self.metrics.familiarity.labels(question.served.owner).observe(answer.familiarity)
         if answer.left_out is not None:
             self.metrics.particles.labels(question.served.owner).observe(p.particles)
         return judged
@@ -159,6 +186,14 @@ class Service:
             question=question.kind,
         )
         return records.find(posterior.calibration, key)
+
+    def _compared(self, question: Question) -> Familiarity | None:
+        """What tells how familiar the question is: of this posterior, the adapter that the engine asks first, and the
+        engine's dtype. None where the server did not make the prompts."""
+        posterior = question.served.posterior
+        if posterior is None or question.template is None:
+            return None
+        return posterior.familiarity.get((adapter_of(question.predictive), cast(Dtype, self.engine.dtype)))
 
     def _dtype(self, predictive: PredictiveName) -> Dtype:
         """What the base's weights are where this predictive is computed."""
@@ -229,6 +264,14 @@ def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor) -> Answe
         own.exp(),
         unprompted(question.candidates, log_p, top, weights),
     )
+
+
+def _with_familiarity(answers: list[Answer], compared: Familiarity | None, read: Scores) -> list[Answer]:
+    """The answers, each with the familiarity of its prompt's state, if there is what to compare it with."""
+    if compared is None or read.states is None:
+        return answers
+    shares = compared(read.states)
+    return [replace(answer, familiarity=share) for answer, share in zip(answers, shares, strict=True)]
 
 
 def _normalised(question: Question, log_p: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ class Posterior:
     task: Task = field(default_factory=lambda: Task("choice", "{text}\nSentiment:", (" negative", " positive")))
     calibration: dict[Key, Record] = field(default_factory=dict)
     choice: Choice | None = None
+    familiarity: dict[Any, Any] = field(default_factory=dict)
 
     predictives = artefact.Posterior.predictives
 
@@ -69,6 +70,11 @@ def particle_logits(number: int, candidates: int) -> torch.Tensor:
     probability."""
     scores = torch.randn(candidates, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
     return scores.log_softmax(-1) - math.log(2)
+
+
+def prompt_state(prompt: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+    """[4], by the prompt's first token and the adapter's number."""
+    return torch.tensor([float(prompt[0]), float(adapter.number if adapter else 0), 1.0, -1.0])
 
 
 @dataclass
@@ -87,7 +93,12 @@ class Engine:
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
     async def score(
-        self, prompts: Sequence[Sequence[int]], candidates: Candidates, adapters: Sequence[Adapter | None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Candidates,
+        adapters: Sequence[Adapter | None],
+        *,
+        states: bool = False,
     ) -> Scores:
         try:
             await asyncio.sleep(self.delay)
@@ -100,7 +111,8 @@ class Engine:
         lengths = torch.tensor([len(tokens) for tokens in candidates])  # sums, of which the server takes the mean
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
         top = torch.full((len(prompts), len(adapters)), self.top)
-        return Scores(rows.expand(len(prompts), *rows.shape), top)
+        read = torch.stack([prompt_state(prompt, adapters[0]) for prompt in prompts]) if states else None
+        return Scores(rows.expand(len(prompts), *rows.shape), top, read)
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """As vLLM reads a request: text parts are joined by line breaks, and ids are taken as they are."""

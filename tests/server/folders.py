@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from posterior.calibration.familiarity import About, AdapterName, Center, Familiarity
+from posterior.calibration.records import template_hash
 from posterior.curvature.kfac import Factor, Kronecker
+from posterior.data.examples import encode
 from posterior.data.task import Task
+from posterior.likelihood.states import last_states
 from posterior.models import lora
-from posterior.models.base import Base, load_model, resolve
+from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact
 
 RANK = 8
@@ -82,3 +86,29 @@ def laplace(root: Path, base: Base, precision: float = 1000.0) -> artefact.Poste
         root / "mood", family="laplace", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
         mean=mean, curvature=curvature, precision=dict.fromkeys(mean, precision),
     )  # fmt: skip
+
+
+KNOWN = [{"text": text, "label": TASK.answers[0]} for text in ("good", "bad", "so so", "never again")]  # type: ignore[index]
+FARTHEST, STEPS = 200.0, 2000  # of the distances that `compare` gives held-out rows
+
+
+def states(posterior: artefact.Posterior, base: Base, adapter: AdapterName, rows: list[dict[str, str]]) -> torch.Tensor:
+    """What the LM head reads at each prompt's end, by transformers and peft, in float32."""
+    model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
+    if adapter == "particle":
+        lora.put(model, next(posterior.thetas(1)))
+    return last_states(model, encode(TASK, load_tokenizer(base), rows)).double()
+
+
+def compare(posterior: artefact.Posterior, base: Base) -> artefact.Posterior:
+    """With rows to compare questions with, whose distances are evenly spaced: so that a familiarity tells a distance
+    from KNOWN to FARTHEST / STEPS."""
+    for adapter in ("map", "particle"):
+        about = About(
+            base=base.hash, posterior=posterior.hash, template=template_hash(TASK), adapter=adapter, dtype="float32",
+            n=STEPS, data="sha256:0",
+        )  # fmt: skip
+        center = Center.fit(states(posterior, base, adapter, KNOWN), torch.zeros(len(KNOWN), dtype=torch.long))
+        held = torch.linspace(FARTHEST / STEPS, FARTHEST, STEPS, dtype=torch.float64)
+        posterior.compare_with(about, Familiarity(center, held, torch.zeros(STEPS, dtype=torch.long)))
+    return artefact.load(posterior.path)

@@ -153,6 +153,30 @@ def test_linearized_equals_the_model_in_this_process(server: Running, prompts: l
         assert item["entropy"]["epistemic"] == pytest.approx(expected.epistemic, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "adapter"),
+    [
+        ({"predictive": "map"}, "map"),
+        ({"predictive": "linearized"}, "map"),
+        ({"predictive": "mixture"}, "particle"),
+        ({"predictive": "mixture", "particles": "auto"}, "particle"),
+    ],
+)
+def test_familiarity_is_of_the_state_that_transformers_has(server: Running, options: Any, adapter: Any) -> None:
+    """Also of a long prompt and, again, of one whose beginning is in the prefix cache."""
+    rows = [*INPUTS, {"text": "the soup was cold, " * 120}]
+    labelled = [{**row, "label": " negative"} for row in rows]
+    center = server.mood.familiarity[adapter, "float32"].center
+    distance, _ = center.nearest(folders.states(server.mood, server.base, adapter, labelled))
+    assert folders.FARTHEST / 100 < float(distance.min()) < float(distance.max()) < folders.FARTHEST
+    for _ in range(2):
+        reply = server.predict(model="mood", inputs=rows, **options)
+        shares = torch.tensor([each["familiarity"] for each in reply["data"]], dtype=torch.float64)
+        found = folders.FARTHEST * (1 - shares)
+        # a step of the held-out distances, and what float32 sums in another order do to a distance
+        torch.testing.assert_close(found, distance, rtol=2e-3, atol=2 * folders.FARTHEST / folders.STEPS)
+
+
 def test_the_same_request_gives_the_same_numbers(server: Running) -> None:
     """Linearised: bit for bit. Mixture: within 1e-5, as vLLM may batch and reuse its prefix cache differently."""
     for predictive, tolerance in (("linearized", 0.0), ("mixture", 1e-5)):

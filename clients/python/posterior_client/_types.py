@@ -92,6 +92,7 @@ class Predictive(Uncertainty):
     particles: int
     effective_particles: float
     mc_error: float
+    familiarity: float | None = None
     left_out: LeftOut | None = None
     chosen_by: Literal["request", "held-out rows", "default"] | None = None
     per_particle: tuple[tuple[float, ...], ...] | None = None

@@ -17,12 +17,14 @@ from server.errors import Refused
 
 
 class MixingLLM(AsyncLLM):
-    """AsyncLLM whose `generate` makes a gang of a request when a Trace is `CURRENT`, and fills in that Trace."""
+    """AsyncLLM whose `generate` makes a gang of a request when a Trace is `CURRENT`, and fills in that Trace; of requests
+    with a STATE it keeps the state for who has put the key into `states`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.groups: list[Group] = []  # of the KV cache; set when the engine runs
         self._texts: dict[str, tuple[Trace, list[Text]]] = {}  # by the key of `extra_args`
+        self.states: dict[str, bytes] = {}  # by the key of `extra_args`: empty until the note has come
         self._process_outputs = self.output_processor.process_outputs
         self.output_processor.process_outputs = self._take_notes  # type: ignore[method-assign]
 
@@ -105,6 +107,8 @@ class MixingLLM(AsyncLLM):
             state = self.output_processor.request_states.get(output.request_id)
             if note is not None:
                 output.kv_transfer_params = None
+            if note is not None and note["key"] in self.states:
+                self.states[note["key"]] = note["state"]
             if note is not None and state is not None and note["key"] in self._texts:
                 trace, texts = self._texts[note["key"]]
                 texts[state.request_index].rows.append(note["row"])

@@ -131,7 +131,7 @@ NAMES = (
     Name("vllm.v1.request", "RequestStatus.FINISHED_ABORTED"),
     Name("vllm.utils.math_utils", "cdiv", ("a", "b")),
     # rows mixed where tokens are drawn (compat/mixing.py, compat/runner.py, compat/prompts.py)
-    Name(RUNNER, "ExecuteModelState", fields=("logits",)),
+    Name(RUNNER, "ExecuteModelState", fields=("logits", "sample_hidden_states")),
     Name(RUNNER, "GPUModelRunner", fields=(
         "execute_model_state", "requests", "input_batch", "discard_request_mask", "query_start_loc",
         "num_prompt_logprobs", "model", "model_config", "sampler", "kv_cache_config",

@@ -1,4 +1,4 @@
-"""Gangs and seeds in vLLM's model runner: four of its methods, each wrapped.
+"""Gangs, seeds and states of prompts in vLLM's model runner: four of its methods, each wrapped.
 
 Seeded requests draw from a generator that is set anew for each token from (seed, position): the noise does not depend
 on how the prompt was cut, on preemption, or on what else is in the batch.
@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine.compat.mixing import Mixer
-from server.engine.gang import NOTE
+from server.engine.gang import NOTE, STATE
 
 
 class PositionedGenerator(torch.Generator):
@@ -64,12 +64,25 @@ def _sample_tokens(original: Any) -> Any:
             return original(self, grammar_output)
         mixer = mixer_of(self)
         self.execute_model_state = state._replace(logits=mixer.before(self, state.logits))
+        states = _states(self, state.sample_hidden_states)
         output = original(self, grammar_output)
-        if mixer.notes:
-            setattr(output, NOTE, mixer.notes)
+        if mixer.notes or states:
+            setattr(output, NOTE, mixer.notes | states)
         return output
 
     return mixed
+
+
+def _states(runner: Any, hidden: Tensor) -> dict[str, dict[str, Any]]:
+    """A note for each request that asks for its state and whose prompt this step ends; hidden [rows, d], whose rows are
+    those of the logits."""
+    found = {}
+    for row, request_id in enumerate(runner.input_batch.req_ids):
+        params = runner.requests[request_id].sampling_params
+        key = ((params and params.extra_args) or {}).get(STATE)
+        if key is not None and not runner.discard_request_mask.np[row]:
+            found[request_id] = {"key": key, "state": hidden[row].float().cpu().numpy().tobytes()}
+    return found
 
 
 def _sample(original: Any) -> Any:

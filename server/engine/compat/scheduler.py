@@ -169,25 +169,27 @@ class GangScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """What clients get of a step: nothing of siblings, and the gangs' notes on the outputs of leaders."""
+        """What clients get of a step: nothing of siblings, and the notes on the outputs of leaders and of prompts whose
+        state is asked for."""
         stepped = {self._leaders[i] for i in scheduler_output.num_scheduled_tokens if i in self._leaders}
         keys = {leader: _gang(self.gangs[leader][0])["key"] for leader in stepped}
+
+        def own(request_id: str) -> dict[str, Any]:
+            """What only the scheduler knows of a gang."""
+            if request_id not in keys:
+                return {}
+            return {"key": keys[request_id], "resumed": self._resumed.pop(request_id, 0)}
+
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for leader in stepped & self.gangs.keys():
             self._settle(leader)
-        if stepped:
-            notes: dict[str, dict[str, Any]] = getattr(model_runner_output, NOTE, {})
+        notes: dict[str, dict[str, Any]] = getattr(model_runner_output, NOTE, {})
+        if stepped or notes:
             for client in outputs.values():
                 client.outputs = [o for o in client.outputs if not o.request_id.startswith(SIBLING)]
                 for output in client.outputs:
                     if output.request_id in notes:
-                        output.kv_transfer_params = {
-                            NOTE: {
-                                **notes[output.request_id],
-                                "key": keys[output.request_id],
-                                "resumed": self._resumed.pop(output.request_id, 0),
-                            }
-                        }
+                        output.kv_transfer_params = {NOTE: {**notes[output.request_id], **own(output.request_id)}}
         return outputs
 
     def _settle(self, leader: str) -> None:

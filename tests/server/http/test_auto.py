@@ -28,15 +28,15 @@ SURE, OPEN = "sure", "open"  # prompts
 class Agreeing(fakes.Engine):
     """Particles agree about prompts that begin as SURE does, and are far apart about those that begin as OPEN does."""
 
-    async def score(self, prompts: Any, candidates: Any, adapters: Any) -> Scores:
-        log_p, top = await super().score(prompts, candidates, adapters)
+    async def score(self, prompts: Any, candidates: Any, adapters: Any, *, states: bool = False) -> Scores:
+        log_p, top, read = await super().score(prompts, candidates, adapters, states=states)
         lengths = torch.tensor([len(tokens) for tokens in candidates])
         slopes = [
             [3.0 if list(prompt[:4]) == list(SURE.encode()) else a.number % 3 for a in adapters] for prompt in prompts
         ]
         apart = (torch.tensor(slopes)[..., None] * torch.arange(len(candidates))).double().log_softmax(-1) * lengths
         known = torch.tensor([list(prompt[:4]) in (list(SURE.encode()), list(OPEN.encode())) for prompt in prompts])
-        return Scores(torch.where(known[:, None, None], apart, log_p), top)
+        return Scores(torch.where(known[:, None, None], apart, log_p), top, read)
 
 
 @pytest.fixture
@@ -152,10 +152,10 @@ def test_a_failure_of_a_later_stage_is_the_requests(
 ) -> None:
     score = engine.score
 
-    async def fails(prompts: Any, candidates: Any, adapters: list[Adapter]) -> Scores:
+    async def fails(prompts: Any, candidates: Any, adapters: list[Adapter], **options: Any) -> Scores:
         if len(adapters) == 1:
             raise EngineLost
-        return await score(prompts, candidates, adapters)
+        return await score(prompts, candidates, adapters, **options)
 
     monkeypatch.setattr(engine, "score", fails)
     error_of(ask(client, prompts=[SURE, OPEN]), 503)
