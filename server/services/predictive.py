@@ -20,7 +20,7 @@ from posterior.models.devices import Dtype
 from posterior.predictive import sequential
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine
-from server.errors import NotFound, Refused, first
+from server.errors import NotFound, PromptRefused, Refused, first
 from server.metrics import Metrics
 from server.services.messages import check_messages
 from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
@@ -59,14 +59,9 @@ class Service:
         prompts: list[list[int]],
         answers: Sequence[str],
         options: Uncertainty,
-        copies: int = 1,
         template: str | None = None,
     ) -> Question:
-        """The question, of which everything that can be checked before any work is done has been; each answer is sent
-        `copies` times.
-
-        Raises Refused.
-        """
+        """The question, of which everything but its size has been checked before any work is done. Raises Refused."""
         try:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
@@ -75,21 +70,18 @@ class Service:
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
-        question = Question(served, predictive, prompts, tuple(answers), candidates, options, template)
-        _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
-        _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
-        return question
+        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
         if not prompt:
-            raise Refused(f"prompt {index} is empty")
+            raise PromptRefused(index, "is empty")
         if len(prompt) + answer_tokens > limit:
-            raise Refused(
-                f"prompt {index} has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
+            raise PromptRefused(
+                index, f"has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
-            raise Refused(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
+            raise PromptRefused(index, f"holds a token id outside the vocabulary of {self.engine.vocab_size}")
 
     async def answer(self, question: Question) -> list[Answer]:
         """The predictive of each prompt, in order."""
@@ -212,7 +204,7 @@ class Service:
             ids = await self.engine.render("completion", body)
         else:
             ids = [each for messages in conversations for each in await self._chat(served, messages)]
-        return self.question(served, ids, answers, options, template=template)
+        return within_limits(self.question(served, ids, answers, options, template=template))
 
     async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
         """Token ids of a conversation, read as chat requests are."""
@@ -269,6 +261,15 @@ def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:
             "per_particle",
         )
     return name
+
+
+def within_limits(question: Question, copies: int = 1) -> Question:
+    """The question, if its prompts are few enough for one request; each answer is sent `copies` times. Raises
+    Refused."""
+    numbers = len(question.prompts) * copies * len(question.candidates) ** 2
+    _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
+    _check_size(numbers, MAX_NUMBERS, "numbers in the response")
+    return question
 
 
 def _check_size(size: int, limit: int, what: str) -> None:

@@ -13,7 +13,7 @@ from posterior.calibration.records import template_hash
 from posterior.data.decisions import TEMPLATE
 from posterior.data.task import Task
 from posterior.predictive.mixture import from_particles
-from server.errors import Unavailable
+from server.errors import PromptRefused, Unavailable
 from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
@@ -140,6 +140,14 @@ def test_as_many_questions_as_openai_takes(client: TestClient, engine: fakes.Eng
     assert len(engine.scored) == 400
 
 
+def test_one_question_of_many_evaluations_is_told_as_a_question(client: TestClient, engine: fakes.Engine) -> None:
+    """255 options of 9 bytes, which the fake tokenizer reads one by one, under eight particles."""
+    long = {**choice(255), "choices": [{"value": f"{i:03d}" * 3} for i in range(255)]}
+    error = error_of(decide(client, model="mood", questions=[long], uncertainty={"predictive": "mixture"}), 400)
+    assert error["message"].startswith("the questions need ") and "ask fewer questions" in error["message"]
+    assert error["param"] == "questions" and engine.scored == []
+
+
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "nobody"}, 404, "model", "is not served"),
     ({"model": None}, 400, "model", "string"),
@@ -162,7 +170,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         "questions.0.levels",
         "at most 10",
     ),
-    ({"input": "x" * 5000}, 400, "questions.0", "question 0: prompt 0 has"),
+    ({"input": "x" * 5000}, 400, "questions.0", "question 0: its prompt has 5"),
     (
         {"input": [{"type": "function_call_output", "call_id": "7", "output": "x"}]},
         400,
@@ -194,6 +202,22 @@ def test_bad_input_is_one_clear_line(
 
 
 # One failure
+
+
+NOUL = {"late": {"type": "noul", "instructions": "Is it late?"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "body"),
+    [("decisions", "0", {"input": INPUT, "questions": [LATE]}), ("systemone", "late", {"state": 1, "questions": NOUL})],
+)
+def test_a_prompt_that_the_linearised_predictive_refuses_is_told_as_a_question(
+    client: TestClient, linearizer: fakes.Linearizer, path: str, name: str, body: dict[str, Any]
+) -> None:
+    linearizer.failure = PromptRefused(0, "has 60 tokens: send at most 50")
+    error = error_of(client.post(f"/v1/{path}", json={"model": "mood", **body}), 400)
+    assert error["message"] == f"question {name}: its prompt has 60 tokens: send at most 50"
+    assert error["param"] == f"questions.{name}"
 
 
 def test_the_first_failure_is_raised_as_itself_and_aborts_the_others(
