@@ -11,10 +11,13 @@ from openai.types.decision import Decision
 
 from posterior.calibration.records import template_hash
 from posterior.data.decisions import TEMPLATE
+from posterior.data.examples import encode
 from posterior.data.task import Task
 from posterior.predictive.mixture import from_particles
 from server.errors import PromptRefused, Unavailable
 from server.services.predictive import Service
+from tests.posterior.data.test_chat import THINKING
+from tests.posterior.tokenizers_of_kinds import make
 from tests.server import fakes
 from tests.server.conftest import error_of
 from tests.server.http.asking import INPUT, LATE, MOOD, STARS, answers, choice, decide, own
@@ -249,6 +252,26 @@ def test_a_posterior_of_decisions_is_asked_as_it_was_fitted(client: TestClient, 
     own(service, labels="letters", chat=True)
     letters = decide(client, questions=[MOOD]).json()["usage"]["input_tokens"]
     assert letters == default + 3 * len("A: "), "each option has a letter before its words"
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_no_thoughts_stand_before_an_answer(
+    client: TestClient, service: Service, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch, fitted: bool
+) -> None:
+    """Of a base whose template can leave them out: the prompt is that of the fit."""
+    service.tokenizer = chat = make("byte-level")
+    chat.chat_template = THINKING
+    task = own(service, chat=True) if fitted else Task("decision", TEMPLATE, chat=True)
+    score, prompts = engine.score, []
+
+    async def recorded(asked: Any, *rest: Any) -> Any:
+        prompts.extend(asked)
+        return await score(asked, *rest)
+
+    monkeypatch.setattr(engine, "score", recorded)
+    answers(client, questions=[LATE])
+    (row,) = encode(task, chat, [{"input": INPUT, "question": LATE, "answer": True}])
+    assert prompts == [list(row.prompt)] and chat.decode(prompts[0]).endswith("<assistant><think>\n\n</think>")
 
 
 def test_its_calibration_is_applied_to_questions_of_its_kind(client: TestClient, service: Service) -> None:
