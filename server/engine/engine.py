@@ -34,10 +34,12 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
 
 class _Read(NamedTuple):
-    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; and the most probable token."""
+    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; the most probable token; and how
+    many of the tokens before them came from the prefix cache."""
 
     logprobs: dict[int, float]
     top: int
+    cached: int
 
 
 class VllmEngine:
@@ -110,7 +112,8 @@ class VllmEngine:
             raise first(errors) from errors
         found = [[[task.result() for task in each] for each in row] for row in tasks]
         log_p = torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in found])
-        return Scores(log_p, torch.tensor([[each[0].top for each in row] for row in found]))
+        cached = [min(read.cached for each in row for read in each) for row in found]  # by the one that came first
+        return Scores(log_p, torch.tensor([[each[0].top for each in row] for row in found]), cached)
 
     async def _read(self, tokens: list[int], children: list[int], adapter: Adapter | None) -> _Read:
         """What may stand right after `tokens`, of which the tokens `children` are asked for."""
@@ -129,7 +132,7 @@ class VllmEngine:
                 logprobs = output.outputs[0].logprobs
                 if output.finished and logprobs:
                     found = {token: logprobs[0][token].logprob for token in children}
-                    return _Read(found, output.outputs[0].token_ids[0])
+                    return _Read(found, output.outputs[0].token_ids[0], output.num_cached_tokens or 0)
         except EngineDeadError as error:
             raise EngineLost from error
         except (VLLMClientError, GracefulHTTPError) as error:

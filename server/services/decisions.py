@@ -68,8 +68,10 @@ async def decide(
             ]
     except ExceptionGroup as errors:
         raise first(errors) from errors
-    judged = [service.judge(each[0], task.result()) for each, task in zip(asked, tasks, strict=True)]
-    usage = Usage(sum(len(prompt) for each in asked for one in each for prompt in one.prompts), 0)
+    found = [task.result() for task in tasks]
+    judged = [service.judge(each[0], answer) for each, answer in zip(asked, found, strict=True)]
+    read = sum(len(prompt) for each in asked for one in each for prompt in one.prompts)
+    usage = Usage(read, 0, sum(answer.cached for answer in found))
     service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
     return judged, usage
 
@@ -149,6 +151,7 @@ def _average(found: Sequence[Answer], question: Question) -> Answer:
         each.mean(0),
         found[0].unprompted,
         Orders(len(found), variation),
+        cached=sum(answer.cached for answer in found),
     )
 
 

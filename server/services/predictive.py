@@ -96,7 +96,7 @@ class Service:
         if question.auto:
             return await self._answer_by_stages(question)
         found = await self.engine.score(question.prompts, question.candidates, question.adapters)
-        return [_answer(question, log_p, top) for log_p, top in zip(found.log_p, found.top, strict=True)]
+        return [_answer(question, *each) for each in zip(*found, strict=True)]
 
     async def _answer_by_stages(self, question: Question) -> list[Answer]:
         """The answers by as many particles as each prompt needs, all prompts at once."""
@@ -110,13 +110,15 @@ class Service:
     async def _by_stages(self, question: Question, prompt: list[int]) -> Answer:
         """The answer to one prompt: a stage of particles after the other, until those left out no longer matter."""
         log_p, top = torch.empty(0, len(question.candidates)).double(), torch.empty(0, dtype=torch.long)
+        cached = len(prompt)
         for n in sequential.stages(question.particles):
             more = await self.engine.score([prompt], question.candidates, question.adapters[len(top) : n])
             log_p, top = torch.cat([log_p, more.log_p[0]]), torch.cat([top, more.top[0]])
+            cached = min(cached, more.cached[0])
             left_out = sequential.left_out(_normalised(question, log_p).exp(), question.weights)
             if left_out.negligible:
                 break
-        return replace(_answer(question, log_p, top), left_out=left_out)
+        return replace(_answer(question, log_p, top, cached), left_out=left_out)
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
         """What is known of candidate `chosen` (None: the most probable one) and of all others; counts the answer.
@@ -212,14 +214,15 @@ class Service:
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
-def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor) -> Answer:
-    """The predictive of the first n adapters: log_p [n, C] and top [n] as in Scores."""
+def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor, cached: int) -> Answer:
+    """The predictive of the first n adapters: log_p [n, C], top [n] and cached as in Scores, of one prompt."""
     weights = question.weights[: len(top)]
     own = _normalised(question, log_p)
     return Answer(
         from_particles(own, weights, question.options.coverage),
         own.exp(),
         unprompted(question.candidates, log_p, top, weights),
+        cached=cached,
     )
 
 

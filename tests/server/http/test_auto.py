@@ -29,14 +29,14 @@ class Agreeing(fakes.Engine):
     """Particles agree about prompts that begin as SURE does, and are far apart about those that begin as OPEN does."""
 
     async def score(self, prompts: Any, candidates: Any, adapters: Any) -> Scores:
-        log_p, top = await super().score(prompts, candidates, adapters)
+        log_p, top, cached = await super().score(prompts, candidates, adapters)
         lengths = torch.tensor([len(tokens) for tokens in candidates])
         slopes = [
             [3.0 if list(prompt[:4]) == list(SURE.encode()) else a.number % 3 for a in adapters] for prompt in prompts
         ]
         apart = (torch.tensor(slopes)[..., None] * torch.arange(len(candidates))).double().log_softmax(-1) * lengths
         known = torch.tensor([list(prompt[:4]) in (list(SURE.encode()), list(OPEN.encode())) for prompt in prompts])
-        return Scores(torch.where(known[:, None, None], apart, log_p), top)
+        return Scores(torch.where(known[:, None, None], apart, log_p), top, cached)
 
 
 @pytest.fixture

@@ -102,6 +102,19 @@ def test_fields_of_openai_without_effect(client: TestClient) -> None:
     assert answers(client, **more) == answers(client)
 
 
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [({}, 3 * 7), ({"orders": 2}, 6 * 7), ({"particles": "auto"}, 3 * 7), ({"predictive": "linearized"}, 0)],
+)
+def test_what_the_prefix_cache_spared_is_told(
+    client: TestClient, engine: fakes.Engine, options: dict[str, Any], cached: int
+) -> None:
+    """Seven tokens of each prompt; whatever an answer's particles are, the prompt counts once, as in input_tokens."""
+    engine.cached = 7
+    usage = decide(client, model="mood", uncertainty={"predictive": "mixture", **options}).json()["usage"]
+    assert usage["input_tokens_details"] == {"cached_tokens": cached, "cache_write_tokens": 0}
+
+
 def test_an_input_of_messages_and_calls(client: TestClient) -> None:
     plain = decide(client).json()["usage"]["input_tokens"]
     user = {"role": "user", "content": [{"type": "input_text", "text": INPUT}]}
