@@ -2,6 +2,7 @@
 
 RequestError
   Refused        the client can change the request
+    PromptRefused  one of its prompts
   NotFound       no such model
   Unavailable    the same request may be answered later
   Fault          a fault of ours
@@ -25,6 +26,15 @@ class RequestError(Exception):
 
 class Refused(RequestError):
     """The request is not valid, or asks for what is not served: the line says what to change."""
+
+
+class PromptRefused(Refused):
+    """The prompt of this number is at fault. `said` is about that prompt, so that a request whose prompts have other
+    names can put its own in front of it."""
+
+    def __init__(self, index: int, said: str) -> None:
+        self.said = said
+        super().__init__(f"prompt {index} {said}")
 
 
 class NotFound(RequestError):

@@ -5,9 +5,9 @@ question that these were asked and one covariance for all (Lee et al. 2018, arXi
 (2004) do. `benchmarks/familiarity.py` compares it with others: the spread of the posterior's scores does not tell a
 strange question, as it is small wherever the answer is sure.
 
-`familiarity` is the share of held-out rows near the same mean that lie at least as far, a conformal p-value (Vovk et al.
-2005): of inputs like those rows, about a share a has a familiarity of a or less, whatever they are asked. Held-out rows
-are measured by cross-fitting, so that none is near merely because it made the mean.
+`familiarity` is the share of held-out rows near the same mean that lie at least as far, a conformal p-value (Vovk et
+al. 2005): of inputs like those rows, about a share a has a familiarity of a or less, whatever they are asked. Held-out
+rows are measured by cross-fitting, so that none is near merely because it made the mean.
 
 calibration/familiarity-<adapter>-<dtype>.safetensors holds it: `posterior calibrate` writes it beside the records.
 """
@@ -131,7 +131,7 @@ class Familiarity:
         groups = grouped(questions)
         held, near = torch.zeros(len(states), dtype=torch.float64), torch.zeros_like(groups)
         for others, fold in KFold(FOLDS, shuffle=True, random_state=0).split(np.arange(len(states))):
-            known, own = groups[others].unique(return_inverse=True)
+            known, own = torch.unique(groups[others], return_inverse=True)
             held[fold], nearest = Center.fit(states[others], own).nearest(states[fold])
             near[fold] = known[nearest]
         return cls(Center.fit(states, groups), held, near)
@@ -196,7 +196,7 @@ def _read(path: Path) -> tuple[About, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = About.model_validate_json(metadata["about"])
     except (KeyError, ValidationError, OSError, SafetensorError):
         raise PosteriorError(f"{path} is not what `posterior calibrate` wrote; {_AGAIN}") from None

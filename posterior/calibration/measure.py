@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,11 +19,22 @@ from posterior.errors import PosteriorError
 FOLDS = 5
 
 
-def measure(p: Tensor, y: Tensor, *, method: Method, score: Score, coverage: float, key: Key, data: str) -> Record:
-    """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]."""
+def measure(
+    p: Tensor,
+    y: Tensor,
+    *,
+    method: Method,
+    score: Score,
+    coverage: float,
+    key: Key,
+    data: str,
+    widths: Sequence[int] | None = None,
+) -> Record:
+    """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]; widths: how many options
+    each row has (None: C), with p = 0 behind them."""
     check(p)
-    usable(method, {p.shape[1]}, p, y)
-    after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage)
+    usable(method, set(widths or [p.shape[1]]), p, y)
+    after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage, widths=widths)
     return Record(
         key=key,
         calibrator=CALIBRATORS[method].fit(p, y),
@@ -45,10 +56,11 @@ def usable(method: Method, answers: set[int], p: Tensor, y: Tensor) -> None:
         answers: how many of them the rows have.
         p, y: [N, C] and [N].
     """
-    if len(answers) > 1 and method in ("temperature", "vector"):
+    if len(answers) > 1 and method == "vector":
         numbers = " or ".join(map(str, sorted(answers)))
         raise PosteriorError(
-            f"the questions have {numbers} options; use the method platt, isotonic or none, which take both"
+            f"the questions have {numbers} options, but vector learns a scale and a bias of each; use the method "
+            "temperature, platt, isotonic or none"
         )
     if method == "temperature" and bool((p.argmax(1) == y).all()):
         raise PosteriorError(
@@ -58,18 +70,33 @@ def usable(method: Method, answers: set[int], p: Tensor, y: Tensor) -> None:
 
 
 def cross_fit(
-    p: Tensor, y: Tensor, *, method: Method, score: Score = "lac", coverage: float = 0.9
+    p: Tensor,
+    y: Tensor,
+    *,
+    method: Method,
+    score: Score = "lac",
+    coverage: float = 0.9,
+    widths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Calibrated probabilities and prediction sets, both [N, C], each row's from the other folds' rows."""
+    """Calibrated probabilities and prediction sets, both [N, C], each row's from the other folds' rows. What is behind
+    a row's options (`widths`, as in `measure`) has probability 0 and is in no set."""
     from sklearn.model_selection import KFold
 
     after, sets = torch.zeros_like(p), torch.zeros(p.shape, dtype=torch.bool)
     for others, fold in KFold(FOLDS, shuffle=True, random_state=0).split(p):
         calibrator = CALIBRATORS[method].fit(p[others], y[others])
         conformal = Conformal.fit(score, p[others], y[others])
-        after[fold] = calibrator.apply(p[fold])
-        sets[fold] = prediction_set(calibrator, conformal, p[fold], coverage) & (p[fold] > 0)  # 0: not an option
+        for width, rows in _by_width(fold.tolist(), widths or [p.shape[1]] * len(p)):
+            own = p[rows, :width]
+            after[rows, :width] = calibrator.apply(own)
+            sets[rows, :width] = prediction_set(calibrator, conformal, own, coverage)
     return after, sets
+
+
+def _by_width(rows: Sequence[int], widths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Each width with those of the rows that have it."""
+    for width in {widths[row] for row in rows}:
+        yield width, [row for row in rows if widths[row] == width]
 
 
 def _defined(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:

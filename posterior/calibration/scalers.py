@@ -1,6 +1,7 @@
 """Calibrators of a choice's predictive: they map probabilities p [..., C] to calibrated ones.
 
-`fit` takes probabilities [N, C] and labels [N], `apply` probabilities [..., C]. All float64.
+`fit` takes probabilities [N, C] and labels [N], `apply` probabilities [..., C]. All float64. Rows of fewer options than
+C have p = 0 behind their own in `fit`; `apply` takes rows with their own options alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class Temperature(Part):
 
     @classmethod
     def fit(cls, p: Tensor, y: Tensor) -> Self:
-        return cls(temperature=best_temperature(_log(p), y))
+        log_p = _log(p)
+        truth = torch.nn.functional.one_hot(y, p.shape[1]).bool()
+        options = log_p.where((p > 0) | truth, -torch.inf)  # a true answer is one, however small its p
+        return cls(temperature=best_temperature(options, y))
 
     def apply(self, p: Tensor) -> Tensor:
         return (_log(p) / self.temperature).softmax(-1)

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     found = call(args)
-    if found.choice is not None and not args.json:
-        print(comparison(found.choice) + "\n")
+    if found.choice is not None:
+        print(found.choice.model_dump_json() if args.json else comparison(found.choice) + "\n")
     for record, path in found.records:
         show(record, path, as_json=args.json)
     for path in [] if args.json else found.familiarity:

@@ -20,9 +20,9 @@ Message = dict[str, Any]
 _TEXTS = {"text": "text", "refusal": "refusal"}  # where the text of each kind of part is
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: Any, tools: Any = None, *, thinking: bool = True) -> list[int]:
     """Token ids of a conversation up to where the assistant's answer begins. Raises PosteriorError."""
-    return tokens.plain(tokenizer, render(tokenizer, messages, tools))
+    return tokens.plain(tokenizer, render(tokenizer, messages, tools, thinking=thinking))
 
 
 def answered_ids(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
@@ -58,16 +58,20 @@ def _until_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def render(tokenizer: Tokenizer, messages: Any, tools: Any = None, *, answer: bool = True) -> str:
-    """The text of a conversation; with `answer`, up to where the assistant's answer begins. Raises PosteriorError."""
+def render(
+    tokenizer: Tokenizer, messages: Any, tools: Any = None, *, answer: bool = True, thinking: bool = True
+) -> str:
+    """The text of a conversation; with `answer`, up to where the assistant's answer begins. Without `thinking`, no
+    thoughts come before it, if the template has `enable_thinking` to say so. Raises PosteriorError."""
     tools = _tools(tools)
     template = _template(tokenizer, tools)
     conversation = prepared(messages, parts=_loops_over_parts(template))
     if '"developer"' not in template and "'developer'" not in template:
         conversation = _without_developer(conversation)
+    switch = {} if thinking else {"enable_thinking": False}
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tools=tools, add_generation_prompt=answer, tokenize=False, return_dict=False
+            conversation, tools=tools, add_generation_prompt=answer, tokenize=False, return_dict=False, **switch
         )
     except Exception as error:  # a template may raise anything about roles and their order
         said = first_line(error)

@@ -99,10 +99,12 @@ class Task:
         return self.template.format_map({name: row[name] for name in self.fields})
 
     def prompt_ids(self, tokenizer: Tokenizer, row: Mapping[str, Any], *, exact: bool = False) -> list[int]:
-        """Token ids of the rendered prompt; a candidate's tokens follow them directly."""
+        """Token ids of the rendered prompt; a candidate's tokens follow them directly, those of a decision without
+        thoughts ahead of them."""
         text = self.render(row, exact=exact)
         if self.chat:
-            return chat_ids(tokenizer, [{"role": "user", "content": text}])
+            message = {"role": "user", "content": text}
+            return chat_ids(tokenizer, [message], thinking=self.kind != "decision")
         return tokens.prompt(tokenizer, text)
 
     def ask(

@@ -14,7 +14,7 @@ from posterior.calibration import records
 from posterior.calibration.choice import Choice
 from posterior.calibration.conformal import MIN_ROWS, Score
 from posterior.calibration.familiarity import About, Familiarity, adapter_of
-from posterior.calibration.measure import measure, usable
+from posterior.calibration.measure import measure
 from posterior.calibration.records import Key, PredictiveName, QuestionKind, Record
 from posterior.calibration.scalers import CALIBRATORS, Method
 from posterior.data.examples import ROWS, Examples, data_hash, encode
@@ -125,9 +125,8 @@ def calibrate(
     )
     made = []
     for kind, part in parts.items():
-        widths = {counts[index] for index in part}
+        widths = [counts[index] for index in part]
         p = predicted[predictive].probability[part, : max(widths)]
-        usable(method, widths, p, y[part])
         own = {"answers": max(widths)} if kind is None and not posterior.task.answers else {"question": kind}
         record = measure(
             p,
@@ -137,6 +136,7 @@ def calibrate(
             coverage=settings.coverage,
             key=key.model_copy(update=own),
             data=data_hash([data[index] for index in part]),
+            widths=widths,
         )
         made.append(record)
     choice = choice if settings.predictive is None else None

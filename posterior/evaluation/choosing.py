@@ -76,9 +76,9 @@ def _loss(
     check(p)
     loss = torch.zeros(len(y), dtype=torch.float64)
     for part in sorted(map(list, kinds.values()), key=len, reverse=True):  # "any" first, if there is one
-        widths = {counts[index] for index in part}
+        widths = [counts[index] for index in part]
         own, truth = p[part, : max(widths)], y[part]
-        usable(method, widths, own, truth)
-        after, _ = cross_fit(own, truth, method=method)
+        usable(method, set(widths), own, truth)
+        after, _ = cross_fit(own, truth, method=method, widths=widths)
         loss[part] = -after.gather(1, truth[:, None])[:, 0].clamp(min=FLOOR).log()
     return loss

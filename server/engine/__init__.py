@@ -38,20 +38,23 @@ class Adapter:
 
 class Scores(NamedTuple):
     """log_p: log p(candidate | prompt), nats, float64 [prompts, adapters, candidates]. top: the most probable next
-    token of each prompt, [prompts, adapters]. states: what the LM head reads at each prompt's last token under the
-    first adapter, float32 [prompts, hidden size], if they were asked for."""
+    token of each prompt, [prompts, adapters]. cached: how many tokens of each prompt came from the prefix cache under
+    every adapter, [prompts]. states: what the LM head reads at each prompt's last token under the first adapter,
+    float32 [prompts, hidden size], if they were asked for."""
 
     log_p: torch.Tensor
     top: torch.Tensor
+    cached: list[int]
     states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens a request read and wrote."""
+    """Tokens a request read and wrote. `cached_tokens`: those read that came from the prefix cache, if it is known."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass

@@ -35,11 +35,12 @@ STOP_SECONDS = 5  # for vLLM's processes to end by themselves
 
 
 class _Read(NamedTuple):
-    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; the most probable token; and the
-    state as bytes, empty where it was not asked for."""
+    """Log-probabilities, over the whole vocabulary, of the tokens that were asked for; the most probable token; how
+    many tokens before them came from the prefix cache; and the state as bytes, empty where it was not asked for."""
 
     logprobs: dict[int, float]
     top: int
+    cached: int
     state: bytes
 
 
@@ -121,7 +122,8 @@ class VllmEngine:
         found = [[[task.result() for task in each] for each in row] for row in tasks]
         log_p = torch.stack([torch.stack([_joint(candidates, plan, each) for each in row]) for row in found])
         top = torch.tensor([[each[0].top for each in row] for row in found])
-        return Scores(log_p, top, _states([row[0][0].state for row in found]) if states else None)
+        cached = [min(read.cached for each in row for read in each) for row in found]  # by the one that came first
+        return Scores(log_p, top, cached, _states([row[0][0].state for row in found]) if states else None)
 
     async def _read(
         self, tokens: list[int], children: list[int], adapter: Adapter | None, *, state: bool = False
@@ -146,7 +148,8 @@ class VllmEngine:
                 logprobs = output.outputs[0].logprobs
                 if output.finished and logprobs:
                     found = {token: logprobs[0][token].logprob for token in children}
-                    return _Read(found, output.outputs[0].token_ids[0], self._llm.states.get(key, b""))
+                    cached, note = output.num_cached_tokens or 0, self._llm.states.get(key, b"")
+                    return _Read(found, output.outputs[0].token_ids[0], cached, note)
         except EngineDeadError as error:
             raise EngineLost from error
         except (VLLMClientError, GracefulHTTPError) as error:

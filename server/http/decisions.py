@@ -66,11 +66,11 @@ def _answer(question: Predicate | Choice | Score, judged: Judged) -> dict[str, A
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage` of decisions. What the prefix cache spared is not counted."""
+    """OpenAI's `usage` of decisions. What is written to the prefix cache is not counted."""
     total = usage.prompt_tokens + usage.completion_tokens
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": total,

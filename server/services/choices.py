@@ -11,7 +11,7 @@ from server.engine import Kind, Usage
 from server.errors import Refused
 from server.metrics import Observation
 from server.services.options import Uncertainty
-from server.services.predictive import Service
+from server.services.predictive import Service, within_limits
 from server.services.questions import Answer, Judged, Question
 from server.services.registry import Served
 
@@ -43,7 +43,7 @@ async def choose(
     Raises Refused.
     """
     prompts = await service.engine.render(kind, {**body, "max_tokens": 1})
-    question = service.question(served, prompts, options.answers or (), options, copies=draw.n)
+    question = within_limits(service.question(served, prompts, options.answers or (), options), draw.n)
     _check_length(question, draw.limits)
     observation.predictive = question.predictive
     found = await service.answer(question)

@@ -20,7 +20,7 @@ from posterior.errors import PosteriorError
 from posterior.likelihood.directions import MOST
 from posterior.predictive.mixture import from_particles
 from server.engine import Usage
-from server.errors import Refused, first
+from server.errors import PromptRefused, Refused, first
 from server.metrics import Observation
 from server.services.options import MAX_BACKWARD, MAX_OPTIONS, MAX_ORDERS, MAX_SEQUENCES, Uncertainty
 from server.services.predictive import Service, predictive_name
@@ -63,11 +63,16 @@ async def decide(
     observation.predictive = asked[0][0].predictive
     try:
         async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
-            tasks = [group.create_task(_answer(service, each, unprompted)) for each in asked]
+            tasks = [
+                group.create_task(_answer(service, name, each, unprompted))
+                for name, each in zip(questions, asked, strict=True)
+            ]
     except ExceptionGroup as errors:
         raise first(errors) from errors
-    judged = [service.judge(each[0], task.result()) for each, task in zip(asked, tasks, strict=True)]
-    usage = Usage(sum(len(prompt) for each in asked for one in each for prompt in one.prompts), 0)
+    found = [task.result() for task in tasks]
+    judged = [service.judge(each[0], answer) for each, answer in zip(asked, found, strict=True)]
+    read = sum(len(prompt) for each in asked for one in each for prompt in one.prompts)
+    usage = Usage(read, 0, sum(answer.cached for answer in found))
     service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
     return judged, usage
 
@@ -116,16 +121,31 @@ def _unfamiliar(answer: Answer) -> bool:
     return answer.predictive.epistemic > answer.predictive.aleatoric
 
 
-async def _answer(service: Service, orders: list[Question], unprompted: bool) -> Answer:
-    """The answer to a question of one prompt, which is asked in these orders of its options."""
+async def _answer(service: Service, name: str, orders: list[Question], unprompted: bool) -> Answer:
+    """The answer to a question of one prompt, which is asked in these orders of its options. `name`: its own."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(service.answer(each)) for each in orders]
-    found = [task.result()[0] for task in tasks]
+        tasks = [group.create_task(_of_prompt(service, name, each)) for each in orders]
+    found = [task.result() for task in tasks]
     answer = found[0] if len(found) == 1 else _average(found, orders[0])
     if unprompted and answer.unprompted is None:
-        (point,) = await service.answer(replace(orders[0], predictive="map"))
+        point = await _of_prompt(service, name, replace(orders[0], predictive="map"))
         return replace(answer, unprompted=point.unprompted)
     return answer
+
+
+async def _of_prompt(service: Service, name: str, question: Question) -> Answer:
+    """The answer to a question of one prompt. Raises Refused, with the question's name."""
+    try:
+        (answer,) = await service.answer(question)
+    except PromptRefused as error:
+        raise _about(name, error) from error
+    return answer
+
+
+def _about(name: str, error: PosteriorError | Refused) -> Refused:
+    """The error as one of the question with this name: its client has sent no prompt, and knows of no number of one."""
+    said = f"its prompt {error.said}" if isinstance(error, PromptRefused) else str(error)
+    return Refused(f"question {name}: {said}", f"questions.{name}")
 
 
 def _average(found: Sequence[Answer], question: Question) -> Answer:
@@ -140,6 +160,7 @@ def _average(found: Sequence[Answer], question: Question) -> Answer:
         each.mean(0),
         found[0].unprompted,
         Orders(len(found), variation),
+        cached=sum(answer.cached for answer in found),
     )
 
 
@@ -185,7 +206,7 @@ def _ask(
                 prompt, answers = task.ask(service.tokenizer, text, question, order)
                 made.append(service.question(served, [prompt], answers, options, template=template))
         except (PosteriorError, Refused) as error:
-            raise Refused(f"question {name}: {error}", f"questions.{name}") from error
+            raise _about(name, error) from error
         asked.append(made if template is None else [replace(each, kind=question.type) for each in made])
     return _within_bounds(asked, options)
 
@@ -239,7 +260,7 @@ def _within_bounds(asked: list[list[Question]], options: Uncertainty) -> list[li
     evaluations = sum(question.evaluations for orders in asked for question in orders)
     if evaluations > MAX_SEQUENCES:
         raise Refused(
-            f"these {len(each)} questions need {evaluations} evaluations; the limit is {MAX_SEQUENCES}: ask fewer "
+            f"the questions need {evaluations} evaluations; the limit is {MAX_SEQUENCES}: ask fewer "
             "questions at a time, or for fewer 'particles' or 'orders'",
             "questions",
         )

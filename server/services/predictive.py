@@ -22,7 +22,7 @@ from posterior.models.devices import Dtype
 from posterior.predictive import sequential
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
 from server.engine import Engine, Scores
-from server.errors import NotFound, Refused, first
+from server.errors import NotFound, PromptRefused, Refused, first
 from server.metrics import Metrics
 from server.services.messages import check_messages
 from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
@@ -61,14 +61,9 @@ class Service:
         prompts: list[list[int]],
         answers: Sequence[str],
         options: Uncertainty,
-        copies: int = 1,
         template: str | None = None,
     ) -> Question:
-        """The question, of which everything that can be checked before any work is done has been; each answer is sent
-        `copies` times.
-
-        Raises Refused.
-        """
+        """The question, of which everything but its size has been checked before any work is done. Raises Refused."""
         try:
             candidates = candidate_answers.encode(self.tokenizer, answers)
         except PosteriorError as error:
@@ -77,21 +72,18 @@ class Service:
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
-        question = Question(served, predictive, prompts, tuple(answers), candidates, options, template)
-        _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
-        _check_size(len(prompts) * copies * len(candidates) ** 2, MAX_NUMBERS, "numbers in the response")
-        return question
+        return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
 
     def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
         limit = self.engine.max_model_len
         if not prompt:
-            raise Refused(f"prompt {index} is empty")
+            raise PromptRefused(index, "is empty")
         if len(prompt) + answer_tokens > limit:
-            raise Refused(
-                f"prompt {index} has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
+            raise PromptRefused(
+                index, f"has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
-            raise Refused(f"prompt {index} holds a token id outside the vocabulary of {self.engine.vocab_size}")
+            raise PromptRefused(index, f"holds a token id outside the vocabulary of {self.engine.vocab_size}")
 
     async def answer(self, question: Question) -> list[Answer]:
         """The predictive of each prompt, in order."""
@@ -103,8 +95,8 @@ class Service:
         found = await self.engine.score(
             question.prompts, question.candidates, question.adapters, states=compared is not None
         )
-        answers = [_answer(question, log_p, top) for log_p, top in zip(found.log_p, found.top, strict=True)]
-        return _with_familiarity(answers, compared, found)
+        rows = zip(found.log_p, found.top, found.cached, strict=True)
+        return _with_familiarity([_answer(question, *each) for each in rows], compared, found)
 
     async def _linearized(self, question: Question) -> list[Answer]:
         """The answers by the linearised predictive; the engine reads the prompts too where their states are wanted."""
@@ -114,16 +106,17 @@ class Service:
         try:
             async with asyncio.TaskGroup() as group:
                 moments = group.create_task(self.linearizer.moments(served.name, question.prompts, question.candidates))
-                read = compared and group.create_task(
-                    self.engine.score(question.prompts, NOTHING, question.adapters, states=True)
-                )
+                if compared is not None:
+                    read = group.create_task(
+                        self.engine.score(question.prompts, NOTHING, question.adapters, states=True)
+                    )
         except ExceptionGroup as errors:
             raise first(errors) from errors
         coverage = question.options.coverage
         answers = await asyncio.to_thread(
             lambda: [Answer(from_gaussian(mean, spread, coverage=coverage)) for mean, spread in moments.result()]
         )
-        return answers if read is None else _with_familiarity(answers, compared, read.result())
+        return answers if compared is None else _with_familiarity(answers, compared, read.result())
 
     async def _answer_by_stages(self, question: Question) -> list[Answer]:
         """The answers by as many particles as each prompt needs, all prompts at once."""
@@ -136,7 +129,8 @@ class Service:
 
     async def _by_stages(self, question: Question, prompt: list[int]) -> Answer:
         """The answer to one prompt: a stage of particles after the other, until those left out no longer matter."""
-        compared, reads = self._compared(question), []
+        compared = self._compared(question)
+        reads: list[Scores] = []
         for n in sequential.stages(question.particles):
             done = sum(each.top.shape[1] for each in reads)
             reads.append(
@@ -144,11 +138,12 @@ class Service:
                     [prompt], question.candidates, question.adapters[done:n], states=compared is not None and not done
                 )
             )
-            log_p, top = (torch.cat([getattr(each, name)[0] for each in reads]) for name in ("log_p", "top"))
+            log_p, top = torch.cat([each.log_p[0] for each in reads]), torch.cat([each.top[0] for each in reads])
             left_out = sequential.left_out(_normalised(question, log_p).exp(), question.weights)
             if left_out.negligible:
                 break
-        answer = replace(_answer(question, log_p, top), left_out=left_out)
+        cached = min(each.cached[0] for each in reads)
+        answer = replace(_answer(question, log_p, top, cached), left_out=left_out)
         return _with_familiarity([answer], compared, reads[0])[0]
 
     def judge(self, question: Question, answer: Answer, chosen: int | None = None) -> Judged:
@@ -247,7 +242,7 @@ class Service:
             ids = await self.engine.render("completion", body)
         else:
             ids = [each for messages in conversations for each in await self._chat(served, messages)]
-        return self.question(served, ids, answers, options, template=template)
+        return within_limits(self.question(served, ids, answers, options, template=template))
 
     async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
         """Token ids of a conversation, read as chat requests are."""
@@ -255,14 +250,15 @@ class Service:
         return await self.engine.render("chat", {"model": served.name, "messages": messages})
 
 
-def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor) -> Answer:
-    """The predictive of the first n adapters: log_p [n, C] and top [n] as in Scores."""
+def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor, cached: int) -> Answer:
+    """The predictive of the first n adapters: log_p [n, C], top [n] and cached as in Scores, of one prompt."""
     weights = question.weights[: len(top)]
     own = _normalised(question, log_p)
     return Answer(
         from_particles(own, weights, question.options.coverage),
         own.exp(),
         unprompted(question.candidates, log_p, top, weights),
+        cached=cached,
     )
 
 
@@ -312,6 +308,15 @@ def predictive_name(served: Served, options: Uncertainty) -> PredictiveName:
             "per_particle",
         )
     return name
+
+
+def within_limits(question: Question, copies: int = 1) -> Question:
+    """The question, if its prompts are few enough for one request; each answer is sent `copies` times. Raises
+    Refused."""
+    numbers = len(question.prompts) * copies * len(question.candidates) ** 2
+    _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
+    _check_size(numbers, MAX_NUMBERS, "numbers in the response")
+    return question
 
 
 def _check_size(size: int, limit: int, what: str) -> None:

@@ -105,13 +105,15 @@ class Orders:
 class Answer:
     """The predictive of one prompt; `particles` [K, C] are each particle's probabilities, if there are any;
     `unprompted` is None for the linearised predictive, which reads nothing but the candidates; `orders` where there is
-    but one; `left_out` where as many particles as needed were asked for; `familiarity` where held-out rows tell it."""
+    but one; `left_out` where as many particles as needed were asked for; `cached` counts the tokens of its prompts that
+    no particle had to compute; `familiarity` where held-out rows tell it."""
 
     predictive: Predictive
     particles: torch.Tensor | None = None
     unprompted: Unprompted | None = None
     orders: Orders | None = None
     left_out: LeftOut | None = None
+    cached: int = 0
     familiarity: float | None = None
 
 

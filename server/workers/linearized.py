@@ -26,7 +26,7 @@ from posterior.errors import first_line
 from posterior.laplace.linearized import dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
-from server.errors import Refused, RequestError, Unavailable
+from server.errors import PromptRefused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers import inside, memory
 from server.workers.inside import Folder, Loaded, Moments
@@ -120,7 +120,7 @@ class Linearizer:
         """Mean [C] and covariance [C, C], float64, of the candidates' scores for each prompt.
 
         Raises:
-            Refused: there is not enough memory for a prompt.
+            PromptRefused: there is not enough memory for a prompt.
             Unavailable: there is no worker, it could not read this posterior, or too many prompts wait.
         """
         self.check()
@@ -149,17 +149,19 @@ class Linearizer:
         wanted = footprint.bytes(Example(prompt, candidates, 0))
         if wanted > self._room:
             longest = footprint.longest(candidates, self._room)
-            raise Refused(
-                f"prompt {index} has {len(prompt)} tokens: the linearised predictive of its {len(candidates)} answers "
+            raise PromptRefused(
+                index,
+                f"has {len(prompt)} tokens: the linearised predictive of its {len(candidates)} answers "
                 f"takes {wanted / 1e9:.1f} GB, and {self._room / 1e9:.1f} GB are free for it: "
                 + (f"send at most {longest} tokens, or " if longest else "give fewer answers, or ")
-                + "ask for the predictive 'mixture'"
+                + "ask for the predictive 'mixture'",
             )
         if self._suspects.strikes((name, prompt, candidates)) >= STRIKES:
-            raise Refused(
-                f"prompt {index} has ended the linearised predictive's worker {STRIKES} times, most likely for lack of "
-                f"memory, and is not tried again for {FORGIVEN_SECONDS / 60:.0f} minutes: send fewer tokens or "
-                "answers, or ask for the predictive 'mixture'"
+            raise PromptRefused(
+                index,
+                f"has ended the linearised predictive's worker {STRIKES} times, most likely for lack of memory, and is "
+                f"not tried again for {FORGIVEN_SECONDS / 60:.0f} minutes: send fewer tokens or answers, or ask for "
+                "the predictive 'mixture'",
             )
 
     async def _run(self) -> None:

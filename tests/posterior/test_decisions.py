@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import posterior
+from posterior.calibration.scalers import Temperature
 from posterior.data.decisions import TEMPLATE
-from posterior.errors import PosteriorError
 
 CHOICE = {"type": "choice", "instructions": "Which?", "choices": [{"value": "a"}, {"value": "b"}, {"value": "c"}]}
 PREDICATE = {"type": "predicate", "instructions": "It is good."}
@@ -78,12 +78,17 @@ def test_each_kind_of_question_has_its_calibration_or_shares_one(fitted: posteri
     assert [each.confidence for each in loaded.predict(inputs, predictive="map")] == [a.confidence for a in answers]
 
 
-def test_a_temperature_needs_questions_alike(fitted: posterior.Posterior) -> None:
+def test_one_temperature_serves_questions_of_different_numbers_of_options(fitted: posterior.Posterior) -> None:
+    three = {"type": "score", "instructions": "How bad?", "levels": [{"label": str(i)} for i in range(3)]}
+    inputs = [{"input": "z", "question": question} for question in (SCORE, three)]
     rows = held(CHOICE, ["a", "b", "c"], 30) + held(PREDICATE, [True, False], 30)
-    with pytest.raises(
-        PosteriorError, match="the questions have 2 or 3 options; use the method platt, isotonic or none"
-    ):
-        fitted.calibrate(rows, posterior.Calibration(predictive="map", method="temperature"))
+    settings = posterior.Calibration(predictive="map", method="temperature", dtype="float32")
+    (record,) = fitted.calibrate(rows, settings)
+    assert record.key.question == "any" and isinstance(record.calibrator, Temperature)
+    for answer in fitted.predict(inputs, predictive="map"):
+        assert answer.calibration == record
+        scaled = (answer.predictive.probability.log() / record.calibrator.temperature).softmax(-1)
+        assert answer.probability.tolist() == pytest.approx(scaled.tolist())
 
 
 def test_isotonic_of_all_kinds_keeps_what_is_no_option_out(fitted: posterior.Posterior) -> None:

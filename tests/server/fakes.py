@@ -88,6 +88,7 @@ class Engine:
     failure: Exception | None = None
     living: bool = True
     top: int = 104
+    cached: int = 0  # tokens of each prompt
     scored: list[tuple[int, int]] = field(default_factory=list)  # (prompts, adapters) of each call
     cancelled: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Engine:
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
         top = torch.full((len(prompts), len(adapters)), self.top)
         read = torch.stack([prompt_state(prompt, adapters[0]) for prompt in prompts]) if states else None
-        return Scores(rows.expand(len(prompts), *rows.shape), top, read)
+        return Scores(rows.expand(len(prompts), *rows.shape), top, [self.cached] * len(prompts), read)
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """As vLLM reads a request: text parts are joined by line breaks, and ids are taken as they are."""

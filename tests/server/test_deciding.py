@@ -164,6 +164,25 @@ def test_the_same_request_gives_the_same_numbers_whatever_is_asked_meanwhile(
         assert again == pytest.approx(first, abs=tolerance, rel=0.0)
 
 
+@pytest.mark.parametrize("predictive", ["mixture", "map"])
+def test_what_the_prefix_cache_spared_is_told(sdk: openai.OpenAI, predictive: str) -> None:
+    """Questions about one input share it; asked again, every block of their prompts is there, under each particle.
+    vLLM's blocks have 32 tokens here, and it always reads a prompt's last token."""
+
+    def usage(input: str, questions: list[dict[str, Any]]) -> tuple[int, int]:
+        body = {"uncertainty": {"predictive": predictive}}
+        found = sdk.decisions.create(model="mood", input=input, questions=questions, extra_body=body).usage
+        return found.input_tokens, found.input_tokens_details.cached_tokens
+
+    text = f"{predictive}: nobody has asked about this. " + INPUT
+    alone, nothing = usage(text, [LATE])
+    assert nothing <= 32, "no more than how every chat begins"
+    assert usage(text, [LATE]) == (alone, (alone - 1) // 32 * 32)
+    fresh = f"{predictive}: nor about this. " + INPUT
+    total, shared = usage(fresh, [LATE, LATE])
+    assert shared == (total // 2 - 1) // 32 * 32, "the second question has what the first one read"
+
+
 def test_label_mass_equals_transformers(server: Running) -> None:
     tokenizer, task = base_models.load_tokenizer(server.base), Task("decision", decisions.TEMPLATE, chat=True)
     question = decisions.QUESTION.validate_python({"type": "predicate", "instructions": "Is it late?"})

@@ -17,8 +17,10 @@ from server.errors import Refused
 
 
 class MixingLLM(AsyncLLM):
-    """AsyncLLM whose `generate` makes a gang of a request when a Trace is `CURRENT`, and fills in that Trace; of requests
-    with a STATE it keeps the state for who has put the key into `states`."""
+    """AsyncLLM whose `generate` makes a gang of a request when a Trace is `CURRENT`, and fills in that Trace.
+
+    states: those of prompts, by the key in a request's `extra_args`, for whoever put the key there.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -32,6 +32,17 @@ def draw(n: int, seed: int = 0, c: int = 3, sharpness: float = 2.5) -> tuple[Ten
     return (scores * sharpness + torch.arange(c)).softmax(1), y
 
 
+def ragged(n: int) -> tuple[Tensor, Tensor, list[int]]:
+    """As `draw`, of two, three or five options each, with p = 0 behind them; and how many each row has."""
+    p, y, widths = torch.zeros(n, 5, dtype=torch.float64), torch.zeros(n, dtype=torch.long), []
+    for row in range(n):
+        width = (2, 3, 5)[row % 3]
+        own, label = draw(1, seed=row, c=width)
+        p[row, :width], y[row] = own[0], label[0]
+        widths.append(width)
+    return p, y, widths
+
+
 @cache
 def make(n: int = 80, **changes: Any) -> Record:
     p, y = draw(n)

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.model_selection import KFold
 
 from posterior.calibration import metrics, records, scalers
+from posterior.calibration.conformal import Conformal, prediction_set
 from posterior.calibration.measure import cross_fit, measure
 from posterior.calibration.records import Key, Record
 from posterior.calibration.scalers import CALIBRATORS, Isotonic
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.files import atomic
-from tests.posterior.calibration.made import KEY, TASK, draw, make
+from tests.posterior.calibration.made import KEY, TASK, draw, make, ragged
 
 
 def test_what_is_reported_is_cross_fitted() -> None:
@@ -28,6 +30,24 @@ def test_what_is_reported_is_cross_fitted() -> None:
     seen = Isotonic.fit(p, y).apply(p)
     assert metrics.nll(after, y) > metrics.nll(seen, y)
     assert sets.shape == p.shape and float(sets.gather(1, y[:, None]).double().mean()) > 0.8
+
+
+@pytest.mark.parametrize("method", ["none", "temperature", "platt", "isotonic"])
+def test_rows_of_different_widths_are_judged_with_their_own_options(method: scalers.Method) -> None:
+    """As they are when they are served: each fold's rows one by one."""
+    p, y, widths = ragged(120)
+    after, sets = cross_fit(p, y, method=method, coverage=0.8, widths=widths)
+    for others, fold in KFold(5, shuffle=True, random_state=0).split(p):
+        calibrator, scores = CALIBRATORS[method].fit(p[others], y[others]), Conformal.fit("lac", p[others], y[others])
+        for row in fold:
+            own, width = p[row, : widths[row]], widths[row]
+            assert torch.allclose(after[row, :width], calibrator.apply(own), rtol=1e-9)
+            assert sets[row, :width].tolist() == prediction_set(calibrator, scores, own, 0.8).tolist()
+            assert not after[row, width:].any() and not sets[row, width:].any()
+    options: dict[str, Any] = {"score": "lac", "coverage": 0.9, "key": KEY, "data": "sha256:22", "widths": widths}
+    assert measure(p, y, method=method, **options).calibrator.method == method
+    with pytest.raises(PosteriorError, match="have 2 or 3 or 5 options, but vector learns a scale and a bias of each"):
+        measure(p, y, method="vector", **options)
 
 
 def test_refusals() -> None:

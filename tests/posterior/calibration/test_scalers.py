@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 
 from posterior.calibration import metrics, scalers
 from posterior.calibration.scalers import CALIBRATORS, Isotonic, Platt, Temperature, Vector
-from tests.posterior.calibration.made import draw
+from tests.posterior.calibration.made import draw, ragged
 
 
 def test_temperature_is_the_best_of_a_grid() -> None:
@@ -21,6 +21,25 @@ def test_temperature_is_the_best_of_a_grid() -> None:
     losses = [metrics.nll((p.log() / t).softmax(1), y) for t in grid]
     assert found == pytest.approx(float(grid[int(np.argmin(losses))]), abs=4e-3)
     assert found > 1.5, "the probabilities are over-confident"
+
+
+def test_the_temperature_of_rows_of_different_widths_is_the_best_of_a_grid() -> None:
+    """By a loop over rows with their own options; what is behind them says nothing."""
+    p, y, widths = ragged(300)
+    found = Temperature.fit(p, y).temperature
+    rows = [row[:width].log() for row, width in zip(p, widths, strict=True)]
+    grid = torch.linspace(0.5, 8, 800, dtype=torch.float64)
+    losses = [sum(-(row / t).log_softmax(0)[label] for row, label in zip(rows, y, strict=True)) for t in grid]
+    assert found == pytest.approx(float(grid[int(np.argmin(losses))]), abs=0.02)
+    assert found > 1.5, "the probabilities are over-confident"
+    wider = torch.cat([p, torch.zeros(len(p), 250, dtype=torch.float64)], 1)
+    assert Temperature.fit(wider, y).temperature == pytest.approx(found, rel=1e-12)
+
+
+def test_a_true_answer_without_probability_leaves_the_temperature_finite() -> None:
+    p, y = draw(200)
+    p[0] = torch.nn.functional.one_hot((y[0] + 1) % 3, 3).double()
+    assert 1.5 < Temperature.fit(p, y).temperature < 50
 
 
 def test_vector_scaling_is_the_optimum_and_improves_its_own_rows() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from posterior.data import decisions
 from posterior.data.chat import answered_ids, chat_ids, render
+from posterior.data.decisions import TEMPLATE
 from posterior.data.examples import encode
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
@@ -28,6 +30,10 @@ LLAMA2 = (
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ m.content }}{% endfor %}"
+)
+THINKING = PLAIN.replace(  # as Qwen3's
+    "<assistant>",
+    "<assistant>{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}",
 )
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rome"}'}}
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -140,6 +146,20 @@ def test_a_base_without_a_template_or_whose_template_refuses() -> None:
             encode(Task("text", "{text}"), tokenizer(template), [row])
     with pytest.raises(PosteriorError, match="row 1: the base has no chat template"):
         encode(Task("choice", "{text}", ("a", "b"), chat=True), tokenizer(None), [{"text": "x", "label": 0}])
+
+
+def test_a_decision_follows_directly_where_the_template_can_leave_thoughts_out() -> None:
+    """Other tasks are rendered as chats are. A template without the switch writes the same text either way."""
+    question = {"type": "predicate", "instructions": "It is late."}
+    row = {"input": "hi", "question": question, "answer": True}
+    for template, said in ((THINKING, "<assistant><think>\n\n</think>"), (PLAIN, "<assistant>")):
+        chat, task = tokenizer(template), Task("decision", TEMPLATE, chat=True)
+        (fitted,) = encode(task, chat, [row])
+        assert chat.decode(fitted.prompt).endswith(f"Answer:</s>{said}")
+        assert list(fitted.prompt) == task.ask(chat, "hi", decisions.read(decisions.QUESTION, question, "it"))[0]
+        (other,) = encode(Task("choice", "{text}", ("a", "b"), chat=True), chat, [{"text": "hi", "label": 0}])
+        assert list(other.prompt) == chat_ids(chat, [USER]) and chat.decode(other.prompt).endswith("hi</s><assistant>")
+    assert chat_ids(chat, [USER], thinking=False) == chat_ids(chat, [USER])
 
 
 def test_ids_of_a_prompt_have_the_template_s_own_bos_once() -> None:

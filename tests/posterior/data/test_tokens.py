@@ -100,6 +100,23 @@ def test_candidates_and_prompts_use_it() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_s_tokens_are_remembered_and_no_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ids as without a memory, whichever tokenizer was asked first, and a long answer is not kept."""
+    tokenizer, long = make(kind), "b" * (candidates.LONGEST_KEPT + 1)
+    answers = (*dict.fromkeys(" " + answer.strip() for answer in ANSWERS if answer.strip()), long)
+    for other in KINDS:
+        candidates.encode(make(other), answers)
+    expected = tuple(tuple(tokens.continuation(tokenizer, answer)) for answer in answers)
+    assert candidates.encode(tokenizer, answers) == expected
+    read: list[str] = []
+    monkeypatch.setattr(
+        "posterior.data.candidates.continuation",
+        lambda tokenizer, text: read.append(text) or tokens.continuation(tokenizer, text),
+    )
+    assert candidates.encode(tokenizer, answers[::-1]) == expected[::-1] and read == [long]
+
+
 def test_what_cannot_be_continued_is_one_line() -> None:
     lower = make("byte-level")
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()

@@ -304,3 +304,13 @@ def test_the_rows_choose_the_predictive_that_is_served(
         arguments(calibrate, folder, data, "--base", tiny_base, "--predictive", "mixture", "--method", "none")
     )
     assert held.choice is None and artefact.load(folder).choice == choice, "a named predictive changes no default"
+
+
+def test_json_has_the_comparison_before_the_record(
+    folder: Path, data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.run(arguments(calibrate, folder, data, "--base", tiny_base, "--particles", 2, "--json"))
+    told, record = map(json.loads, capsys.readouterr().out.splitlines())
+    assert told == json.loads((folder / "calibration" / "served.json").read_text())
+    assert len(told["compared"]) == 3 * len(scalers.CALIBRATORS)
+    assert (record["key"]["predictive"], record["calibrator"]["method"]) == (told["predictive"], told["method"])

@@ -29,14 +29,14 @@ class Agreeing(fakes.Engine):
     """Particles agree about prompts that begin as SURE does, and are far apart about those that begin as OPEN does."""
 
     async def score(self, prompts: Any, candidates: Any, adapters: Any, *, states: bool = False) -> Scores:
-        log_p, top, read = await super().score(prompts, candidates, adapters, states=states)
+        log_p, top, *rest = await super().score(prompts, candidates, adapters, states=states)
         lengths = torch.tensor([len(tokens) for tokens in candidates])
         slopes = [
             [3.0 if list(prompt[:4]) == list(SURE.encode()) else a.number % 3 for a in adapters] for prompt in prompts
         ]
         apart = (torch.tensor(slopes)[..., None] * torch.arange(len(candidates))).double().log_softmax(-1) * lengths
         known = torch.tensor([list(prompt[:4]) in (list(SURE.encode()), list(OPEN.encode())) for prompt in prompts])
-        return Scores(torch.where(known[:, None, None], apart, log_p), top, read)
+        return Scores(torch.where(known[:, None, None], apart, log_p), top, *rest)
 
 
 @pytest.fixture

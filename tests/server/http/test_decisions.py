@@ -11,10 +11,13 @@ from openai.types.decision import Decision
 
 from posterior.calibration.records import template_hash
 from posterior.data.decisions import TEMPLATE
+from posterior.data.examples import encode
 from posterior.data.task import Task
 from posterior.predictive.mixture import from_particles
-from server.errors import Unavailable
+from server.errors import PromptRefused, Unavailable
 from server.services.predictive import Service
+from tests.posterior.data.test_chat import THINKING
+from tests.posterior.tokenizers_of_kinds import make
 from tests.server import fakes
 from tests.server.conftest import error_of
 from tests.server.http.asking import INPUT, LATE, MOOD, STARS, answers, choice, decide, own
@@ -99,6 +102,19 @@ def test_fields_of_openai_without_effect(client: TestClient) -> None:
     assert answers(client, **more) == answers(client)
 
 
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [({}, 3 * 7), ({"orders": 2}, 6 * 7), ({"particles": "auto"}, 3 * 7), ({"predictive": "linearized"}, 0)],
+)
+def test_what_the_prefix_cache_spared_is_told(
+    client: TestClient, engine: fakes.Engine, options: dict[str, Any], cached: int
+) -> None:
+    """Seven tokens of each prompt; whatever an answer's particles are, the prompt counts once, as in input_tokens."""
+    engine.cached = 7
+    usage = decide(client, model="mood", uncertainty={"predictive": "mixture", **options}).json()["usage"]
+    assert usage["input_tokens_details"] == {"cached_tokens": cached, "cache_write_tokens": 0}
+
+
 def test_an_input_of_messages_and_calls(client: TestClient) -> None:
     plain = decide(client).json()["usage"]["input_tokens"]
     user = {"role": "user", "content": [{"type": "input_text", "text": INPUT}]}
@@ -140,6 +156,14 @@ def test_as_many_questions_as_openai_takes(client: TestClient, engine: fakes.Eng
     assert len(engine.scored) == 400
 
 
+def test_one_question_of_many_evaluations_is_told_as_a_question(client: TestClient, engine: fakes.Engine) -> None:
+    """255 options of 9 bytes, which the fake tokenizer reads one by one, under eight particles."""
+    long = {**choice(255), "choices": [{"value": f"{i:03d}" * 3} for i in range(255)]}
+    error = error_of(decide(client, model="mood", questions=[long], uncertainty={"predictive": "mixture"}), 400)
+    assert error["message"].startswith("the questions need ") and "ask fewer questions" in error["message"]
+    assert error["param"] == "questions" and engine.scored == []
+
+
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "nobody"}, 404, "model", "is not served"),
     ({"model": None}, 400, "model", "string"),
@@ -162,7 +186,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
         "questions.0.levels",
         "at most 10",
     ),
-    ({"input": "x" * 5000}, 400, "questions.0", "question 0: prompt 0 has"),
+    ({"input": "x" * 5000}, 400, "questions.0", "question 0: its prompt has 5"),
     (
         {"input": [{"type": "function_call_output", "call_id": "7", "output": "x"}]},
         400,
@@ -196,15 +220,31 @@ def test_bad_input_is_one_clear_line(
 # One failure
 
 
+NOUL = {"late": {"type": "noul", "instructions": "Is it late?"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "body"),
+    [("decisions", "0", {"input": INPUT, "questions": [LATE]}), ("systemone", "late", {"state": 1, "questions": NOUL})],
+)
+def test_a_prompt_that_the_linearised_predictive_refuses_is_told_as_a_question(
+    client: TestClient, linearizer: fakes.Linearizer, path: str, name: str, body: dict[str, Any]
+) -> None:
+    linearizer.failure = PromptRefused(0, "has 60 tokens: send at most 50")
+    error = error_of(client.post(f"/v1/{path}", json={"model": "mood", **body}), 400)
+    assert error["message"] == f"question {name}: its prompt has 60 tokens: send at most 50"
+    assert error["param"] == f"questions.{name}"
+
+
 def test_the_first_failure_is_raised_as_itself_and_aborts_the_others(
     client: TestClient, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, engine.delay = engine.score, 60.0
 
-    async def some(prompts: Any, candidates: Any, adapters: Any) -> Any:
+    async def some(prompts: Any, candidates: Any, adapters: Any, **options: Any) -> Any:
         if len(candidates) == 3:
             raise Unavailable("the engine's queue is full")
-        return await score(prompts, candidates, adapters)
+        return await score(prompts, candidates, adapters, **options)
 
     monkeypatch.setattr(engine, "score", some)
     response = decide(client)
@@ -225,6 +265,26 @@ def test_a_posterior_of_decisions_is_asked_as_it_was_fitted(client: TestClient, 
     own(service, labels="letters", chat=True)
     letters = decide(client, questions=[MOOD]).json()["usage"]["input_tokens"]
     assert letters == default + 3 * len("A: "), "each option has a letter before its words"
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_no_thoughts_stand_before_an_answer(
+    client: TestClient, service: Service, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch, fitted: bool
+) -> None:
+    """Of a base whose template can leave them out: the prompt is that of the fit."""
+    service.tokenizer = chat = make("byte-level")
+    chat.chat_template = THINKING
+    task = own(service, chat=True) if fitted else Task("decision", TEMPLATE, chat=True)
+    score, prompts = engine.score, []
+
+    async def recorded(asked: Any, *rest: Any, **options: Any) -> Any:
+        prompts.extend(asked)
+        return await score(asked, *rest, **options)
+
+    monkeypatch.setattr(engine, "score", recorded)
+    answers(client, questions=[LATE])
+    (row,) = encode(task, chat, [{"input": INPUT, "question": LATE, "answer": True}])
+    assert prompts == [list(row.prompt)] and chat.decode(prompts[0]).endswith("<assistant><think>\n\n</think>")
 
 
 def test_its_calibration_is_applied_to_questions_of_its_kind(client: TestClient, service: Service) -> None:
