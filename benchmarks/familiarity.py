@@ -5,9 +5,9 @@
 Familiar questions are test rows of the set that a posterior was fitted to, strange ones are of another set: banking77
 against clinc150's out-of-scope questions (asked for the department), yelp (the shipped posterior) and ARC-Easy against
 MMLU's computer science and chemistry. Each measure's AUROC is the probability that a strange question gets more of it
-than a familiar one. A measure that is to be served is a sum of ranks among held-out familiar rows, which are neither
-training nor test rows. Intervals are of the difference to the best score of the MAP (its entropy, or one minus its
-largest probability), over 1,000 resamples of both sides.
+than a familiar one. `1 - familiarity` is what the server says, from held-out rows, which are neither training nor test
+rows; sums are of ranks among these. Intervals are of the difference to the best score of the MAP (its entropy, or one
+minus its largest probability), over 1,000 resamples of both sides.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from tqdm import tqdm
 
 from benchmarks.cells import read
 from benchmarks.support import DEPARTMENT
+from posterior.calibration.familiarity import Center, Familiarity
 from posterior.calibration.metrics import ood_auroc
 from posterior.curvature.sketch import Full
 from posterior.data.examples import Examples, batches, encode
 from posterior.data.reading import Row, read_rows
-from posterior.evaluation.predictions import each_sampled
+from posterior.evaluation.familiar import asked
+from posterior.evaluation.predictions import each_sampled, map_scores
 from posterior.evaluation.report import markdown_rows
 from posterior.laplace.blockwise import Blocks, Covariance
 from posterior.laplace.linearized import jacobians
 from posterior.likelihood.directions import directions, movements
+from posterior.likelihood.states import last_states
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.predictive.mixture import entropy, from_gaussian
@@ -43,16 +46,22 @@ BATCH, PARTICLES, RESAMPLES = 8, 8, 1000
 SHIPPED = Path(__file__).parents[1] / "posterior" / "shipped" / "sentiment"
 DATA = Path(__file__).parent / "data"
 MAP_SCORES = ("MAP entropy", "1 - MAP's largest p")
+SUMS = (
+    ("total entropy", "score variance"), ("total entropy", "Mahalanobis"), ("score variance", "Mahalanobis"),
+    ("mutual information", "Mahalanobis"), ("total entropy", "score variance", "Mahalanobis"),
+)  # fmt: skip
 Measures = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows that a posterior was fitted to, familiar ones held out for ranks, familiar and strange test rows."""
+    """Rows that a posterior was fitted to; those that `posterior calibrate` gets; those among them that were asked the
+    same as the familiar test rows; and these and strange test rows."""
 
     name: str
     posterior: artefact.Posterior
     train: list[Row]
+    calibration: list[Row]
     held: list[Row]
     familiar: list[Row]
     strange: list[Row]
@@ -64,9 +73,10 @@ def main() -> None:
     parser.add_argument("--banking", type=Path, help="posterior of benchmarks/data/support.train.jsonl")
     parser.add_argument("--arc", type=Path, help="posterior of the first 128 rows of ARC-Easy")
     parser.add_argument("--rows", type=int, default=200, help="of each side, at most (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="only what takes no gradients and no particles")
     args = parser.parse_args()
     for pair in pairs(args):
-        print(report(pair, resolve()) + "\n", flush=True)
+        print(report(pair, resolve(), quick=args.quick) + "\n", flush=True)
 
 
 def pairs(args: argparse.Namespace) -> list[Pair]:
@@ -77,15 +87,16 @@ def pairs(args: argparse.Namespace) -> list[Pair]:
         oos = read_rows(args.data / "clinc150" / "oos.jsonl")
         strange = [{"input": row["text"], "question": DEPARTMENT, "answer": "cards"} for row in oos]
         found.append(
-            Pair("banking77 / clinc150 oos", artefact.load(args.banking), asked["train"], asked["calibration"],
-                 asked["test"], strange)
+            Pair("banking77 / clinc150 oos", artefact.load(args.banking), asked["train"], parts["calibration"],
+                 asked["calibration"], asked["test"], strange)
         )  # fmt: skip
     for name, folder in {"yelp": SHIPPED, "arc_easy": args.arc}.items():
         if folder is not None:
             data = read(name, args.data, 400 if name == "yelp" else 128, args.rows)
             others = [row for part, rows in data.others.items() if part.startswith("ood") for row in rows]
             label = f"{name} / MMLU computer science and chemistry"
-            found.append(Pair(label, artefact.load(folder), data.train, data.calibration, data.test, others))
+            held = data.calibration
+            found.append(Pair(label, artefact.load(folder), data.train, held, held, data.test, others))
     return [
         replace(
             each, held=each.held[: args.rows], familiar=each.familiar[: args.rows], strange=each.strange[: args.rows]
@@ -94,21 +105,18 @@ def pairs(args: argparse.Namespace) -> list[Pair]:
     ]
 
 
-def report(pair: Pair, base: Base) -> str:
-    """A table of all measures and of sums of two ranks."""
-    posterior, tokenizer = pair.posterior, load_tokenizer(base)
+def report(pair: Pair, base: Base, *, quick: bool) -> str:
+    """A table of all measures and of sums of two or three ranks."""
+    task, posterior, tokenizer = pair.posterior.task, pair.posterior, load_tokenizer(base)
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval().requires_grad_(False)
-    train = encode(posterior.task, tokenizer, pair.train)
-    center = Center.of(hidden(model, train))
+    train = last_states(model, encode(task, tokenizer, pair.train)).double()
+    questions = [asked(task, row) for row in pair.calibration]
+    known = Familiarity.fit(last_states(model, encode(task, tokenizer, pair.calibration)), questions)
     held, inside, outside = (
-        measures(model, posterior, encode(posterior.task, tokenizer, rows), center)
+        measures(model, posterior, encode(task, tokenizer, rows), train, known, quick=quick)
         for rows in (pair.held, pair.familiar, pair.strange)
     )
-    sums = [
-        ("total entropy", "score variance"), ("total entropy", "Mahalanobis"), ("score variance", "Mahalanobis"),
-        ("mutual information", "Mahalanobis"), ("total entropy", "score variance", "Mahalanobis"),
-    ]  # fmt: skip
-    for names in sums:
+    for names in () if quick else SUMS:
         for part in (inside, outside):
             part[" + ".join(names)] = sum((ranks(held[name], part[name]) for name in names), torch.zeros(()))
     best = max(MAP_SCORES, key=lambda name: ood_auroc(inside[name], outside[name]))
@@ -119,8 +127,25 @@ def report(pair: Pair, base: Base) -> str:
     return f"{pair.name}: {len(pair.familiar)} familiar rows, {len(pair.strange)} strange\n\n{markdown_rows(lines)}"
 
 
-def measures(model: Any, posterior: artefact.Posterior, examples: Examples, center: Center) -> Measures:
-    """Each [N]: the more, the stranger."""
+def measures(
+    model: Any, posterior: artefact.Posterior, examples: Examples, train: Tensor, known: Familiarity, *, quick: bool
+) -> Measures:
+    """Each [N]: the more, the stranger. train [M, D]: states of the training rows."""
+    states = last_states(model, examples).double()
+    one = Center.fit(train, torch.zeros(len(train), dtype=torch.long))
+    p = map_scores(model, examples).softmax(1)
+    result = {"MAP entropy": entropy(p), "1 - MAP's largest p": 1 - p.max(1).values}
+    if not quick:
+        result |= of_the_posterior(model, posterior, examples)
+    result["Mahalanobis"] = known.center.nearest(states)[0]
+    result["1 - familiarity"] = 1 - torch.tensor(known(states), dtype=torch.float64)
+    result["Mahalanobis, training rows"] = one.nearest(states)[0]
+    result["nearest training rows"] = neighbours(train, states)
+    return result
+
+
+def of_the_posterior(model: Any, posterior: artefact.Posterior, examples: Examples) -> Measures:
+    """Those that ask the Laplace covariance or particles."""
     found: dict[str, list[float]] = {}
     order: list[int] = []
     matrices, covariance = lora.matrices(model), posterior.covariance
@@ -142,9 +167,6 @@ def measures(model: Any, posterior: artefact.Posterior, examples: Examples, cent
     result["intersection entropy of 8 particles"] = torch.tensor(
         [_credal(each.interval) for each in particles]
     ).double()
-    states = hidden(model, examples)
-    result["Mahalanobis"] = center.distance(states)
-    result["nearest training rows"] = center.nearest(states)
     return result
 
 
@@ -159,12 +181,10 @@ def without_data(covariance: Covariance) -> Covariance:
 def _measured(f: Tensor, spread: Tensor, prior: Tensor) -> dict[str, float]:
     """Of one row's scores f [C], their covariance [C, C] after and before the data."""
     predictive = from_gaussian(f, spread)
-    p, width = f.softmax(0), len(f)
+    width = len(f)
     centred = torch.eye(width, dtype=f.dtype) - 1 / width
     after, before = (float((centred @ each @ centred).trace()) for each in (spread, prior))
     return {
-        "MAP entropy": float(entropy(p)),
-        "1 - MAP's largest p": 1 - float(p.max()),
         "total entropy": predictive.total,
         "variation ratio": 1 - float(predictive.probability.max()),
         "mutual information": predictive.epistemic,
@@ -188,41 +208,10 @@ def _credal(interval: Tensor) -> float:
     return float(entropy(p / p.sum()))
 
 
-@dataclass(frozen=True)
-class Center:
-    """The training rows' last hidden states: mean [D], precision [D, D] (Ledoit & Wolf 2004), and all [N, D]."""
-
-    mean: Tensor
-    precision: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, states: Tensor) -> Center:
-        from sklearn.covariance import LedoitWolf
-
-        found = LedoitWolf().fit(states.numpy())
-        return cls(torch.from_numpy(found.location_), torch.from_numpy(found.precision_), states)
-
-    def distance(self, states: Tensor) -> Tensor:
-        centred = states - self.mean
-        return ((centred @ self.precision) * centred).sum(1).sqrt()
-
-    def nearest(self, states: Tensor, count: int = 5) -> Tensor:
-        """Mean cosine distance to the nearest rows."""
-        ours, theirs = (torch.nn.functional.normalize(each - self.mean, dim=1) for each in (states, self.rows))
-        return 1 - (ours @ theirs.T).topk(count, 1).values.mean(1)
-
-
-@torch.no_grad()
-def hidden(model: Any, examples: Examples) -> Tensor:
-    """The last layer's state [N, D] at the prompt's last token, with theta*; float64."""
-    found = torch.zeros(len(examples), model.config.hidden_size, dtype=torch.float64)
-    prompts = replace(examples, rows=[replace(row, continuations=((0,), (1,)), label=0) for row in examples])
-    for indices, batch in batches(prompts, BATCH):
-        output = model(input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions,
-                       output_hidden_states=True, logits_to_keep=1, use_cache=False)  # fmt: skip
-        found[indices] = output.hidden_states[-1][:, -1].double()
-    return found
+def neighbours(train: Tensor, states: Tensor, count: int = 5) -> Tensor:
+    """Mean cosine distance [N] of states [N, D] to the nearest training rows' [M, D], from their mean."""
+    ours, theirs = (torch.nn.functional.normalize(each - train.mean(0), dim=1) for each in (states, train))
+    return 1 - (ours @ theirs.T).topk(count, 1).values.mean(1)
 
 
 def ranks(held: Tensor, values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ HISTOGRAMS = {
     "posterior_epistemic_entropy_nats",
     "posterior_total_entropy_nats",
     "posterior_auto_particles",
+    "posterior_familiarity",
     "posterior_token_epistemic_entropy_nats",
     "posterior_effective_particles_ratio",
     "posterior_linearized_batch_size",
