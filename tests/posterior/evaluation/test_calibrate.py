@@ -19,6 +19,7 @@ from posterior.data.examples import data_hash, encode
 from posterior.errors import PosteriorError
 from posterior.evaluation.calibrate import probabilities, served_dtype
 from posterior.evaluation.predictions import linearized, map_scores, sampled
+from posterior.likelihood.states import last_states
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact
@@ -102,6 +103,23 @@ def test_it_calibrates_the_predictive_the_server_gives(
     assert record.calibrator == scalers.Platt.fit(p, y)
     assert record.conformal == conformal.Conformal.fit("lac", p, y)
     assert set(record.before) == set(record.after) == set(METRICS)
+
+
+def test_it_keeps_what_questions_are_familiar(folder: Path, data: Path, tiny_base: Path) -> None:
+    """By the states of theta*, and for a mixture by those of its first particle, in the server's dtype."""
+    options = ["--base", tiny_base, "--dtype", "float32", "--particles", 3]
+    found = calibrate.call(arguments(calibrate, folder, data, *options))
+    names = [f"familiarity-{name}-float32.safetensors" for name in ("map", "particle")]
+    assert sorted(found.familiarity) == [folder / "calibration" / name for name in names]
+    posterior, base = artefact.load(folder), resolve(str(tiny_base))
+    examples = encode(posterior.task, load_tokenizer(base), [row(index) for index in range(ROWS)])
+    model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
+    for adapter in ("map", "particle"):
+        if adapter == "particle":
+            lora.put(model, next(iter(posterior.thetas(3))))
+        center = posterior.familiarity[adapter, "float32"].center
+        torch.testing.assert_close(center.mean[0], last_states(model, examples).mean(0), rtol=1e-4, atol=1e-5)
+    assert len(posterior.familiarity) == 2
 
 
 @pytest.mark.parametrize("closed", [".", "..", "calibration"])
