@@ -21,7 +21,7 @@ from posterior.data.examples import ROWS, TOKENS, Batch, Example, Examples, batc
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise
-from posterior.likelihood.directions import differences, directions, movements
+from posterior.likelihood.directions import differences, directions, movements, remainder
 from posterior.likelihood.footprint import measure
 from posterior.likelihood.scores import arranged, record, scores
 from posterior.models import lora
@@ -48,7 +48,8 @@ def moments(
     f, parts = jacobians(model, {name: matrices[name] for name in covariance.precision}, batch, directions)
     found = covariance.of_scores(parts, factors)
     moved = movements(f).to(found)
-    return f, moved @ found @ moved.mT
+    found = moved @ found @ moved.mT
+    return f, found + torch.diag_embed(remainder(f, found))
 
 
 def jacobians(

@@ -3,7 +3,8 @@
 The softmax ignores a common shift of the scores, so that the differences of C - 1 candidates to the first say all. Of
 more than EXACT candidates, gradients are taken for those that hold MASS of the probability at theta*, and MOST of them
 at most. The others rise and fall together, as their common mass does to first order: by the gradient of
-sum_c q_c f_c, with q their shares of it. benchmarks/options.py compares both.
+sum_c q_c f_c, with q their shares of it. Each also varies by itself, so that its variance is the mean one of those that
+have a gradient: nothing tells it from them. benchmarks/options.py compares both.
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ def movements(f: Tensor) -> Tensor:
     if f.shape[1] <= EXACT:
         return torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, 1:].expand(len(f), -1, -1)
     return _grouped(f)[1][:, 1:].mT.to(f)
+
+
+def remainder(f: Tensor, covariance: Tensor) -> Tensor:
+    """What the variances [M, B, C] of the scores f [B, C] lack for candidates that share one direction, given the
+    covariance [M, B, C, C] that the directions leave."""
+    variance = covariance.diagonal(dim1=2, dim2=3)
+    if f.shape[1] <= EXACT:
+        return torch.zeros_like(variance)
+    group = _grouped(f)[1]
+    shared = (group & (group.sum(2, keepdim=True) > 1)).any(1)
+    own = (~shared & ~group[:, 0]).to(variance)
+    mean = (variance * own).sum(2, keepdim=True) / own.sum(1, keepdim=True).clamp(min=1)
+    return (mean - variance).clamp(min=0) * shared
 
 
 def _grouped(f: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,8 @@ def decided(question: dict[str, Any], held: bool) -> dict[str, Any]:
         return {**head, "probability": p[0]}
     if held:
         reason = "unfamiliar" if kind == "choice" else "ambiguous"
-        return {**head, "type": "refusal", "uncertainty": {**record, "reason": reason}}
+        strange = {"familiarity": 0.01} if reason == "unfamiliar" else {}
+        return {**head, "type": "refusal", "uncertainty": {**record, **strange, "reason": reason}}
     if kind == "choice":
         rows = [{"value": one, "probability": each} for one, each in pairs]
         return {**head, "choice": choices[-1], "confidence": p[-1], "probabilities": rows}

@@ -33,6 +33,7 @@ it would be: a=b  (confidence 0.50, not calibrated)
   cards, lost  0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
   a=b          0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
 
+familiarity 0.010: 99% of the held-out rows are less strange
 entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
 
 The customer is in a hurry.

@@ -86,6 +86,7 @@ def test_a_refusal_says_why(call: Call, stub: Any) -> None:
     response = call(stub.url, model="sentiment", input=CHAT, questions=QUESTIONS, uncertainty=options)
     assert [isinstance(answer, Refusal) for answer in response.answers] == [False, True, True]
     assert [answer.uncertainty.reason for answer in response.answers] == [None, "unfamiliar", "ambiguous"]
+    assert [answer.uncertainty.familiarity for answer in response.answers] == [None, 0.01, None]
     assert response.answers[1].uncertainty.answer is True  # what it would have been
     assert stub.bodies == [{"model": "sentiment", "input": CHAT, "questions": QUESTIONS, "uncertainty": options}]
 

@@ -27,6 +27,7 @@ def of_prediction(prediction: Prediction, glyphs: str = UNICODE) -> str:
             *_rows([printable(one.answer) for one in ranked], ranked, glyphs),
             "",
             *_set(prediction.prediction_set, str),
+            *_familiarity(prediction),
             doubt(prediction.entropy),
             _source(prediction),
         ]
@@ -81,6 +82,7 @@ def _decided(question: Question, answer: DecisionAnswer, glyphs: str) -> str:
     lines = [printable(str(question["instructions"])), *_verdict(question, answer), ""]
     lines += _rows([_named(question, one.answer) for one in options], options, glyphs)
     lines += ["", *_set(found.prediction_set, lambda value: _named(question, value)), *_orders(found)]
+    lines += _familiarity(found)
     return "\n".join([*lines, doubt(found.entropy)])
 
 
@@ -124,6 +126,12 @@ def _orders(found: DecisionUncertainty) -> list[str]:
     return [
         f"asked in {found.orders.n} orders: total variation from their average up to {found.orders.total_variation:.3f}"
     ]
+
+
+def _familiarity(found: Predictive) -> list[str]:
+    if found.familiarity is None:
+        return []
+    return [f"familiarity {found.familiarity:.3f}: {1 - found.familiarity:.0%} of the held-out rows are less strange"]
 
 
 def _confidence(found: Predictive) -> str:

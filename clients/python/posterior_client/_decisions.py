@@ -51,8 +51,8 @@ class DecisionUncertainty(Predictive):
 
     `answers` [C] are in the order of the question, of a predicate true first; `covariance` [C, C] is left out where
     there are many. `prediction_set`, where there is a calibration, holds the true answer at the requested coverage.
-    `reason` is there where the question was not answered: "ambiguous" if the question itself leaves it open,
-    "unfamiliar" if more training rows would help.
+    `reason` is there where the question was not answered: "unfamiliar" if few held-out rows are as strange (or, where
+    there are none, if more training rows would help), else "ambiguous".
     """
 
     answer: Value

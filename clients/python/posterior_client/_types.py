@@ -80,7 +80,8 @@ class LeftOut:
 class Predictive(Uncertainty):
     """The posterior predictive over C answers.
 
-    `per_particle` [K, C] is there when asked for; `mc_error` is the Monte-Carlo standard error of `confidence`.
+    `per_particle` [K, C] is there when asked for; `mc_error` is the Monte-Carlo standard error of `confidence`;
+    `familiarity` is the share of held-out rows that are at least as strange, where the server has such rows.
     Calibrated, the answer, `confidence`, `logprob` and the probabilities come from the calibration, all else from the
     posterior itself.
     """

@@ -80,6 +80,7 @@ def test_the_covariance_is_that_of_the_directions(model, law, batch):
             precision = torch.kron(small, large) + 2.0 * factor * torch.eye(j.shape[2]).double()
             j = moved @ combine @ j
             expected += j @ torch.linalg.solve(precision, j.mT)
+        expected += torch.diag_embed(directions.remainder(f, expected[None])[0])
         torch.testing.assert_close(covariance[number], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -145,3 +146,13 @@ def test_the_fisher_of_many_candidates_tends_to_the_exact_one(model):
     for name in exact:
         ours, wanted = (sum(float(part.sum()) for part in each[name].eigenvalues()[:2]) for each in (many, exact))
         assert ours / 240 == pytest.approx(wanted, rel=0.08), name
+
+
+def test_candidates_that_share_a_direction_vary_as_much_as_the_others(monkeypatch):
+    monkeypatch.setattr(directions, "MOST", 3)
+    f = torch.tensor([[3.0, 2.0, 1.0, -1.0, -2.0], [5.0, -20.0, -21.0, -22.0, -23.0]], dtype=torch.float64)
+    variance = torch.tensor([[0.0, 4.0, 2.0, 1.0, 5.0], [0.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    found = directions.remainder(f, torch.diag_embed(variance)[None])
+    # the first row has gradients for the second and third candidate; the second one for none but the group of all
+    assert found.tolist() == [[[0, 0, 0, 2.0, 0], [0, 0, 0, 0, 0]]]
+    assert not directions.remainder(f[:, :4], torch.diag_embed(variance[:, :4])[None]).any()
