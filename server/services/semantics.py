@@ -47,8 +47,9 @@ class Semantic:
 def samples(trace: Trace, prompt: int, texts: Sequence[str], truncated: int) -> Samples:
     """What the trace holds of the samples of a prompt, whose texts are these."""
     k = len(trace.adapters)
-    rows = [torch.tensor(text.rows[: text.delivered]).double().view(-1, k + 2)[:, :k] for text in trace.texts[prompt]]
-    log_p = torch.stack([row.sum(0) for row in rows])
+    rows = [text.rows[: text.delivered] for text in trace.texts[prompt]]
+    tables = [torch.tensor(row, dtype=torch.float64).view(len(row), k + 2) for row in rows]
+    log_p = torch.stack([table[:, :k].sum(0) for table in tables])
     log_weights = torch.tensor(trace.weights, dtype=torch.float64).log()
     order = (log_p + log_weights).logsumexp(1).argsort(descending=True, stable=True)
     numbers = tuple(order.tolist())

@@ -192,14 +192,14 @@ def _check_size(wanted: Wanted, particles: int, options: TextUncertainty) -> Non
     product = f"{wanted.prompts} prompts x {texts} x {particles} particles"
     if sequences > MAX_SEQUENCES:
         raise Refused(
-            f"{product} are {sequences} sequences; one request may have {MAX_SEQUENCES}: send fewer prompts, or ask for "
-            f"fewer {'choices' if options.samples is None else 'samples'} or 'particles'",
+            f"{product} are {sequences} sequences; one request may have {MAX_SEQUENCES}: send fewer prompts, or ask "
+            f"for fewer {'choices' if options.samples is None else 'samples'} or 'particles'",
             "n" if options.samples is None else "uncertainty.samples",
         )
     if options.samples is not None and sequences * wanted.longest > MAX_SAMPLED:
         raise Refused(
-            f"{product} x {wanted.longest} tokens, the most that a text may have, are {sequences * wanted.longest}; one "
-            f"request may have {MAX_SAMPLED}: give a smaller 'max_tokens', or ask for fewer samples or 'particles'",
+            f"{product} x {wanted.longest} tokens, the most that a text may have, are {sequences * wanted.longest}; "
+            f"one request may have {MAX_SAMPLED}: give a smaller 'max_tokens', or ask for fewer samples or 'particles'",
             "max_tokens",
         )
 
