@@ -59,7 +59,7 @@ def meanings(
     each = torch.full((len(order),), 1 / len(order), dtype=torch.float64) if mass is None else mass.double()
     share = (log_p.double() + log_weights.double()).log_softmax(1).exp()  # w_k p_k(y_i) / p(y_i)
     joint = torch.zeros(log_p.shape[1], count, dtype=torch.float64).index_add_(1, order, (share * each[:, None]).T)
-    total = joint.sum(0)
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, order, each)  # joint.sum(0), and equal where it is
     by_probability = total.argsort(descending=True, stable=True)
     joint, total = joint[:, by_probability], total[by_probability]
     weights = joint.sum(1)

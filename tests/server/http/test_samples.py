@@ -66,12 +66,8 @@ def by_hand() -> tuple[dict[str, float], float, float, list[float], dict[str, li
 
 def quantile(level: float, values: list[float], weights: list[float]) -> float:
     """The least value up to which the weights sum to the level."""
-    reached = 0.0
-    for value, weight in sorted(zip(values, weights, strict=True)):
-        reached += weight
-        if reached >= level:
-            break
-    return value
+    pairs = list(zip(values, weights, strict=True))
+    return min(value for value in values if sum(weight for other, weight in pairs if other <= value) >= level)
 
 
 def logprob(number: int) -> float:
