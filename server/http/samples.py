@@ -149,6 +149,7 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
     drawing = asyncio.ensure_future(asked.draw(SHOWING))
     drawing.add_done_callback(lambda done: done.cancelled() or done.exception())  # a stream that broke asks no more
     texts: dict[int, str] = {}
+    each: list[Samples] = []
     try:
         async for line in events:
             if not line.startswith("data: {"):
@@ -158,9 +159,9 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
             for choice in chunk.get("choices", ()):  # an error has none
                 index = choice["index"]
                 texts[index] = texts.get(index, "") + _said(choice)
-                if choice["finish_reason"] is not None:
-                    drawn = asked.each(await drawing)[index]
-                    _meaning(choice, semantic(asked.writer, drawn, texts[index]))
+                if choice.get("finish_reason") is not None:
+                    each = each or asked.each(await drawing)
+                    _meaning(choice, semantic(asked.writer, each[index], texts[index]))
             if chunk.get("usage") and not chunk["choices"]:
                 _add_usage(chunk["usage"], await drawing)
             yield event(chunk)

@@ -163,8 +163,10 @@ def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | 
 
 def _drawn(trace: Trace | None, options: TextUncertainty) -> Trace | None:
     """The trace of the samples, if there are to be any: that of the text if one of them is returned."""
-    if options.samples is None or trace is None or options.returned != "greedy":
-        return None if options.samples is None else trace
+    if options.samples is None:
+        return None
+    if trace is None or options.returned != "greedy":
+        return trace
     return Trace(trace.adapters, trace.weights, trace.mixing, trace.explicit)
 
 
