@@ -82,6 +82,20 @@ class Metrics:
             registry=own,
             buckets=NATS,
         )
+        self.semantic = Histogram(
+            "posterior_semantic_entropy_nats",
+            "Entropy of the meanings of a text's samples.",
+            ("posterior",),
+            registry=own,
+            buckets=NATS,
+        )
+        self.semantic_epistemic = Histogram(
+            "posterior_semantic_epistemic_entropy_nats",
+            "Mutual information of meaning and weights.",
+            ("posterior",),
+            registry=own,
+            buckets=NATS,
+        )
         self.effective = Histogram(
             "posterior_effective_particles_ratio",
             "Effective particles after a text, as a share of its particles.",
@@ -123,6 +137,12 @@ class Metrics:
             self.token_epistemic.labels(posterior).observe(float(text.epistemic.mean()))
             after = text.log_weights[-1].exp()
             self.effective.labels(posterior).observe(1 / float(after.square().sum()) / len(after))
+
+    def count_meanings(self, posterior: str, meanings: Predictive, resumed: int) -> None:
+        """Count the meanings of a text's samples, and how often their siblings began again."""
+        self.resumes.labels(posterior).inc(resumed)
+        self.semantic.labels(posterior).observe(meanings.total)
+        self.semantic_epistemic.labels(posterior).observe(meanings.epistemic)
 
     def count_tokens(self, posterior: str, prompt: int, completion: int) -> None:
         """Count what a request read and wrote."""

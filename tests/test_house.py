@@ -28,7 +28,7 @@ POSTERIOR: Sequence[Sequence[str]] = (
     ("settings", "files", "validation"),
     ("models",),
     ("data",),
-    ("predictive",),
+    ("predictive", "meaning"),
     ("likelihood",),
     ("curvature",),
     ("training",),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request
 
 from server.engine import Call, Kind
-from server.errors import EngineLost, Refused
-from server.http import choices
-from server.http.errors import ApiError, as_api_error
-from server.http.records import Reply, event, text_record
+from server.errors import Refused
+from server.http import choices, samples
+from server.http.records import Reply, attach
 from server.http.schemas import BODIES, ChatRequest, CompletionRequest
+from server.http.streams import annotated
 from server.metrics import Observation
 from server.services import texts
 from server.services.messages import check_messages
-from server.services.options import Uncertainty
+from server.services.options import TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
 from server.validation import validated
@@ -52,9 +50,10 @@ async def _write(
     observation: Observation,
 ) -> Reply:
     """The answer in text, under the mixture of the posterior's particles, or by the MAP or the base alone."""
-    wanted = texts.Wanted(checked.prompts, checked.n or 1, explicit=bool(checked.limits))
-    writer = texts.writer(service, served, checked.uncertainty or Uncertainty(), wanted)
+    writer = _writer(service, served, checked)
     observation.predictive = writer.predictive
+    if writer.drawn is not None:
+        return await samples.reply(samples.Asked(writer, writer.drawn, kind, body, request.headers), checked)
     generate = service.engine.chat if kind == "chat" else service.engine.complete
     call = Call(request.headers)
     result = await generate(body, call, writer.trace)
@@ -65,35 +64,21 @@ async def _write(
             service.metrics.count_tokens(observation.posterior, usage.prompt_tokens, usage.completion_tokens)
 
     if not isinstance(result, dict):
-        return _annotated(result, writer, count)
+        return annotated(result, writer, count)
     count()
     for choice in result["choices"]:
-        _attach(choice, writer.whole(choice["index"]))
+        attach(choice, writer.whole(choice["index"]))
     return result | {"model": served.id}
 
 
-def _attach(choice: dict[str, Any], written: texts.Written | None) -> None:
-    if written is not None:
-        choice["uncertainty"] = text_record(written)
-
-
-def _broken_off(service: Service, line: str) -> ApiError:
-    """vLLM's error in a stream as the error that its client gets."""
-    return as_api_error(RuntimeError(line) if service.engine.alive() else EngineLost())
-
-
-async def _annotated(events: AsyncIterator[str], writer: texts.Writer, count: Callable[[], None]) -> AsyncIterator[str]:
-    """vLLM's server-sent events with our part on each chunk, our summary on each choice's last, our form of errors."""
-    try:
-        async for line in events:
-            if line.startswith('data: {"error"'):
-                yield event(_broken_off(writer.service, line).body())
-            elif writer.annotates and line.startswith("data: {"):
-                chunk = json.loads(line.removeprefix("data: "))
-                for choice in chunk["choices"]:
-                    _attach(choice, writer.part(choice["index"], last=choice.get("finish_reason") is not None))
-                yield event(chunk | {"model": writer.served.id})
-            else:
-                yield line
-    finally:
-        count()
+def _writer(service: Service, served: Served, checked: ChatRequest | CompletionRequest) -> texts.Writer:
+    """The writer of a request for text. Raises Refused for what cannot be given together."""
+    options, n = checked.uncertainty or TextUncertainty(), checked.n or 1
+    if options.samples is not None:
+        samples.check(checked, options)
+        n = options.samples + (options.returned == "greedy")
+        if checked.stream and options.tokens is None:
+            options = options.model_copy(update={"tokens": True})
+    longest = min(checked.longest or service.engine.max_model_len, service.engine.max_model_len)
+    wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest)
+    return texts.writer(service, served, options, wanted)

@@ -12,8 +12,10 @@ from posterior.data.decisions import Option, Value
 from posterior.predictive.decoding import TextPredictive
 from server.engine import Usage
 from server.services.questions import Judged
+from server.services.semantics import Semantic
 from server.services.texts import Written
 
+MAX_MEANINGS = 20  # that a reply lists one by one
 MAX_COVARIANCE = 16  # options of a decision; the matrix of more would be most of the reply
 
 Reply = dict[str, Any] | AsyncIterator[str]  # a JSON object, or server-sent events
@@ -95,6 +97,37 @@ def text_record(written: Written) -> dict[str, Any]:
             record["per_particle"] = {"logprob": written.text.particles.sum(0).tolist(), "weight": weight}
     if written.tokens is not None:
         record["tokens"] = _tokens(written.tokens, written.per_particle)
+    return record
+
+
+def attach(choice: dict[str, Any], written: Written | None) -> None:
+    """Puts the uncertainty of a text, if there is any, into an element of `choices`."""
+    if written is not None:
+        choice["uncertainty"] = text_record(written)
+
+
+def semantic_record(semantic: Semantic) -> dict[str, Any]:
+    """The JSON of what the samples of a text said."""
+    p = semantic.found.predictive
+    counts = semantic.found.group.bincount().tolist()
+    columns = (p.probability.tolist(), p.interval.tolist(), p.variance.tolist(), semantic.found.error.tolist(), counts)
+    rows = zip((text for _, text in semantic.examples), *columns, strict=True)
+    names = ("text", "probability", "interval", "variance", "standard_error", "samples")
+    record: dict[str, Any] = {
+        "samples": sum(counts),
+        "truncated": semantic.truncated,
+        "meaning": semantic.meaning,
+        "returned": semantic.returned,
+        "own": semantic.own,
+        "entropy": {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic},
+        "effective_particles": p.effective_particles,
+        "meanings": [dict(zip(names, row, strict=True)) for row in rows][:MAX_MEANINGS],
+    }
+    if len(counts) > MAX_MEANINGS:
+        rest = counts[MAX_MEANINGS:]
+        record["others"] = {
+            "meanings": len(rest), "samples": sum(rest), "probability": float(p.probability[MAX_MEANINGS:].sum())
+        }  # fmt: skip
     return record
 
 

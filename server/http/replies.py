@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from posterior.data.decisions import Value
-from server.services.options import PredictiveName, Reason
+from server.services.options import MeaningName, PredictiveName, Reason, Returned
 
 
 class _Reply(BaseModel):
@@ -134,6 +134,42 @@ class DecisionRecord(_Record):
     orders: OrdersRecord | None = None
 
 
+class Meaning(BaseModel):
+    """One meaning. `text`: its most probable sample; `interval`, `variance`: of its probability over the posterior;
+    `standard_error`: of its probability, from the number of samples."""
+
+    text: str
+    probability: float
+    interval: list[float]
+    variance: float
+    standard_error: float
+    samples: int
+
+
+class OtherMeanings(BaseModel):
+    """The meanings that are not listed."""
+
+    meanings: int
+    samples: int
+    probability: float
+
+
+class SemanticRecord(BaseModel):
+    """What the samples of a text mean, the most probable meaning first. `own`: the number of the returned text's
+    meaning in `meanings` and those after them; null where no sample has it. `truncated`: how many samples max_tokens
+    cut."""
+
+    samples: int
+    truncated: int
+    meaning: MeaningName
+    returned: Returned
+    own: int | None
+    entropy: Entropy
+    effective_particles: float
+    meanings: list[Meaning]
+    others: OtherMeanings | None = None
+
+
 class TextRecord(_Reply):
     """The uncertainty of a text; of a mixture also logprob, entropy, effective_particles and more."""
 
@@ -141,6 +177,7 @@ class TextRecord(_Reply):
     predictive: PredictiveName
     calibrated: bool
     calibration: dict[str, Any] | None
+    semantic: SemanticRecord | None = None
 
 
 class Usage(_Reply):

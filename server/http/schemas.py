@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from posterior.data.decisions import MAX_CHOICES as MAX_OPTIONS
 from posterior.data.decisions import MAX_LEVELS, MAX_QUESTIONS, Input, Question
 from server.engine import Kind
-from server.services.options import MAX_INTEGER, DecisionUncertainty, Uncertainty
+from server.services.options import MAX_INTEGER, DecisionUncertainty, TextUncertainty, Uncertainty
 
 MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
 MAX_BODY_BYTES = 4 * 2**20
 MAX_TEMPERATURE = 100.0
+DEFAULT_TOKENS = 16  # of a completion, as OpenAI and vLLM have it
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -136,7 +137,7 @@ class TextRequest(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
-    uncertainty: Uncertainty | None = None
+    uncertainty: TextUncertainty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -172,10 +173,20 @@ class TextRequest(BaseModel):
         return 1
 
     @property
+    def counts_usage(self) -> bool:
+        """Whether a stream of it ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
     def limits(self) -> dict[str, int]:
         """The most tokens that a text may have, by the field that says so."""
         given = {name: getattr(self, name, None) for name in ("max_completion_tokens", "max_tokens")}
         return {name: limit for name, limit in given.items() if limit is not None}
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that a text can have, where that is not left to the context."""
+        return max(self.limits.values(), default=None)
 
 
 class ChatRequest(TextRequest):
@@ -212,6 +223,10 @@ class CompletionRequest(TextRequest):
     def prompts(self) -> int:
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return len(self.prompt) if several else 1
+
+    @property
+    def longest(self) -> int | None:
+        return super().longest if "max_tokens" in self.model_fields_set else DEFAULT_TOKENS
 
     @field_validator("prompt", mode="wrap")
     @classmethod

@@ -11,6 +11,8 @@ from posterior.predictive.decoding import Mixing
 
 MAX_ANSWERS = MAX_CANDIDATES  # per request
 MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
+MAX_SAMPLES = 64  # of a prompt
+MAX_SAMPLED = 2**20  # tokens of one request: prompts x samples x particles x max_tokens
 MAX_OPTIONS = 8192  # of all questions of a request for decisions
 MAX_BACKWARD = 256  # backward passes of one request's decisions (posterior/laplace/linearized.py)
 MAX_ORDERS = 8  # of the options of a question
@@ -18,13 +20,13 @@ MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1
 
 PredictiveName = Literal["mixture", "linearized", "map"]
-
-
+MeaningName = Literal["exact"]
+Returned = Literal["meaning", "greedy"]
 Reason = Literal["ambiguous", "unfamiliar"]
 
 
 class Uncertainty(BaseModel):
-    """The object `uncertainty` of decision, chat and completion requests."""
+    """The object `uncertainty` that all requests have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -52,6 +54,22 @@ class Uncertainty(BaseModel):
         if isinstance(value, str) and value != "auto":
             raise ValueError(f"must be an integer or 'auto'; got {value[:20]!r}")
         return value
+
+
+class TextUncertainty(Uncertainty):
+    """The object `uncertainty` of chat and completion requests."""
+
+    samples: Annotated[int, Field(ge=2, le=MAX_SAMPLES)] | None = Field(
+        default=None, description="of text: draw so many, and say how probable each meaning is"
+    )
+    returned: Returned | None = Field(
+        default=None,
+        alias="return",
+        description="with samples: the text of the most probable 'meaning' (the default), or the 'greedy' one",
+    )
+    meaning: MeaningName | None = Field(
+        default=None, description="with samples: what tells meanings apart. 'exact': equal short answers"
+    )
 
 
 class DecisionUncertainty(Uncertainty):

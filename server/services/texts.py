@@ -9,18 +9,20 @@ import torch
 from posterior.predictive.decoding import Mixing, TextPredictive, text_predictive
 from server.engine.gang import Trace
 from server.errors import Refused
-from server.services.options import MAX_SEQUENCES, Uncertainty
+from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be."""
+    """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be;
+    `longest`: so many tokens, or what vLLM takes instead."""
 
     prompts: int
     n: int
     explicit: bool
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,19 @@ class Written:
 
 @dataclass
 class Writer:
-    """The uncertainty of one request's texts, as they are written. `trace` is None for the MAP and the base alone."""
+    """The uncertainty of one request's texts, as they are written.
+
+    predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
+    None for the MAP and the base without samples. drawn: of the samples; the same one if a sample is returned.
+    """
 
     service: Service
     served: Served
-    options: Uncertainty
+    options: TextUncertainty
+    predictive: PredictiveName
     trace: Trace | None
+    drawn: Trace | None = None
     counted_resumes: int = 0
-
-    @property
-    def predictive(self) -> str:
-        """What writes: the mixture, or one adapter or the base ("map")."""
-        return "map" if self.trace is None else "mixture"
 
     @property
     def annotates(self) -> bool:
@@ -69,8 +72,7 @@ class Writer:
             return self._written()
         text = self.trace.text(choice)
         result = predictive_of(self.trace, text.rows[: text.delivered])
-        new, self.counted_resumes = self.trace.resumed - self.counted_resumes, self.trace.resumed
-        self.service.metrics.count_text(self.served.owner, result, new)
+        self.service.metrics.count_text(self.served.owner, result, self.new_resumes())
         prompt = predictive_of(self.trace, text.prompt) if text.prompt else None
         return self._written(result, prompt, result if self.options.tokens else None)
 
@@ -89,6 +91,13 @@ class Writer:
             return None if tokens is None else self._written(tokens=tokens)
         whole = self.whole(choice)
         return whole and replace(whole, tokens=tokens)
+
+    def new_resumes(self) -> int:
+        """How often siblings began again since this was last asked."""
+        traces = {id(trace): trace for trace in (self.trace, self.drawn) if trace is not None}
+        total = sum(trace.resumed for trace in traces.values())
+        new, self.counted_resumes = total - self.counted_resumes, total
+        return new
 
     def _written(
         self,
@@ -109,7 +118,7 @@ class Writer:
         )
 
 
-def writer(service: Service, served: Served, options: Uncertainty, wanted: Wanted) -> Writer:
+def writer(service: Service, served: Served, options: TextUncertainty, wanted: Wanted) -> Writer:
     """The writer of the particles that are asked for. Raises Refused for what this model cannot give."""
     if options.predictive == "linearized":
         raise Refused(
@@ -123,36 +132,83 @@ def writer(service: Service, served: Served, options: Uncertainty, wanted: Wante
             "give 'answers'",
             "uncertainty.particles",
         )
+    _check_samples(served, options)
     unsaid = options.predictive is None and options.mixing is None
-    alone = options.predictive == "map" or not served.particles or (unsaid and options.particles == 1)
-    if alone:
-        if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
-            raise Refused(
-                f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
-                "'mixture' of a posterior",
-                "uncertainty.predictive",
-            )
-        _check_size(wanted, 1)
-        return Writer(service, served, options, None)
+    if options.predictive == "map" or not served.particles or (unsaid and options.particles == 1):
+        trace = _alone(served, options, wanted)
+        return Writer(service, served, options, "map", trace, _drawn(trace, options))
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise Refused(
             f"particles is {k}; this server holds {len(served.particles)} of {served.name!r}", "uncertainty.particles"
         )
-    _check_size(wanted, k)
+    _check_size(wanted, k, options)
     trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", wanted.explicit)
-    return Writer(service, served, options, trace)
+    return Writer(service, served, options, "mixture", trace, _drawn(trace, options))
 
 
-def _check_size(wanted: Wanted, particles: int) -> None:
-    """Raises Refused for a request of more texts than are written at a time."""
+def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | None:
+    """The trace of text by one adapter: None without samples, whose log-probabilities it has to hold."""
+    if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
+        raise Refused(
+            f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
+            "'mixture' of a posterior",
+            "uncertainty.predictive",
+        )
+    _check_size(wanted, 1, options)
+    if options.samples is None or served.map is None:
+        return None
+    return Trace((served.map,), (1.0,), "sequence", wanted.explicit)
+
+
+def _drawn(trace: Trace | None, options: TextUncertainty) -> Trace | None:
+    """The trace of the samples, if there are to be any: that of the text if one of them is returned."""
+    if options.samples is None:
+        return None
+    if trace is None or options.returned != "greedy":
+        return trace
+    return Trace(trace.adapters, trace.weights, trace.mixing, trace.explicit)
+
+
+def _check_samples(served: Served, options: TextUncertainty) -> None:
+    """Raises Refused for options that samples cannot honour, or that belong to them."""
+    if options.samples is None:
+        for name, value in (("return", options.returned), ("meaning", options.meaning)):
+            if value is not None:
+                raise Refused(f"{name!r} belongs to 'samples'; give these too, or leave it out", f"uncertainty.{name}")
+        return
+    if served.posterior is None:
+        raise Refused(f"'samples' need a posterior, and {served.name!r} is the base alone", "uncertainty.samples")
+    if options.mixing == "token":
+        raise Refused(
+            "'samples' are weighed by what each particle gives to the whole text, which is 'sequence' mixing; leave "
+            "'mixing' out",
+            "uncertainty.mixing",
+        )
+
+
+def _check_size(wanted: Wanted, particles: int, options: TextUncertainty) -> None:
+    """Raises Refused for a request of more texts than are written at a time, or of too many tokens of samples."""
     sequences = wanted.prompts * wanted.n * particles
+    texts = f"n = {wanted.n}" if options.samples is None else _counted(options.samples, wanted.n)
+    product = f"{wanted.prompts} prompts x {texts} x {particles} particles"
     if sequences > MAX_SEQUENCES:
         raise Refused(
-            f"{wanted.prompts} prompts x n = {wanted.n} x {particles} particles are {sequences} sequences; one request "
-            f"may have {MAX_SEQUENCES}: send fewer prompts, or ask for fewer choices or 'particles'",
-            "n",
+            f"{product} are {sequences} sequences; one request may have {MAX_SEQUENCES}: send fewer prompts, or ask "
+            f"for fewer {'choices' if options.samples is None else 'samples'} or 'particles'",
+            "n" if options.samples is None else "uncertainty.samples",
         )
+    if options.samples is not None and sequences * wanted.longest > MAX_SAMPLED:
+        raise Refused(
+            f"{product} x {wanted.longest} tokens, the most that a text may have, are {sequences * wanted.longest}; "
+            f"one request may have {MAX_SAMPLED}: give a smaller 'max_tokens', or ask for fewer samples or 'particles'",
+            "max_tokens",
+        )
+
+
+def _counted(samples: int, texts: int) -> str:
+    """The texts of a prompt in words."""
+    return f"{samples} samples" if texts == samples else f"({samples} samples + 1 greedy text)"
 
 
 def predictive_of(trace: Trace, rows: list[list[float]], log_weights: torch.Tensor | None = None) -> TextPredictive:

@@ -99,6 +99,25 @@ def test_text_under_the_mixture(client: PosteriorClient) -> None:
     assert type(parts[0][0]) is TextPart and len(parts[0][0].tokens) == 1 and isinstance(parts[-1][0], Text)
 
 
+@pytest.mark.parametrize("returned", ["meaning", "greedy"])
+def test_what_samples_mean(client: PosteriorClient, returned: str) -> None:
+    options: Any = {"samples": 3, "return": returned}
+    sent: Any = {"model": "gang", "extra_body": {"uncertainty": options}, "max_tokens": 8}
+    replies = [
+        client.openai.completions.create(prompt="it was", **sent),
+        client.openai.chat.completions.create(messages=CHAT, **sent),
+        [*client.openai.completions.create(prompt="it was", stream=True, **sent)][-1],
+        [*client.openai.chat.completions.create(messages=CHAT, stream=True, **sent)][-1],
+    ]
+    for reply in replies:
+        [found] = uncertainty_of(reply)
+        assert isinstance(found, Text) and found.semantic is not None
+        assert (found.semantic.samples, found.semantic.returned, found.semantic.own) == (3, returned, 0)
+        [meaning] = found.semantic.meanings
+        assert (meaning.text, meaning.probability, meaning.samples) == ("hello", 1.0, 3)
+        assert found.semantic.entropy.total == 0.0 and found.semantic.others is None
+
+
 def test_text_by_the_map(client: PosteriorClient) -> None:
     [found] = uncertainty_of(client.openai.completions.create(model="mood/map", prompt="it was"))
     assert (found.posterior, found.predictive, found.calibrated) == ("mood@abcdef012345", "map", False)

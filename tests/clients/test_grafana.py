@@ -18,6 +18,8 @@ HISTOGRAMS = {
     "posterior_auto_particles",
     "posterior_familiarity",
     "posterior_token_epistemic_entropy_nats",
+    "posterior_semantic_entropy_nats",
+    "posterior_semantic_epistemic_entropy_nats",
     "posterior_effective_particles_ratio",
     "posterior_linearized_batch_size",
     "posterior_linearized_queue_seconds",

@@ -75,8 +75,8 @@ def has_data(prometheus: str, target: dict[str, Any]) -> bool:
 
 
 def traffic(server: Running) -> None:
-    """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text by
-    the MAP, and a refusal."""
+    """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text,
+    samples, a question with rows to compare it with, and a refusal."""
     with PosteriorClient(f"{server.url}/v1", KEY) as client:
         posteriors = [model for model in client.openai.models.list() if "mixture" in getattr(model, "predictives", ())]
         for model in posteriors:
@@ -86,6 +86,10 @@ def traffic(server: Running) -> None:
                 model=model.id, prompts=["It was"], answers=ANSWERS, predictive="mixture", particles="auto"
             )
             client.openai.completions.create(model=model.id, prompt="It was", max_tokens=2)
+            client.openai.completions.create(
+                model=model.id, prompt="It was", max_tokens=2, extra_body={"uncertainty": {"samples": 2}}
+            )
+        client.predictive(model="mood", inputs=[{"text": "It was"}])
         with pytest.raises(InvalidRequestError):
             client.predictive(model=posteriors[0].id, prompts=["It was"], answers=[" same", " same"])
 

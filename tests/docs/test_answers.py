@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from posterior.calibration.records import Record
 from server.http import predictive, records, replies
 from server.http.schemas import PredictiveRequest
-from server.services.options import MAX_INTEGER, Uncertainty
+from server.services.options import MAX_INTEGER, TextUncertainty, Uncertainty
 from tests.docs.blocks import ROOT
 
 LIMITS = ("minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -30,7 +30,8 @@ CHOICE_WRITERS = (
     records.usage_record,
     Record.summary,
 )
-TEXT_WRITERS = (records.text_record, records._summary, records._tokens)
+TEXTS = (replies.TextRecord, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
+TEXT_WRITERS = (records.text_record, records.semantic_record, records._summary, records._tokens)
 
 
 def page(name: str) -> str:
@@ -71,6 +72,14 @@ def test_every_field_of_a_request_has_a_row() -> None:
     assert own.keys() == PredictiveRequest.model_fields.keys() - Uncertainty.model_fields.keys()
 
 
+def test_every_field_of_a_text_has_a_row() -> None:
+    (rows,) = tables(page("text.md"), "In `uncertainty`")
+    own = {
+        field.alias or name for name, field in TextUncertainty.model_fields.items()
+    } - Uncertainty.model_fields.keys()
+    assert own < {row[0].strip("`") for row in rows}
+
+
 @pytest.mark.parametrize("model", [PredictiveRequest, Uncertainty])
 def test_rows_have_the_defaults_and_the_limits_of_the_code(model: type[BaseModel]) -> None:
     own, shared = requests()
@@ -97,7 +106,7 @@ def written(source: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "models", "writers"),
-    [("answers.md", CHOICES, CHOICE_WRITERS), ("text.md", (replies.TextRecord,), TEXT_WRITERS)],
+    [("answers.md", CHOICES, CHOICE_WRITERS), ("text.md", TEXTS, TEXT_WRITERS)],
 )
 def test_every_field_of_a_reply_has_a_row(name: str, models: Sequence[type[BaseModel]], writers: Sequence[Any]) -> None:
     text = page(name)

@@ -77,9 +77,20 @@ def prompt_state(prompt: Sequence[int], adapter: Adapter | None) -> torch.Tensor
     return torch.tensor([float(prompt[0]), float(adapter.number if adapter else 0), 1.0, -1.0])
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A text, log p_k of its tokens [T, K], and why it ends there."""
+
+    text: str
+    log_p: Sequence[Sequence[float]]
+    finish: str = "stop"
+
+
 @dataclass
 class Engine:
-    """Scores by adapter number only; text is always "hello", and the most probable next token `top`."""
+    """Scores by adapter number only; the most probable next token is `top`. Text is "hello", of one token that every
+    particle gives probability 1/2; but where more than one choice is asked for, those of each prompt are the `drafts`
+    in their order, if there are any."""
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
@@ -92,6 +103,7 @@ class Engine:
     scored: list[tuple[int, int]] = field(default_factory=list)  # (prompts, adapters) of each call
     cancelled: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
 
     async def score(
         self,
@@ -101,11 +113,7 @@ class Engine:
         *,
         states: bool = False,
     ) -> Scores:
-        try:
-            await asyncio.sleep(self.delay)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
+        await self._wait()
         if self.failure is not None:
             raise self.failure
         self.scored.append((len(prompts), len(adapters)))
@@ -130,47 +138,74 @@ class Engine:
     async def chat(
         self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
-        self._trace(trace)
-        return self._reply(
-            body, {"message": {"role": "assistant", "content": "hello"}}, {"delta": {"content": "hello"}}
-        )
+        return await self._write("chat", body, call, trace)
 
     async def complete(
         self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
-        self._trace(trace)
-        return self._reply(body, {"text": "hello"}, {"text": "hello"})
+        return await self._write("completion", body, call, trace)
 
-    @staticmethod
-    def _trace(trace: Trace | None) -> None:
-        """One token that every particle gives probability 1/2, in each of up to two choices."""
-        if trace is not None:
-            row = [math.log(0.5)] * len(trace.adapters) + [1.0, 0.75]
-            trace.texts.append([Text([row], delivered=1) for _ in range(2)])
-
-    def _reply(self, body: dict[str, Any], whole: dict[str, Any], part: dict[str, Any]) -> Any:
+    async def _write(self, kind: Kind, body: dict[str, Any], call: Call | None, trace: Trace | None) -> Any:
         self.bodies.append(body)
         if self.failure is not None:
             raise self.failure
+        n, k = body.get("n") or 1, len(trace.adapters) if trace else 0
+        hello = Draft("hello", [[math.log(0.5)] * k])
+        drafts = [self.drafts[i % len(self.drafts)] if self.drafts and n > 1 else hello for i in range(n)]
+        prompts = 1 if kind == "chat" else len(await self.render(kind, body))
+        for _ in range(prompts if trace else 0):
+            rows = [[[*row[:k], 1.0, 0.75] for row in draft.log_p] for draft in drafts]
+            trace.texts.append([Text(each, delivered=len(each)) for each in rows])  # type: ignore[union-attr]
+        written = sum(len(draft.log_p) for draft in drafts) * prompts
+        if call is not None:
+            call.state.usage = Usage(3, written)
         if body.get("stream"):
-            return self._stream(part)
-        name = "chat.completion" if "message" in whole else "text_completion"
-        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-        choices = [{"index": 0, **whole, "finish_reason": "stop"}]
+            usage = (body.get("stream_options") or {}).get("include_usage")
+            return self._stream(
+                kind, {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4} if usage else None
+            )
+        if self.delay and n > 1:
+            await self._wait()
+        return self._reply(kind, drafts * prompts, written)
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.sleep(self.delay)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    @staticmethod
+    def _reply(kind: Kind, drafts: list[Draft], written: int) -> dict[str, Any]:
+        said: list[dict[str, Any]] = [
+            {"message": {"role": "assistant", "content": draft.text}} if kind == "chat" else {"text": draft.text}
+            for draft in drafts
+        ]
+        choices = [
+            {"index": index, **each, "logprobs": None, "finish_reason": draft.finish}
+            for index, (each, draft) in enumerate(zip(said, drafts, strict=True))
+        ]
+        usage = {"prompt_tokens": 3, "completion_tokens": written, "total_tokens": 3 + written}
+        name = "chat.completion" if kind == "chat" else "text_completion"
         return {"id": "x", "object": name, "created": 0, "model": "x", "choices": choices, "usage": usage}
 
-    async def _stream(self, part: dict[str, Any]) -> AsyncIterator[str]:
+    async def _stream(self, kind: Kind, usage: dict[str, int] | None) -> AsyncIterator[str]:
         import json
 
-        for finish in (None, "stop"):
-            choice = {"index": 0, **part, "finish_reason": finish}
-            yield f"data: {json.dumps({'choices': [choice]}, separators=(',', ':'))}\n\n"
+        def line(body: dict[str, Any]) -> str:
+            return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+        for text, finish in (("hello", None), ("", "stop")):
+            part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
+            yield line({"choices": [{"index": 0, **part, "finish_reason": finish}]})
+        if usage is not None:
+            yield line({"choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
     async def warm_up(self, prompt: list[int]) -> None: ...
 
     def usage(self, call: Call) -> Usage | None:
-        return Usage(3, 2)
+        return getattr(call.state, "usage", None)
 
     def alive(self) -> bool:
         return self.living

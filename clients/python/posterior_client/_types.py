@@ -160,11 +160,57 @@ class TextSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What some of the samples of a text mean; `text` is the most probable one of these.
+
+    `interval` and `variance` are of the meaning's probability over the posterior, `standard_error` is that of
+    `probability` for so few samples.
+    """
+
+    text: str
+    probability: float
+    interval: tuple[float, float]
+    variance: float
+    standard_error: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherMeanings:
+    """The less probable meanings, which are not listed."""
+
+    meanings: int
+    samples: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Semantic:
+    """What the `samples` of a text mean, the most probable meaning first.
+
+    `own` is the number of the returned text's meaning, None where no sample has it; `truncated` samples were cut by
+    `max_tokens`. `effective_particles` are those of the posterior as the samples weigh it.
+    """
+
+    samples: int
+    truncated: int
+    meaning: str
+    returned: Literal["meaning", "greedy"]
+    own: int | None
+    entropy: Entropy
+    effective_particles: float
+    meanings: tuple[Meaning, ...]
+    others: OtherMeanings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text(TextPart, TextSummary):
-    """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`."""
+    """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`; `semantic`
+    when it had `samples`."""
 
     mixing: Literal["sequence", "token"]
     particles: int
+    semantic: Semantic | None = None
     prompt: TextSummary | None = None
     per_particle: Particles | None = None
 

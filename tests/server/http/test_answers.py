@@ -170,7 +170,7 @@ def test_errors_of_the_engine_before_and_within_a_stream(client: TestClient, eng
     engine.failure = Refused("too long", "messages")
     assert error_of(chat(client, stream=True), 400)["message"] == "too long"
 
-    async def broken(part: Any) -> Any:
+    async def broken(*_: Any) -> Any:
         yield 'data: {"error":{"message":"secret","code":500}}\n\n'
         raise RuntimeError("secret too")
 

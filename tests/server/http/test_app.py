@@ -104,7 +104,7 @@ def test_metrics_count_requests_tokens_and_answers(client: TestClient) -> None:
         'posterior_requests_total{endpoint="predictive",posterior="none",predictive="none",status="400"} 1.0',
         'posterior_requests_total{endpoint="chat",posterior="mood",predictive="mixture",status="200"} 1.0',
         'posterior_prompt_tokens_total{posterior="gang"} 29.0',
-        'posterior_generated_tokens_total{posterior="mood"} 2.0',
+        'posterior_generated_tokens_total{posterior="mood"} 1.0',
         'posterior_answers_total{posterior="gang",predictive="mixture"} 2.0',
         'posterior_confidence_count{posterior="gang",predictive="mixture"} 2.0',
         'posterior_epistemic_entropy_nats_count{posterior="gang",predictive="mixture"} 2.0',
