@@ -124,7 +124,11 @@ def report(pair: Pair, base: Base, *, quick: bool) -> str:
     for name in inside:
         difference = resampled(lambda a, b, name=name: area(a, b, name) - area(a, b, best), inside, outside)
         lines.append([name, f"{area(inside, outside, name):.3f}", difference])
-    return f"{pair.name}: {len(pair.familiar)} familiar rows, {len(pair.strange)} strange\n\n{markdown_rows(lines)}"
+    low = [float((part["1 - familiarity"] >= 0.95 - 1e-9).double().mean()) for part in (inside, outside)]
+    return (
+        f"{pair.name}: {len(pair.familiar)} familiar rows, {len(pair.strange)} strange; {low[0]:.3f} and {low[1]:.3f} "
+        f"of them have a familiarity of at most .05\n\n{markdown_rows(lines)}"
+    )
 
 
 def measures(
