@@ -47,11 +47,12 @@ test-docs: setup
 
 SENTIMENT := benchmarks/data/yelp.train.jsonl --template '{text}\nSentiment:' --answers ' negative' ' positive' \
     --epochs 3 --curvature-rank 16
-SUPPORT := benchmarks/data/support.train.jsonl --task decision --epochs 4 --curvature-rank 16
+SUPPORT := benchmarks/data/support.train.jsonl --task decision --epochs 6 --curvature-rank 16
 
 fit: setup
 	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment
 	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
+	$(BIN)/posterior calibrate posterior/shipped/support benchmarks/data/support.calibration.jsonl
 
 fit-check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \

@@ -21,7 +21,7 @@ import torch
 from posterior.data.reading import Row, read_rows
 
 DATA = Path(__file__).parent / "data"
-ROWS = {"train": 256, "calibration": 600, "test": 600}
+ROWS = {"train": 512, "calibration": 600, "test": 600}
 DEPARTMENTS = ("account", "cards", "cash", "exchange", "payments", "security", "top-ups", "transfers")
 WRONG = frozenset(
     [
