@@ -92,23 +92,24 @@ KNOWN = [{"text": text, "label": TASK.answers[0]} for text in ("good", "bad", "s
 FARTHEST, STEPS = 200.0, 2000  # of the distances that `compare` gives held-out rows
 
 
-def states(posterior: artefact.Posterior, base: Base, adapter: AdapterName, rows: list[dict[str, str]]) -> torch.Tensor:
+def states(posterior: artefact.Posterior, base: Base, rows: list[dict[str, str]]) -> dict[AdapterName, torch.Tensor]:
     """What the LM head reads at each prompt's end, by transformers and peft, in float32."""
     model = lora.load_peft(load_model(base, torch.float32, "cpu"), posterior.map_dir).eval()
-    if adapter == "particle":
-        lora.put(model, next(posterior.thetas(1)))
-    return last_states(model, encode(TASK, load_tokenizer(base), rows)).double()
+    examples = encode(TASK, load_tokenizer(base), rows)
+    found: dict[AdapterName, torch.Tensor] = {"map": last_states(model, examples).double()}
+    lora.put(model, next(posterior.thetas(1)))
+    return found | {"particle": last_states(model, examples).double()}
 
 
 def compare(posterior: artefact.Posterior, base: Base) -> artefact.Posterior:
     """With rows to compare questions with, whose distances are evenly spaced: so that a familiarity tells a distance
     from KNOWN to FARTHEST / STEPS."""
-    for adapter in ("map", "particle"):
+    for adapter, known in states(posterior, base, KNOWN).items():
         about = About(
             base=base.hash, posterior=posterior.hash, template=template_hash(TASK), adapter=adapter, dtype="float32",
             n=STEPS, data="sha256:0",
         )  # fmt: skip
-        center = Center.fit(states(posterior, base, adapter, KNOWN), torch.zeros(len(KNOWN), dtype=torch.long))
+        center = Center.fit(known, torch.zeros(len(KNOWN), dtype=torch.long))
         held = torch.linspace(FARTHEST / STEPS, FARTHEST, STEPS, dtype=torch.float64)
         posterior.compare_with(about, Familiarity(center, held, torch.zeros(STEPS, dtype=torch.long)))
     return artefact.load(posterior.path)

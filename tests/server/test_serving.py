@@ -153,6 +153,18 @@ def test_linearized_equals_the_model_in_this_process(server: Running, prompts: l
         assert item["entropy"]["epistemic"] == pytest.approx(expected.epistemic, abs=1e-5)
 
 
+FAMILIAR = [
+    *INPUTS[:2],
+    {"text": "the soup was cold, " * 20},
+]  # the last one is longer than a block of the prefix cache
+
+
+@pytest.fixture(scope="module")
+def expected_states(server: Running) -> dict[str, torch.Tensor]:
+    """Of FAMILIAR, by adapter."""
+    return folders.states(server.mood, server.base, [{**row, "label": " negative"} for row in FAMILIAR])
+
+
 @pytest.mark.parametrize(
     ("options", "adapter"),
     [
@@ -162,15 +174,14 @@ def test_linearized_equals_the_model_in_this_process(server: Running, prompts: l
         ({"predictive": "mixture", "particles": "auto"}, "particle"),
     ],
 )
-def test_familiarity_is_of_the_state_that_transformers_has(server: Running, options: Any, adapter: Any) -> None:
-    """Also of a long prompt and, again, of one whose beginning is in the prefix cache."""
-    rows = [*INPUTS, {"text": "the soup was cold, " * 120}]
-    labelled = [{**row, "label": " negative"} for row in rows]
-    center = server.mood.familiarity[adapter, "float32"].center
-    distance, _ = center.nearest(folders.states(server.mood, server.base, adapter, labelled))
+def test_familiarity_is_of_the_state_that_transformers_has(
+    server: Running, expected_states: Any, options: Any, adapter: Any
+) -> None:
+    """Also, again, of a prompt whose beginning is in the prefix cache."""
+    distance, _ = server.mood.familiarity[adapter, "float32"].center.nearest(expected_states[adapter])
     assert folders.FARTHEST / 100 < float(distance.min()) < float(distance.max()) < folders.FARTHEST
     for _ in range(2):
-        reply = server.predict(model="mood", inputs=rows, **options)
+        reply = server.predict(model="mood", inputs=FAMILIAR, **options)
         shares = torch.tensor([each["familiarity"] for each in reply["data"]], dtype=torch.float64)
         found = folders.FARTHEST * (1 - shares)
         # a step of the held-out distances, and what float32 sums in another order do to a distance
