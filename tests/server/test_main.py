@@ -28,9 +28,9 @@ from tests.server import fakes
 
 class Engine(fakes.Engine):
     # Dead from SIGUSR1 on, as vLLM's client is when its engine core was killed; what waits gets an error.
-    async def score(self, *args):
+    async def score(self, *args, **options):
         if len(self.scored) < 6:
-            return await super().score(*args)  # the warm-up: five models, and a sentence of the base
+            return await super().score(*args, **options)  # the warm-up: five models, and a sentence of the base
         while self.living:
             await asyncio.sleep(0.05)
         raise EngineLost
