@@ -123,29 +123,31 @@ def calibrate(
         particles=wanted[predictive],
         dtype=predicted[predictive].dtype,
     )
-    made = []
-    for kind, part in parts.items():
-        widths = [counts[index] for index in part]
-        p = predicted[predictive].probability[part, : max(widths)]
-        own = {"answers": max(widths)} if kind is None and not posterior.task.answers else {"question": kind}
-        record = measure(
-            p,
+    made = [
+        measure(
+            predicted[predictive].probability[part, : max(counts[index] for index in part)],
             y[part],
             method=method,
             score=settings.conformal,
             coverage=settings.coverage,
-            key=key.model_copy(update=own),
+            key=key.model_copy(update=_of_kind(posterior.task, kind, [counts[index] for index in part])),
             data=data_hash([data[index] for index in part]),
-            widths=widths,
+            widths=[counts[index] for index in part],
         )
-        made.append(record)
+        for kind, part in parts.items()
+    ]
     choice = choice if settings.predictive is None else None
     familiar = _familiar(posterior, found, wanted, examples, data, settings)
     return Calibrated(
-        [(record, posterior.add(record)) for record in made],
+        [(each, posterior.add(each)) for each in made],
         choice and posterior.choose(choice),
         [posterior.compare_with(about, each) for about, each in familiar],
     )
+
+
+def _of_kind(task: Task, kind: QuestionKind | None, widths: Sequence[int]) -> dict[str, Any]:
+    """What the key of one kind of question has of its own: the kind, or how many answers the rows bring."""
+    return {"answers": max(widths)} if kind is None and not task.answers else {"question": kind}
 
 
 def _familiar(

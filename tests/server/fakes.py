@@ -153,9 +153,9 @@ class Engine:
         hello = Draft("hello", [[math.log(0.5)] * k])
         drafts = [self.drafts[i % len(self.drafts)] if self.drafts and n > 1 else hello for i in range(n)]
         prompts = 1 if kind == "chat" else len(await self.render(kind, body))
-        for _ in range(prompts if trace else 0):
+        if trace is not None:
             rows = [[[*row[:k], 1.0, 0.75] for row in draft.log_p] for draft in drafts]
-            trace.texts.append([Text(each, delivered=len(each)) for each in rows])  # type: ignore[union-attr]
+            trace.texts += [[Text(each, delivered=len(each)) for each in rows] for _ in range(prompts)]
         written = sum(len(draft.log_p) for draft in drafts) * prompts
         if call is not None:
             call.state.usage = Usage(3, written)

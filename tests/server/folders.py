@@ -88,7 +88,14 @@ def laplace(root: Path, base: Base, precision: float = 1000.0) -> artefact.Poste
     )  # fmt: skip
 
 
-KNOWN = [{"text": text, "label": TASK.answers[0]} for text in ("good", "bad", "so so", "never again")]  # type: ignore[index]
+KNOWN = [{"text": text, "label": " negative"} for text in ("good", "bad", "so so", "never again")]
+# Options of a request, and whose states tell its familiarity.
+TOLD_BY: list[tuple[dict[str, str], AdapterName]] = [
+    ({"predictive": "map"}, "map"),
+    ({"predictive": "linearized"}, "map"),
+    ({"predictive": "mixture"}, "particle"),
+    ({"predictive": "mixture", "particles": "auto"}, "particle"),
+]
 FARTHEST, STEPS = 200.0, 2000  # of the distances that `compare` gives held-out rows
 
 

@@ -165,15 +165,7 @@ def expected_states(server: Running) -> dict[str, torch.Tensor]:
     return folders.states(server.mood, server.base, [{**row, "label": " negative"} for row in FAMILIAR])
 
 
-@pytest.mark.parametrize(
-    ("options", "adapter"),
-    [
-        ({"predictive": "map"}, "map"),
-        ({"predictive": "linearized"}, "map"),
-        ({"predictive": "mixture"}, "particle"),
-        ({"predictive": "mixture", "particles": "auto"}, "particle"),
-    ],
-)
+@pytest.mark.parametrize(("options", "adapter"), folders.TOLD_BY)
 def test_familiarity_is_of_the_state_that_transformers_has(
     server: Running, expected_states: Any, options: Any, adapter: Any
 ) -> None:

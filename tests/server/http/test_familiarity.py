@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from posterior.calibration.familiarity import Center, Familiarity
 from posterior.calibration.risk import Risk
 from server.services.predictive import Service
-from tests.server import fakes
+from tests.server import fakes, folders
 from tests.server.http.asking import answers
 from tests.server.http.test_refusals import with_risk
 
@@ -44,15 +44,7 @@ def adapters(service: Service) -> tuple[float, float]:
     return float(served.map.number), float(served.particles[0].number)
 
 
-@pytest.mark.parametrize(
-    ("options", "adapter"),
-    [
-        ({"predictive": "map"}, "map"),
-        ({"predictive": "linearized"}, "map"),
-        ({"predictive": "mixture"}, "particle"),
-        ({"predictive": "mixture", "particles": "auto"}, "particle"),
-    ],
-)
+@pytest.mark.parametrize(("options", "adapter"), folders.TOLD_BY)
 def test_it_is_the_share_of_held_out_rows_at_least_as_far(
     client: TestClient, service: Service, options: dict[str, Any], adapter: str
 ) -> None:

@@ -194,11 +194,14 @@ def test_a_stream_without_records_of_tokens(client: TestClient) -> None:
         assert not any("tokens" in chunk["choices"][0].get("uncertainty", {}) for chunk in chunks)
 
 
-def test_errors_of_the_samples_within_a_stream(client: TestClient, engine: fakes.Engine) -> None:
+def test_errors_of_the_samples_within_a_stream(
+    client: TestClient, engine: fakes.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def broken(seconds: None = None) -> None:
         raise RuntimeError("secret")
 
-    engine.delay, engine._wait = 1.0, broken  # type: ignore[method-assign]
+    engine.delay = 1.0
+    monkeypatch.setattr(engine, "_wait", broken)
     text = ask(client, stream=True, uncertainty={"return": "greedy"}).text
     assert '"type": "server_error"' in text and "secret" not in text and "semantic" not in text
     assert error_of(ask(client, uncertainty={"return": "greedy"}), 500)
