@@ -4,7 +4,7 @@ nats."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +32,13 @@ def brier(p: Tensor, y: Tensor) -> float:
 
 def ece(p: Tensor, y: Tensor, bins: int = BINS) -> float:
     """Expected calibration error of the top answer: bins of equal width, weighted by size (Guo et al. 2017)."""
-    count, confidence, share = reliability(p, y, bins)
-    return float((count * (confidence - share).abs()).nansum() / len(y))
+    return right_ece(*_top(p, y), bins)
+
+
+def right_ece(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The same of confidences [N] in answers that are right or not [N]."""
+    count, mean, share = _reliability(confidence, right, bins)
+    return float((count * (mean - share).abs()).nansum() / len(right))
 
 
 def calibrated_ece(p: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> float:
@@ -45,7 +50,7 @@ def calibrated_ece(p: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0)
 
 def adaptive_ece(p: Tensor, y: Tensor, bins: int = BINS) -> float:
     """The same with bins of equal mass: by confidence, N / `bins` rows each or one more (Nixon et al. 2019)."""
-    confidence, right = _falling(p, y)
+    confidence, right = _falling(*_top(p, y))
     index = torch.arange(len(y)) * bins // len(y)
     return float(torch.zeros(bins).to(p).index_add(0, index, confidence - right).abs().sum() / len(y))
 
@@ -57,14 +62,33 @@ def signed_gap(p: Tensor, y: Tensor) -> float:
 
 def auroc(p: Tensor, y: Tensor) -> float:
     """Probability that a right answer has more confidence than a wrong one, ties half; nan without either."""
-    confidence, predicted = p.max(1)
-    return _above(confidence[predicted == y], confidence[predicted != y])
+    return right_auroc(*_top(p, y))
+
+
+def right_auroc(confidence: Tensor, right: Tensor) -> float:
+    """The same of confidences [N] in answers that are right or not [N]."""
+    return _above(confidence[right], confidence[~right])
 
 
 def aurc(p: Tensor, y: Tensor) -> float:
     """Area under the risk-coverage curve: (1/N) sum_k (share of wrong answers among the k most confident), k = 1..N
     (Geifman et al. 2019); 0 without mistakes."""
-    return float(risk_coverage(p, y).mean())
+    return right_aurc(*_top(p, y))
+
+
+def right_aurc(confidence: Tensor, right: Tensor) -> float:
+    """The same of confidences [N] in answers that are right or not [N]."""
+    return float(_risk_coverage(confidence, right).mean())
+
+
+def right_nll(confidence: Tensor, right: Tensor) -> float:
+    """Mean negative log-probability of what came true, in nats: that an answer is right, or that it is not."""
+    return float(-torch.where(right, confidence, 1 - confidence).log().mean())
+
+
+def right_brier(confidence: Tensor, right: Tensor) -> float:
+    """Mean of (confidence - 1[right])^2, between 0 and 1."""
+    return float((confidence - right.double()).square().mean())
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
@@ -76,6 +100,16 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "gap": signed_gap,
     "auroc": auroc,
     "aurc": aurc,
+}
+# Of the probability that an answer is right, confidence [N] and right [N], where the answers are no choice among some.
+RIGHT_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": lambda _, right: float(right.double().mean()),
+    "nll": right_nll,
+    "brier": right_brier,
+    "ece": right_ece,
+    "gap": lambda confidence, right: float(confidence.mean() - right.double().mean()),
+    "auroc": right_auroc,
+    "aurc": right_aurc,
 }
 
 
@@ -100,14 +134,21 @@ def check(p: Tensor) -> None:
 RESAMPLES = 1000
 
 
-def estimate(p: Tensor, y: Tensor, *, draws: int | None = None, seed: int = 0) -> dict[str, Estimate]:
-    """All metrics with bootstrap intervals of so many resamples (None: RESAMPLES); the same seed resamples the same
-    rows, so methods are compared on equal draws. Resamples in which a metric is undefined do not count."""
+def estimate(
+    p: Tensor,
+    y: Tensor,
+    *,
+    draws: int | None = None,
+    seed: int = 0,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = METRICS,
+) -> dict[str, Estimate]:
+    """All metrics, or these, with bootstrap intervals of so many resamples (None: RESAMPLES); the same seed resamples
+    the same rows, so methods are compared on equal draws. Resamples in which a metric is undefined do not count."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(y), (draws or RESAMPLES, len(y)), generator=generator)
     levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
     result = {}
-    for name, metric in METRICS.items():
+    for name, metric in metrics.items():
         resampled = torch.tensor([metric(p[pick], y[pick]) for pick in picks], dtype=torch.float64)
         low, high = resampled.nanquantile(
             levels, interpolation="nearest"
@@ -118,17 +159,24 @@ def estimate(p: Tensor, y: Tensor, *, draws: int | None = None, seed: int = 0) -
 
 def reliability(p: Tensor, y: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, mean confidence and accuracy, each [bins], of bins (lower, upper] of equal width; nan where empty."""
-    confidence, predicted = p.max(1)
+    return _reliability(*_top(p, y), bins)
+
+
+def _reliability(confidence: Tensor, right: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    columns = torch.stack([torch.ones_like(confidence), confidence, (predicted == y).to(p)], 1)
-    count, *sums = torch.zeros(bins, 3).to(p).index_add(0, index, columns).T
+    columns = torch.stack([torch.ones_like(confidence), confidence, right.to(confidence)], 1)
+    count, *sums = torch.zeros(bins, 3).to(confidence).index_add(0, index, columns).T
     return count, sums[0] / count, sums[1] / count
 
 
 def risk_coverage(p: Tensor, y: Tensor) -> Tensor:
     """Share [N] of wrong answers among the k most confident ones, k = 1..N; rows that tie come in no order."""
-    _, right = _falling(p, y)
-    return (1 - right).cumsum(0) / torch.arange(1, len(y) + 1)
+    return _risk_coverage(*_top(p, y))
+
+
+def _risk_coverage(confidence: Tensor, right: Tensor) -> Tensor:
+    _, share = _falling(confidence, right)
+    return (1 - share).cumsum(0) / torch.arange(1, len(right) + 1)
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
@@ -146,12 +194,17 @@ def best_temperature(scores: Tensor, y: Tensor) -> float:
     return float(torch.tensor(found.x).exp())
 
 
-def _falling(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidences [N], the highest first, and whether each answer is right [N]: rows that tie share their mean."""
+def _top(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidences [N] of the most probable answers, and whether these are right [N]."""
     confidence, predicted = p.max(1)
+    return confidence, predicted == y
+
+
+def _falling(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidences [N], the highest first, and whether each answer is right [N]: rows that tie share their mean."""
     levels, level, count = confidence.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
-    right = torch.zeros_like(levels).index_add(0, level, (predicted == y).to(p)) / count
-    return levels.repeat_interleave(count).flip(0), right.repeat_interleave(count).flip(0)
+    share = torch.zeros_like(levels).index_add(0, level, right.to(levels)) / count
+    return levels.repeat_interleave(count).flip(0), share.repeat_interleave(count).flip(0)
 
 
 def _above(high: Tensor, low: Tensor) -> float:

@@ -8,28 +8,28 @@ whose hash does not cover them. Records of format 1 had their dtype beside the k
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from posterior.calibration import scalers
+from posterior.calibration import scalers, signed
 from posterior.calibration.conformal import MIN_ROWS, Conformal, prediction_set
 from posterior.calibration.metrics import Estimate
 from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import Calibrator, Part, Vector
+from posterior.calibration.signed import AGAIN
 from posterior.data.task import Task
 from posterior.errors import PosteriorError
-from posterior.files import atomic, objects
+from posterior.files import atomic
 from posterior.models.devices import Dtype
 
 FOLDER = "calibration"
 CHOICE = "served.json"  # which predictive was chosen (choice.py)
+TEXT = "text-"  # begins the name of a record of text (rightness.py)
 PredictiveName = Literal["mixture", "linearized", "map"]
 QuestionKind = Literal["predicate", "choice", "score", "any"]
 
@@ -65,7 +65,7 @@ class Key(Part):
 
 def template_hash(task: Task) -> str:
     """sha256 of everything that makes a prompt of a row: template, chat or not, and the answers that may follow."""
-    return _digest(task.to_json())
+    return signed.digest(task.to_json())
 
 
 class Record(Part):
@@ -120,11 +120,7 @@ def find(made: Mapping[Key, Record], key: Key) -> Record | None:
 
 def save(folder: Path, made: Record) -> Path:
     """Write a record into a posterior folder, atomically, in place of one with the same key. Raises PosteriorError."""
-    path = folder / FOLDER / made.key.file_name
-    content = made.model_dump(mode="json")
-    text = json.dumps(content | {"hash": _digest(content)}, indent=1, allow_nan=False) + "\n"
-    atomic.write(path, text.encode())
-    return path
+    return signed.write(folder / FOLDER / made.key.file_name, made.model_dump(mode="json"))
 
 
 def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Record]:
@@ -132,10 +128,8 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
     folder = folder.resolve()
     found: dict[Key, Record] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
-        if path.name == CHOICE:
+        if path.name == CHOICE or path.name.startswith(TEXT):
             continue
-        if not path.resolve().is_relative_to(folder):
-            raise PosteriorError(f"{path} leads outside the folder; refused")
         one, earlier = _read(path)
         own = one.key.model_copy(
             update={
@@ -148,10 +142,10 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
         )
         calibrator = one.calibrator
         if one.key != own or path.name != (own.file_name_1 if earlier else own.file_name):
-            raise PosteriorError(f"{path} calibrates another posterior or predictive; {_AGAIN}")
+            raise PosteriorError(f"{path} calibrates another posterior or predictive; {AGAIN}")
         if isinstance(calibrator, Vector) and len(calibrator.scale) != len(task.answers or ()):
             raise PosteriorError(
-                f"{path} calibrates {len(calibrator.scale)} answers, the task has another number; {_AGAIN}"
+                f"{path} calibrates {len(calibrator.scale)} answers, the task has another number; {AGAIN}"
             )
         found[own] = found.get(own, one) if earlier else one
     return found
@@ -161,36 +155,25 @@ def is_record(path: Path) -> bool:
     """Whether a path inside a posterior folder is a calibration record's, or was left by a writer of one."""
     if path.parts[:1] != (FOLDER,) or len(path.parts) != 2:
         return False
-    return path.name == CHOICE or bool(_FILE_NAME.fullmatch(path.name)) or atomic.is_ours(path)
+    return path.name == CHOICE or any(name.fullmatch(path.name) for name in _FILE_NAMES) or atomic.is_ours(path)
 
 
-_FILE_NAME = re.compile(
-    rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(QuestionKind))}))?"
-    rf"(-({'|'.join(get_args(Dtype))}))?\.json"
+_FILE_NAMES = (
+    re.compile(
+        rf"({'|'.join(get_args(PredictiveName))})(-\d+)+(-({'|'.join(get_args(QuestionKind))}))?"
+        rf"(-({'|'.join(get_args(Dtype))}))?\.json"
+    ),
+    re.compile(rf"{TEXT}[a-z0-9-]+\.json"),
 )
-_AGAIN = "delete it, or run `posterior calibrate` again"
 
 
 def _read(path: Path) -> tuple[Record, bool]:
     """A record, and whether it is of format 1."""
-    try:
-        content = objects.read(path)
-        if content.pop("hash", None) != _digest(content):
-            raise PosteriorError(f"{path} is not what `posterior calibrate` wrote (its hash differs); {_AGAIN}")
-        earlier = content.get("format") == 1 and isinstance(content.get("key"), dict)
-        if earlier:
-            content |= {"format": 2, "key": content["key"] | {"dtype": content.pop("dtype", None)}}
-        return Record.model_validate_json(json.dumps(content)), earlier
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise PosteriorError(f"{path} has an unreadable {where or 'record'}: {first['msg']}; {_AGAIN}") from None
-    except (OSError, ValueError):
-        raise PosteriorError(f"{path} is no readable JSON record; {_AGAIN}") from None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    content = signed.read(path)
+    earlier = content.get("format") == 1 and isinstance(content.get("key"), dict)
+    if earlier:
+        content |= {"format": 2, "key": content["key"] | {"dtype": content.pop("dtype", None)}}
+    return signed.parsed(Record, content, path), earlier
 
 
 # Pieces

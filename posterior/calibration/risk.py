@@ -42,13 +42,18 @@ class Risk(Part):
         return self
 
     @classmethod
-    def fit(cls, p: Tensor, y: Tensor, seed: int = 0) -> Self:
-        """Of probabilities [N, C] and labels [N]; of more than MAX_NUMBERS rows a random part is kept."""
-        keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[: scalers.MAX_NUMBERS]
-        confidence, answer = p[keep].max(1)
-        order = confidence.argsort(descending=True, stable=True)
-        right = (answer == y[keep])[order]
-        return cls(confidence=tuple(confidence[order].clamp(0, 1).tolist()), right=tuple(right.tolist()))
+    def fit(cls, p: Tensor, y: Tensor) -> Self:
+        """Of probabilities [N, C] and labels [N]."""
+        confidence, answer = p.max(1)
+        return cls.of(confidence, answer == y)
+
+    @classmethod
+    def of(cls, confidence: Tensor, right: Tensor, seed: int = 0) -> Self:
+        """Of confidences [N] in answers that are right or not [N]; of more than MAX_NUMBERS rows a random part is
+        kept."""
+        keep = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))[: scalers.MAX_NUMBERS]
+        order = keep[confidence[keep].argsort(descending=True, stable=True)]
+        return cls(confidence=tuple(confidence[order].clamp(0, 1).tolist()), right=tuple(right[order].tolist()))
 
     def threshold(self, allowed: float) -> float | None:
         """The least confidence at which a question is answered, for an error of at most `allowed` among those that are;

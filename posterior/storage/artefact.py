@@ -8,7 +8,8 @@ PEFT folder.
     full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), which
-                          predictive it chose (choice.py), and what questions are familiar (familiarity.py)
+                          predictive it chose (choice.py), what questions are familiar (familiarity.py), and how probably
+                          texts are right (rightness.py)
 
 `hash` names the distribution: neither how it was made nor calibrations change it.
 """
@@ -27,10 +28,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from posterior.calibration import choice, familiarity, records
+from posterior.calibration import choice, familiarity, records, rightness
 from posterior.calibration.choice import Choice
 from posterior.calibration.familiarity import About, Familiarity
 from posterior.calibration.records import Key, PredictiveName, Record
+from posterior.calibration.rightness import TextKey, TextRecord
 from posterior.curvature.kfac import Block
 from posterior.curvature.sketch import Full
 from posterior.data.examples import Example, digests
@@ -70,6 +72,7 @@ class Posterior:
     calibration: Mapping[Key, Record] = field(default_factory=dict, repr=False)
     choice: Choice | None = field(default=None, repr=False)
     familiarity: Mapping[familiarity.Key, Familiarity] = field(default_factory=dict, repr=False)
+    texts: Mapping[TextKey, TextRecord] = field(default_factory=dict, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -173,6 +176,11 @@ class Posterior:
         another posterior by now."""
         with self._unchanged():
             return records.save(self.path, made)
+
+    def add_text(self, made: TextRecord) -> Path:
+        """Write a calibration record of texts into the folder; returns where. Raises PosteriorError as `add`."""
+        with self._unchanged():
+            return rightness.save(self.path, made)
 
     def choose(self, made: Choice) -> Choice:
         """Write the choice of the default predictive into the folder. Raises PosteriorError as `add`."""
@@ -278,6 +286,7 @@ def load(folder: Path | str) -> Posterior:
             calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
             choice=choice.load(folder, posterior=found.hash, predictives=PREDICTIVES[family]),
             familiarity=familiarity.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
+            texts=rightness.load(folder, base=content["base"]["hash"], posterior=found.hash),
             curvature=curvature,
             precision=precision,
             full=packing.unpack_full(folder / FULL, precision) if FULL in found.files else None,
