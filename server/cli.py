@@ -24,7 +24,7 @@ VERBS = {
     "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
     "import": ("posterior.cli.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
     "evaluate": ("posterior.cli.evaluate", "accuracy and calibration of the MAP beside the posterior"),
-    "calibrate": ("posterior.cli.calibrate", "fit calibrated probabilities and prediction sets on held-out rows"),
+    "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),

@@ -106,7 +106,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
 
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
-        device = _device(args.device)
+        device = checked_device(args.device)
         set_environment(device, cache_folder() / "compiled" if args.compile else None)
         base = resolve(args.base)
         say(f"base {base.id} on {device}")
@@ -119,7 +119,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         if linearizer is not None:
             stack.callback(linearizer.stop)
         say("starting vLLM (up to a minute)")
-        engine = await _start_engine(args, base, device, served)
+        engine = await start_engine(args, base, device, served)
         stack.callback(engine.stop)
         known, served = served.refused, served.without(engine.refused)
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
@@ -132,7 +132,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
 
 
-async def _start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
+async def start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
     """The engine with all that is served. Raises PosteriorError for what vLLM cannot start with."""
     contract.check()  # before the names are imported
     from server.engine.engine import VllmEngine
@@ -160,7 +160,7 @@ async def _start_engine(args: argparse.Namespace, base: Base, device: str, serve
         raise PosteriorError(f"vLLM did not start: {first_line(error)}") from error
 
 
-def _device(wanted: str) -> str:
+def checked_device(wanted: str) -> str:
     """ "cpu" or "cuda". Raises PosteriorError for one that is not there."""
     import torch
 

@@ -96,6 +96,13 @@ class Metrics:
             registry=own,
             buckets=NATS,
         )
+        self.text_confidence = Histogram(
+            "posterior_text_confidence",
+            "Probability that a text is right, of texts with a calibration.",
+            ("posterior",),
+            registry=own,
+            buckets=SHARES,
+        )
         self.effective = Histogram(
             "posterior_effective_particles_ratio",
             "Effective particles after a text, as a share of its particles.",

@@ -21,6 +21,7 @@ SERVER: Sequence[Sequence[str]] = (
     ("services",),
     ("http",),
     ("main",),
+    ("calibrate",),
     ("cli",),
 )
 POSTERIOR: Sequence[Sequence[str]] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from posterior.calibration.choice import Choice
@@ -15,23 +16,25 @@ from posterior.evaluation.calibrate import Calibrated, Calibration, calibrate
 from posterior.evaluation.report import markdown, markdown_rows
 from posterior.storage import artefact
 
-SETTINGS = {"calibrate": Calibration}
+SETTINGS: Mapping[str, type] = {"calibrate": Calibration}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, settings: Mapping[str, type] = SETTINGS) -> None:
+    """Add the options of `posterior calibrate`, with those of these settings."""
     parser.description = (
         "Calibrate a posterior on held-out rows: compare its predictives and calibrators, and write a record of the "
         "cheapest that is as good as the best. The server answers with it, and applies the record."
     )
     parser.add_argument("posterior", help="a posterior folder")
     parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
-    options.add(parser, SETTINGS)
+    options.add(parser, settings)
     arguments.add_base(parser)
     arguments.add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    found = call(args)
+def run(args: argparse.Namespace, settings: Calibration | None = None) -> None:
+    """Calibrate with these settings (None: those that the options ask for), and print what was found."""
+    found = call(args, settings)
     if found.choice is not None:
         print(found.choice.model_dump_json() if args.json else comparison(found.choice) + "\n")
     for record, path in found.records:
@@ -67,7 +70,7 @@ def show(record: Record, path: Path, *, as_json: bool) -> None:
 
 
 @arguments.in_options
-def call(args: argparse.Namespace) -> Calibrated:
-    """The calibration that the options ask for."""
-    settings = options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
+def call(args: argparse.Namespace, settings: Calibration | None = None) -> Calibrated:
+    """The calibration that the options ask for, or with these settings."""
+    settings = settings or options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
     return calibrate(artefact.load(args.posterior), args.data, base=args.base, settings=settings)

@@ -31,8 +31,9 @@ def given(args: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, An
     return {name: value for name, value in vars(args).items() if name in _all_fields(classes.values())}
 
 
-def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any]) -> Any:
-    """The settings of this kind with the values that were given. No option that was given is ignored.
+def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any], chooser: str = "--method") -> Any:
+    """The settings of this kind, which the option `chooser` names, with the values that were given. No option that was
+    given is ignored.
 
     Raises PosteriorError.
     """
@@ -40,16 +41,16 @@ def build(kind: str, classes: Mapping[str, type], values: Mapping[str, Any]) -> 
     own = {each.name: each for each in fields(cls)}
     missing = [name for name, each in own.items() if each.default is MISSING and name not in values]
     if missing:
-        raise PosteriorError(f"--method {kind} needs one more option; give {option(missing[0])}")
+        raise PosteriorError(f"{chooser} {kind} needs one more option; give {option(missing[0])}")
     for name, value in values.items():
         users = [other for other, its in classes.items() if name in {each.name for each in fields(its)}]
         if name not in own:
-            raise PosteriorError(f"{option(name)} belongs to --method {', '.join(users)}; {kind} does not use it")
+            raise PosteriorError(f"{option(name)} belongs to {chooser} {', '.join(users)}; {kind} does not use it")
         words = forms(cls)[name].words
         if isinstance(value, str) and forms(cls)[name].number() and value not in words:
             knowing = [other for other in users if value in forms(classes[other])[name].words]
             raise PosteriorError(
-                f"{option(name)} {value} belongs to --method {', '.join(knowing)}; {kind} needs a number"
+                f"{option(name)} {value} belongs to {chooser} {', '.join(knowing)}; {kind} needs a number"
             )
     settings = cls(**values)
     for name, reason in settings.ignored().items():

@@ -1,4 +1,4 @@
-"""Rows that calibrate text: a prompt, and either the answers that are accepted or an answer that somebody has graded."""
+"""Rows that calibrate text: a prompt, and either the answers that are accepted or an answer that was graded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from posterior.data.task import Task, Tokenizer
 from posterior.errors import PosteriorError
 
 HELP = (
-    'rows of `prompt` (or `messages`, or the fields of a text posterior\'s template) with `answers` (a list of all that '
-    "are accepted), or with `answer` and `correct` (true or false)"
+    "rows of `prompt` (or `messages`, or the fields of a text posterior's template) with `answers` (the list of those "
+    "that are accepted), or with `answer` and `correct` (true or false)"
 )
 
 
@@ -53,8 +53,8 @@ def _row(task: Task, tokenizer: Tokenizer, row: Row) -> GradedRow:
         given = (answer, correct)
     else:
         raise PosteriorError(
-            "a row needs 'answers', a list of the texts that are accepted, or 'answer', a text, with 'correct', true or "
-            "false"
+            "a row needs 'answers', a list of the texts that are accepted, or 'answer', a text, with 'correct', true "
+            "or false"
         )
     prompt, question = _prompt(task, tokenizer, row)
     if not prompt:

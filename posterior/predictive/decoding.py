@@ -47,7 +47,7 @@ class TextPredictive:
         return max(0.0, float(self.logprob.sum()) - self.expected)
 
     @property
-    def confidence(self) -> float:
+    def mean_probability(self) -> float:
         """The geometric mean of the tokens' probabilities; 1 for no tokens."""
         return float(self.logprob.mean().exp()) if len(self.logprob) else 1.0
 

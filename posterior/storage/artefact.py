@@ -8,8 +8,8 @@ PEFT folder.
     full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), which
-                          predictive it chose (choice.py), what questions are familiar (familiarity.py), and how probably
-                          texts are right (rightness.py)
+                          predictive it chose (choice.py), what questions are familiar (familiarity.py), and
+                          how probably texts are right (rightness.py)
 
 `hash` names the distribution: neither how it was made nor calibrations change it.
 """

@@ -80,5 +80,6 @@ def _writer(service: Service, served: Served, checked: ChatRequest | CompletionR
         if checked.stream and options.tokens is None:
             options = options.model_copy(update={"tokens": True})
     longest = min(checked.longest or service.engine.max_model_len, service.engine.max_model_len)
-    wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest)
+    kind = samples.kind(checked, options)
+    wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest, kind=kind)
     return texts.writer(service, served, options, wanted)

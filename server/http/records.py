@@ -12,6 +12,7 @@ from posterior.data.decisions import Option, Value
 from posterior.predictive.decoding import TextPredictive
 from server.engine import Usage
 from server.services.questions import Judged
+from server.services.rightness import Right
 from server.services.semantics import Semantic
 from server.services.texts import Written
 
@@ -86,7 +87,8 @@ def _candidates(judged: Judged, names: Sequence[Value]) -> list[dict[str, Any]]:
 def text_record(written: Written) -> dict[str, Any]:
     """The JSON of a text's uncertainty."""
     record: dict[str, Any] = {
-        "posterior": written.posterior, "predictive": written.predictive, "calibrated": False, "calibration": None,
+        "posterior": written.posterior, "predictive": written.predictive, "confidence": None, "calibrated": False,
+        "calibration": None, **right_record(written.right),
     }  # fmt: skip
     if written.text is not None:
         record |= {"mixing": written.mixing, "particles": written.particles, **_summary(written.text)}
@@ -98,6 +100,16 @@ def text_record(written: Written) -> dict[str, Any]:
     if written.tokens is not None:
         record["tokens"] = _tokens(written.tokens, written.per_particle)
     return record
+
+
+def right_record(right: Right | None) -> dict[str, Any]:
+    """The JSON of what is known of whether a text is right: nothing where no calibration tells."""
+    if right is None:
+        return {}
+    record = {"confidence": right.confidence, "calibrated": True, "calibration": right.calibration.summary()}
+    if right.abstain is None:
+        return record
+    return {**record, "abstain": right.abstain, **({"reason": right.reason} if right.abstain else {})}
 
 
 def attach(choice: dict[str, Any], written: Written | None) -> None:
@@ -134,7 +146,7 @@ def semantic_record(semantic: Semantic) -> dict[str, Any]:
 def _summary(result: TextPredictive) -> dict[str, Any]:
     """The JSON of a whole text: sums over its tokens."""
     return {
-        "confidence": result.confidence,
+        "mean_token_probability": result.mean_probability,
         "logprob": float(result.logprob.sum()),
         "expected_logprob": result.expected,
         "information": result.information,

@@ -171,12 +171,16 @@ class SemanticRecord(BaseModel):
 
 
 class TextRecord(_Reply):
-    """The uncertainty of a text; of a mixture also logprob, entropy, effective_particles and more."""
+    """The uncertainty of a text; of a mixture also logprob, entropy, effective_particles and more. `confidence`: the
+    probability that it is right, where a calibration tells; `abstain`, `reason`: with max_risk."""
 
     posterior: str | None
     predictive: PredictiveName
+    confidence: float | None
     calibrated: bool
     calibration: dict[str, Any] | None
+    abstain: bool | None = None
+    reason: Reason | None = None
     semantic: SemanticRecord | None = None
 
 

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from posterior.calibration.rightness import TextKind
 from server.engine import Call, Kind
 from server.engine.gang import Trace
 from server.errors import Refused, first
 from server.http.fields import NEUTRAL, READING, SENDING, STREAMING, not_honoured
-from server.http.records import Reply, attach, event, semantic_record
+from server.http.records import Reply, attach, event, right_record, semantic_record
 from server.http.schemas import ChatRequest, CompletionRequest
 from server.http.streams import annotated, as_events
 from server.services.options import TextUncertainty
@@ -26,6 +27,7 @@ from server.services.texts import Writer
 ENDING = {"max_tokens", "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"}  # they only say where to stop
 SHOWING = {"logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"}  # more of the returned text
 HONOURED = READING | ENDING | SHOWING | STREAMING | SENDING | {"seed", "temperature"}
+GREEDY = HONOURED | {"n", "top_p", "top_k", "min_p"}  # what leaves a text at temperature 0 as it is
 # Said to vLLM, since the base's folder may have other defaults.
 UNCHANGED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -46,6 +48,14 @@ def check(request: ChatRequest | CompletionRequest, options: TextUncertainty) ->
             "out, and give 'return': 'greedy' if the greedy text is wanted",
             "temperature",
         )
+
+
+def kind(request: ChatRequest | CompletionRequest, options: TextUncertainty) -> TextKind | None:
+    """How the texts that are returned come about, where that is a way that a calibration may be of."""
+    if options.samples is not None:
+        return "greedy" if options.returned == "greedy" else "meaning"
+    changed = not_honoured(request, GREEDY) is not None or options.mixing == "token"
+    return "greedy" if request.temperature == 0 and not changed else None
 
 
 @dataclass
@@ -119,7 +129,7 @@ async def _most_probable(asked: Asked) -> dict[str, Any]:
         number = prompt * asked.samples + found.examples[0][0]
         choice = {**choices[number], "index": prompt}
         attach(choice, writer.whole(number))
-        chosen.append(_meaning(choice, found))
+        chosen.append(_meaning(choice, found, writer, number))
     return drawn | {"model": writer.served.id, "choices": chosen}
 
 
@@ -134,8 +144,9 @@ async def _greedy(asked: Asked) -> dict[str, Any]:
     whole: dict[str, Any] = written.result()
     each = asked.each(drawn.result())
     for choice in whole["choices"]:
-        attach(choice, asked.writer.whole(choice["index"]))
-        _meaning(choice, semantic(asked.writer, each[choice["index"]], _said(choice)))
+        index = choice["index"]
+        attach(choice, asked.writer.whole(index))
+        _meaning(choice, semantic(asked.writer, each[index], _said(choice)), asked.writer, index)
     _add_usage(whole["usage"], drawn.result())
     return whole | {"model": asked.writer.served.id}
 
@@ -161,7 +172,7 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
                 texts[index] = texts.get(index, "") + _said(choice)
                 if choice.get("finish_reason") is not None:
                     each = each or asked.each(await drawing)
-                    _meaning(choice, semantic(asked.writer, each[index], texts[index]))
+                    _meaning(choice, semantic(asked.writer, each[index], texts[index]), asked.writer, index)
             if chunk.get("usage") and not chunk["choices"]:
                 _add_usage(chunk["usage"], await drawing)
             yield event(chunk)
@@ -175,8 +186,9 @@ def _said(choice: dict[str, Any]) -> str:
     return (choice["text"] if part is None else part.get("content")) or ""
 
 
-def _meaning(choice: dict[str, Any], found: Semantic) -> dict[str, Any]:
-    """The choice with what the samples said."""
+def _meaning(choice: dict[str, Any], found: Semantic, writer: Writer, number: int) -> dict[str, Any]:
+    """The choice, which is text `number` of the writer's, with what the samples said."""
+    choice["uncertainty"] |= right_record(writer.right(number, found.found, found.own))
     choice["uncertainty"]["semantic"] = semantic_record(found)
     return choice
 

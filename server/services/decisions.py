@@ -230,15 +230,7 @@ def _task(service: Service, served: Served) -> Task:
     """How questions are put: as the posterior was fitted to them, or else in the default form."""
     if served.posterior is not None and served.posterior.task.kind == "decision":
         return served.posterior.task
-    return Task("decision", decisions.TEMPLATE, chat=_chats(service.tokenizer), scoring=served.scoring)
-
-
-def _chats(tokenizer: Any) -> bool:
-    """Whether the base has a chat template."""
-    try:
-        return bool(tokenizer.get_chat_template())
-    except ValueError:
-        return False
+    return Task("decision", decisions.TEMPLATE, chat=service.chats, scoring=served.scoring)
 
 
 def _within_bounds(asked: list[list[Question]], options: Uncertainty) -> list[list[Question]]:

@@ -70,6 +70,11 @@ class TextUncertainty(Uncertainty):
     meaning: MeaningName | None = Field(
         default=None, description="with samples: what tells meanings apart. 'exact': equal short answers"
     )
+    max_risk: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        default=None,
+        description="of text: abstain where more than this share of the texts that do not abstain could be wrong; "
+        "needs a calibration",
+    )
 
 
 class DecisionUncertainty(Uncertainty):

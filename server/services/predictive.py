@@ -48,6 +48,14 @@ class Service:
         """The base of all that is served."""
         return self.registry.base
 
+    @property
+    def chats(self) -> bool:
+        """Whether the base has a chat template."""
+        try:
+            return bool(cast(Any, self.tokenizer).get_chat_template())
+        except ValueError:
+            return False
+
     def find(self, name: object) -> Served:
         """The model of that name or id. Raises NotFound."""
         served = self.registry.find(name) if isinstance(name, str) else None

@@ -142,9 +142,9 @@ class Registry:
         )
 
 
-def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
-    """All that is served of the posterior folders in `root`, each verified, with `particles` samples of each Laplace
-    posterior in `cache`.
+def load(root: Path, base: Base, *, particles: int, cache: Path, only: str | None = None) -> Registry:
+    """All that is served of the posterior folders in `root`, or only the one of this name, each verified, with
+    `particles` samples of each Laplace posterior in `cache`.
 
     A folder that is damaged, of another base, badly named, outside `root`, or holds what vLLM does not serve is left
     out and listed in `refused`. Raises PosteriorError when there is nothing else.
@@ -152,7 +152,7 @@ def load(root: Path, base: Base, *, particles: int, cache: Path) -> Registry:
     served = {base.id: Served(base.id)}
     refused: dict[str, str] = {}
     numbers = count(1)
-    for folder in _folders(root):
+    for folder in [root / only] if only is not None else _folders(root):
         try:
             entries = _entries(folder, root, base, served, numbers, particles, cache)
         except (PosteriorError, OSError) as error:

@@ -6,23 +6,28 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from posterior.calibration.rightness import TextKind
 from posterior.predictive.decoding import Mixing, TextPredictive, text_predictive
+from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
 from server.errors import Refused
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
+from server.services.rightness import Judge, Right, judge
 
 
 @dataclass(frozen=True)
 class Wanted:
     """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be;
-    `longest`: so many tokens, or what vLLM takes instead."""
+    `longest`: so many tokens, or what vLLM takes instead; `kind`: how those come about that are returned, None for a
+    way that no calibration is of."""
 
     prompts: int
     n: int
     explicit: bool
     longest: int
+    kind: TextKind | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Written:
     """The uncertainty of a text, or of a part of it.
 
     `mixing` and `particles` are of the mixture that writes it; None and 0: one adapter does. `text`: of the whole text,
-    once it is there; `prompt`: of its prompt, if that was scored; `tokens`: those to be listed one by one.
+    once it is there; `right`: whether that is right, if a calibration tells; `prompt`: of its prompt, if that was
+    scored; `tokens`: those to be listed one by one.
     """
 
     posterior: str | None
@@ -38,6 +44,7 @@ class Written:
     mixing: Mixing | None
     particles: int
     text: TextPredictive | None
+    right: Right | None
     prompt: TextPredictive | None
     tokens: TextPredictive | None
     per_particle: bool
@@ -48,7 +55,8 @@ class Writer:
     """The uncertainty of one request's texts, as they are written.
 
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
-    None for the MAP and the base without samples. drawn: of the samples; the same one if a sample is returned.
+    None for the MAP and the base where nothing is said of it. drawn: of the samples; the same one if a sample is
+    returned. judge: of whether texts are right, if a calibration tells.
     """
 
     service: Service
@@ -57,6 +65,7 @@ class Writer:
     predictive: PredictiveName
     trace: Trace | None
     drawn: Trace | None = None
+    judge: Judge | None = None
     counted_resumes: int = 0
 
     @property
@@ -74,7 +83,23 @@ class Writer:
         result = predictive_of(self.trace, text.rows[: text.delivered])
         self.service.metrics.count_text(self.served.owner, result, self.new_resumes())
         prompt = predictive_of(self.trace, text.prompt) if text.prompt else None
-        return self._written(result, prompt, result if self.options.tokens else None)
+        right = None if self.judge is None or self.judge.sampled else self._right(result)
+        return self._written(result, right, prompt, result if self.options.tokens else None)
+
+    def right(self, choice: int, found: Meanings, own: int | None) -> Right | None:
+        """Whether a finished choice is right, where that takes its samples: their meanings, and its own."""
+        if self.judge is None or self.trace is None or not self.judge.sampled:
+            return None
+        text = self.trace.text(choice)
+        return self._right(predictive_of(self.trace, text.rows[: text.delivered]), found, own)
+
+    def _right(self, text: TextPredictive, found: Meanings | None = None, own: int | None = None) -> Right | None:
+        """Whether a text is right; counts it."""
+        if self.judge is None or not len(text.logprob):
+            return None
+        right = self.judge(text, found, own)
+        self.service.metrics.text_confidence.labels(self.served.owner).observe(right.confidence)
+        return right
 
     def part(self, choice: int, *, last: bool) -> Written | None:
         """What a chunk of a stream says: the tokens handed out since the choice's last chunk and, at its end, the
@@ -102,6 +127,7 @@ class Writer:
     def _written(
         self,
         text: TextPredictive | None = None,
+        right: Right | None = None,
         prompt: TextPredictive | None = None,
         tokens: TextPredictive | None = None,
     ) -> Written:
@@ -112,6 +138,7 @@ class Writer:
             mixing=None if self.trace is None else self.trace.mixing,
             particles=0 if self.trace is None else len(self.trace.adapters),
             text=text,
+            right=right,
             prompt=prompt,
             tokens=tokens,
             per_particle=self.options.per_particle,
@@ -135,20 +162,22 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
     _check_samples(served, options)
     unsaid = options.predictive is None and options.mixing is None
     if options.predictive == "map" or not served.particles or (unsaid and options.particles == 1):
-        trace = _alone(served, options, wanted)
-        return Writer(service, served, options, "map", trace, _drawn(trace, options))
+        found = judge(service, served, options, "map", 1, wanted.kind)
+        trace = _alone(served, options, wanted, judged=found is not None)
+        return Writer(service, served, options, "map", trace, _drawn(trace, options), found)
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise Refused(
             f"particles is {k}; this server holds {len(served.particles)} of {served.name!r}", "uncertainty.particles"
         )
     _check_size(wanted, k, options)
+    found = judge(service, served, options, "mixture", k, wanted.kind)
     trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", wanted.explicit)
-    return Writer(service, served, options, "mixture", trace, _drawn(trace, options))
+    return Writer(service, served, options, "mixture", trace, _drawn(trace, options), found)
 
 
-def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | None:
-    """The trace of text by one adapter: None without samples, whose log-probabilities it has to hold."""
+def _alone(served: Served, options: TextUncertainty, wanted: Wanted, *, judged: bool) -> Trace | None:
+    """The trace of text by one adapter: None where nobody wants its log-probabilities, neither samples nor a judge."""
     if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
         raise Refused(
             f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
@@ -156,7 +185,7 @@ def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | 
             "uncertainty.predictive",
         )
     _check_size(wanted, 1, options)
-    if options.samples is None or served.map is None:
+    if (options.samples is None and not judged) or served.map is None:
         return None
     return Trace((served.map,), (1.0,), "sequence", wanted.explicit)
 

@@ -13,6 +13,7 @@ import torch
 
 from posterior.calibration.choice import Choice
 from posterior.calibration.records import Key, Record
+from posterior.calibration.rightness import TextKey, TextRecord
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task
 from posterior.models.base import Base
@@ -57,6 +58,7 @@ class Posterior:
     calibration: dict[Key, Record] = field(default_factory=dict)
     choice: Choice | None = None
     familiarity: dict[Any, Any] = field(default_factory=dict)
+    texts: dict[TextKey, TextRecord] = field(default_factory=dict)
 
     predictives = artefact.Posterior.predictives
 

@@ -147,10 +147,10 @@ class TextSummary:
     """A whole text of T tokens: logprob = log p(text) = expected_logprob + information, information >= 0 nats.
 
     `expected_logprob` is the weighted mean of the particles' own log-probabilities, `entropy` sums over the tokens,
-    `confidence` is exp(logprob / T), `mc_error` the Monte-Carlo standard error of `logprob`.
+    `mean_token_probability` is exp(logprob / T), `mc_error` the Monte-Carlo standard error of `logprob`.
     """
 
-    confidence: float
+    mean_token_probability: float
     logprob: float
     expected_logprob: float
     information: float
@@ -206,10 +206,17 @@ class Semantic:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text(TextPart, TextSummary):
     """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`; `semantic`
-    when it had `samples`."""
+    when it had `samples`.
+
+    `confidence` is the probability that the text is right, None where no calibration tells. Where the request had a
+    `max_risk`, `abstain` says whether the text is too unsure for it, and `reason` why.
+    """
 
     mixing: Literal["sequence", "token"]
     particles: int
+    confidence: float | None = None
+    abstain: bool | None = None
+    reason: Literal["ambiguous", "unfamiliar"] | None = None
     semantic: Semantic | None = None
     prompt: TextSummary | None = None
     per_particle: Particles | None = None

@@ -1,0 +1,1 @@
+"""`posterior calibrate` of text: the engine writes the answers, as it will when it serves."""

@@ -1,0 +1,140 @@
+"""Answers as the server gives them, with their features, and which of them are right."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posterior.calibration.rightness import Features, features
+from posterior.data import tokens
+from posterior.data.graded import GradedRow
+from posterior.errors import PosteriorError
+from posterior.predictive.meanings import Meanings
+from server.calibrate.grading import graded
+from server.calibrate.settings import TextCalibration
+from server.engine.gang import Trace
+from server.errors import RequestError, first
+from server.http.samples import SHOWING, Asked
+from server.services.options import TextUncertainty
+from server.services.predictive import Service
+from server.services.registry import Served
+from server.services.semantics import semantic
+from server.services.texts import Writer, predictive_of
+
+AT_ONCE = 16  # rows that vLLM has at a time: enough to fill its batch
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An answer: its text, its features, and whether it is right."""
+
+    text: str
+    features: Features
+    right: bool
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one row came to. greedy: the text at temperature 0, or the one that was given; sampled: the same with the
+    features of its samples; meaning: the sample that stands for the most probable meaning. The last two are None
+    without samples."""
+
+    greedy: Observed
+    sampled: Observed | None = None
+    meaning: Observed | None = None
+
+
+async def observe(
+    service: Service,
+    served: Served,
+    rows: Sequence[GradedRow],
+    settings: TextCalibration,
+    done: Callable[[], object] = lambda: None,
+) -> list[Observation]:
+    """Every row's, in order; `done` is called after each. Raises PosteriorError with the row's number."""
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int, row: GradedRow) -> Observation:
+        async with room:
+            try:
+                found = await (_written if row.given is None else _given)(service, served, row, settings)
+            except RequestError as error:
+                raise PosteriorError(f"row {number}: {error}") from error
+        done()
+        return found
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(number, row)) for number, row in enumerate(rows, 1)]
+    except ExceptionGroup as errors:
+        raise first(errors) from errors
+    return [task.result() for task in tasks]
+
+
+def trace(served: Served, settings: TextCalibration) -> Trace:
+    """A new trace of a text of what the settings say writes it."""
+    if settings.predictive == "map" and served.map is not None:
+        return Trace((served.map,), (1.0,), "sequence", explicit=True)
+    k = settings.particles or len(served.particles)
+    return Trace(served.particles[:k], served.weights[:k], "sequence", explicit=True)
+
+
+async def _written(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Observation:
+    """Of an answer that is still to be written."""
+    writer = Writer(service, served, _options(settings), settings.predictive, trace(served, settings))
+    drawn = trace(served, settings)
+    body = {"model": served.name, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
+    if settings.stop:
+        body["stop"] = list(settings.stop)
+    asked = Asked(writer, drawn, "completion", body, {})
+    if not settings.samples:
+        return Observation(
+            await _observed(service, row, settings, _text(await asked.write()), _features(writer.trace, 0))
+        )
+    async with asyncio.TaskGroup() as group:
+        write, draw = group.create_task(asked.write()), group.create_task(asked.draw(SHOWING))
+    text = _text(write.result())
+    (each,) = asked.each(draw.result())
+    own, whole = semantic(writer, each, text), semantic(writer, each)
+    number, example = whole.examples[0]
+    greedy = await _observed(service, row, settings, text, _features(writer.trace, 0))
+    return Observation(
+        greedy,
+        Observed(text, _features(writer.trace, 0, own.found, own.own), greedy.right),
+        await _observed(service, row, settings, example, _features(drawn, number, whole.found, 0)),
+    )
+
+
+async def _given(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Observation:
+    """Of an answer that was given."""
+    assert row.given is not None
+    text, right = row.given
+    ids = tokens.continuation(service.tokenizer, text)
+    read = trace(served, settings)
+    body = {"model": served.name, "prompt": [*row.prompt, *ids], "max_tokens": 0, "echo": True, "logprobs": 0}
+    await service.engine.complete(body, None, read)
+    scored = predictive_of(read, read.text(0).prompt[-len(ids) :])
+    return Observation(Observed(text, features(scored), right))
+
+
+def _options(settings: TextCalibration) -> TextUncertainty:
+    return TextUncertainty(samples=settings.samples or None, meaning=settings.meaning, **{"return": "greedy"})
+
+
+def _features(trace: Trace | None, choice: int, found: Meanings | None = None, own: int | None = None) -> Features:
+    assert trace is not None
+    text = trace.text(choice)
+    return features(predictive_of(trace, text.rows[: text.delivered]), found, own)
+
+
+async def _observed(
+    service: Service, row: GradedRow, settings: TextCalibration, text: str, found: Features
+) -> Observed:
+    accepted = row.accepted or ()
+    return Observed(text, found, await graded(service, settings.grading, row.question, text, accepted))
+
+
+def _text(reply: dict[str, Any]) -> str:
+    return str(reply["choices"][0]["text"])

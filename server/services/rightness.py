@@ -1,0 +1,115 @@
+"""The probability that a text is right, and whether it is sure enough: posterior/calibration/rightness.py, applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posterior.calibration.rightness import TextKey, TextKind, TextRecord, features
+from posterior.calibration.risk import needed
+from posterior.predictive.decoding import TextPredictive
+from posterior.predictive.meanings import Meanings
+from server.errors import Refused
+from server.services.options import PredictiveName, Reason, TextUncertainty
+from server.services.predictive import Service
+from server.services.registry import Served
+
+PLACE = "uncertainty.max_risk"
+
+
+@dataclass(frozen=True)
+class Right:
+    """What is known of a text. confidence: the probability that it is right; abstain: whether it is too unsure for the
+    error that the request allows, None where it allows any; reason: of abstaining."""
+
+    confidence: float
+    calibration: TextRecord
+    abstain: bool | None
+    reason: Reason | None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The record that a request's texts belong to. threshold: of its `risk`, None where any error is allowed."""
+
+    record: TextRecord
+    threshold: float | None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it asks what the samples mean."""
+        return self.record.key.samples is not None
+
+    def __call__(self, text: TextPredictive, found: Meanings | None, own: int | None) -> Right:
+        """What is known of a text of at least one token; `found`, `own`: as in `features`."""
+        each = features(text, found, own)
+        abstain = None if self.threshold is None else not self.record.answered(each, self.threshold)
+        reason: Reason | None = None
+        if abstain:
+            reason = "unfamiliar" if self.record.unfamiliar(each) else "ambiguous"
+        return Right(self.record.confidence(each), self.record, abstain, reason)
+
+
+def judge(
+    service: Service,
+    served: Served,
+    options: TextUncertainty,
+    predictive: PredictiveName,
+    particles: int,
+    text: TextKind | None,
+) -> Judge | None:
+    """The judge of texts that come about like this (None: in a way that no record is of).
+
+    Raises Refused for a `max_risk` that no record allows.
+    """
+    record = None if text is None else _find(service, served, options, predictive, particles, text)
+    allowed = options.max_risk
+    if allowed is None:
+        return None if record is None else Judge(record, None)
+    if text is None:
+        raise Refused(
+            "'max_risk' needs a text that a calibration can be of: give 'temperature' 0 or 'samples', and leave out "
+            "what changes the tokens' probabilities (penalties, grammars, tools, 'mixing')",
+            PLACE,
+        )
+    if record is None:
+        raise Refused(
+            "no calibration tells how often such texts are wrong; make one of graded answers with `posterior calibrate "
+            "POSTERIOR ROWS --task text`, for this predictive, dtype and number of particles and samples, or leave out "
+            "'max_risk'",
+            PLACE,
+        )
+    threshold = record.risk.threshold(allowed)
+    if threshold is None:
+        raise Refused(
+            f"the {len(record.risk.right)} answers that this calibration keeps for it do not prove an error of at most "
+            f"{allowed:g} at any confidence (that takes at least {needed(allowed)} answers, all of them right); "
+            "calibrate with more rows, or allow more",
+            PLACE,
+        )
+    return Judge(record, threshold)
+
+
+def _find(
+    service: Service,
+    served: Served,
+    options: TextUncertainty,
+    predictive: PredictiveName,
+    particles: int,
+    text: TextKind,
+) -> TextRecord | None:
+    """The record of such texts: with their samples, where it is of as many; else of the texts alone; else of answers
+    that were given to be graded."""
+    if served.posterior is None or predictive == "linearized":
+        return None
+    own = TextKey(
+        base=service.base.hash,
+        posterior=served.posterior.hash,
+        predictive=predictive,
+        particles=particles,
+        dtype=service.engine.dtype,
+        text=text,
+    )
+    sampled = own.model_copy(update={"samples": options.samples, "meaning": options.meaning or "exact"})
+    given = own.model_copy(update={"text": "given"})
+    keys = (*((sampled,) if options.samples is not None else ()), own, given)
+    return next((found for key in keys if (found := served.posterior.texts.get(key)) is not None), None)
