@@ -35,10 +35,10 @@ STRANGE = 0.05  # of held-out answers, at most, have an epistemic part like one 
 
 TextKind = Literal["greedy", "meaning", "given"]
 Feature = Literal[
-    "mean_logprob", "logprob", "information", "epistemic", "length",
+    "mean_logprob", "logprob", "information", "entropy", "epistemic", "length",
     "semantic_entropy", "semantic_epistemic", "largest_meaning", "own_meaning",
 ]  # fmt: skip
-PLAIN: tuple[Feature, ...] = ("mean_logprob", "logprob", "information", "epistemic", "length")
+PLAIN: tuple[Feature, ...] = ("mean_logprob", "logprob", "information", "entropy", "epistemic", "length")
 SAMPLED: tuple[Feature, ...] = (
     *PLAIN, "semantic_entropy", "semantic_epistemic", "largest_meaning", "own_meaning",
 )  # fmt: skip
@@ -49,15 +49,16 @@ def features(text: TextPredictive, meanings: Meanings | None = None, own: int | 
     """Of a text of at least one token; with `meanings`, also those of its samples.
 
     mean_logprob, logprob: log p(y|x, D), a token and whole; information: what the text tells about the weights;
-    epistemic: the tokens' mutual information with the weights, their mean; length: log T. semantic_entropy and
-    semantic_epistemic: of the meanings; largest_meaning, own_meaning: the probability of the most probable meaning, and
-    of the text's own (`own`; None: no sample has it). All in nats but the last two.
+    entropy: the tokens' mean entropy, epistemic: their mean mutual information with the weights; length: log T.
+    semantic_entropy and semantic_epistemic: of the meanings; largest_meaning, own_meaning: the probability of the most
+    probable meaning, and of the text's own (`own`; None: no sample has it). All in nats but the last two.
     """
     total, tokens = float(text.logprob.sum()), len(text.logprob)
     found: dict[Feature, float] = {
         "mean_logprob": total / tokens,
         "logprob": total,
         "information": text.information,
+        "entropy": float(text.total.mean()),
         "epistemic": float(text.epistemic.mean()),
         "length": math.log(tokens),
     }

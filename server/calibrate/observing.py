@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posterior.calibration.rightness import Features, features
@@ -20,7 +20,7 @@ from server.http.samples import SHOWING, Asked
 from server.services.options import TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
-from server.services.semantics import semantic
+from server.services.semantics import Samples, semantic
 from server.services.texts import Writer, predictive_of
 
 AT_ONCE = 16  # rows that vLLM has at a time: enough to fill its batch
@@ -81,29 +81,55 @@ def trace(served: Served, settings: TextCalibration) -> Trace:
     return Trace(served.particles[:k], served.weights[:k], "sequence", explicit=True)
 
 
-async def _written(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Observation:
-    """Of an answer that is still to be written."""
-    writer = Writer(service, served, _options(settings), settings.predictive, trace(served, settings))
-    drawn = trace(served, settings)
+@dataclass(frozen=True)
+class Written:
+    """What the engine wrote for a prompt: the text at temperature 0 with its trace; the samples with theirs, None if
+    there are to be none."""
+
+    text: str
+    trace: Trace
+    drawn: Trace
+    samples: Samples | None
+    writer: Writer
+
+
+async def write(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Written:
+    """The text and its samples, as the server writes them. Raises RequestError."""
+    greedy, drawn = trace(served, settings), trace(served, settings)
+    options = TextUncertainty(samples=settings.samples or None, meaning=settings.meaning, **{"return": "greedy"})
+    writer = Writer(service, served, options, settings.predictive, greedy)
     body = {"model": served.name, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
     if settings.stop:
         body["stop"] = list(settings.stop)
     asked = Asked(writer, drawn, "completion", body, {})
     if not settings.samples:
-        return Observation(
-            await _observed(service, row, settings, _text(await asked.write()), _features(writer.trace, 0))
-        )
-    async with asyncio.TaskGroup() as group:
-        write, draw = group.create_task(asked.write()), group.create_task(asked.draw(SHOWING))
-    text = _text(write.result())
-    (each,) = asked.each(draw.result())
-    own, whole = semantic(writer, each, text), semantic(writer, each)
+        return Written(_text(await asked.write()), greedy, drawn, None, writer)
+    try:
+        async with asyncio.TaskGroup() as group:
+            written, sampled = group.create_task(asked.write()), group.create_task(asked.draw(SHOWING))
+    except ExceptionGroup as errors:
+        raise first(errors) from errors
+    (samples,) = asked.each(sampled.result())
+    return Written(_text(written.result()), greedy, drawn, samples, writer)
+
+
+async def _written(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Observation:
+    """Of an answer that is still to be written."""
+    found = await write(service, served, row, settings)
+
+    async def observed(text: str, features: Features) -> Observed:
+        right = await graded(service, settings.grading, row.question, text, row.accepted or ())
+        return Observed(text, features, right)
+
+    greedy = await observed(found.text, features_of(found.trace, 0))
+    if found.samples is None:
+        return Observation(greedy)
+    own, whole = semantic(found.writer, found.samples, found.text), semantic(found.writer, found.samples)
     number, example = whole.examples[0]
-    greedy = await _observed(service, row, settings, text, _features(writer.trace, 0))
     return Observation(
         greedy,
-        Observed(text, _features(writer.trace, 0, own.found, own.own), greedy.right),
-        await _observed(service, row, settings, example, _features(drawn, number, whole.found, 0)),
+        replace(greedy, features=features_of(found.trace, 0, own.found, own.own)),
+        await observed(example, features_of(found.drawn, number, whole.found, 0)),
     )
 
 
@@ -119,21 +145,10 @@ async def _given(service: Service, served: Served, row: GradedRow, settings: Tex
     return Observation(Observed(text, features(scored), right))
 
 
-def _options(settings: TextCalibration) -> TextUncertainty:
-    return TextUncertainty(samples=settings.samples or None, meaning=settings.meaning, **{"return": "greedy"})
-
-
-def _features(trace: Trace | None, choice: int, found: Meanings | None = None, own: int | None = None) -> Features:
-    assert trace is not None
+def features_of(trace: Trace, choice: int, found: Meanings | None = None, own: int | None = None) -> Features:
+    """The features of a text of the trace, which is choice `choice`."""
     text = trace.text(choice)
     return features(predictive_of(trace, text.rows[: text.delivered]), found, own)
-
-
-async def _observed(
-    service: Service, row: GradedRow, settings: TextCalibration, text: str, found: Features
-) -> Observed:
-    accepted = row.accepted or ()
-    return Observed(text, found, await graded(service, settings.grading, row.question, text, accepted))
 
 
 def _text(reply: dict[str, Any]) -> str:

@@ -1,0 +1,290 @@
+"""Does P(right) tell right answers from wrong ones? Open questions, answered by a posterior and by its MAP alone.
+
+    python -m benchmarks.answers --data FOLDER [--minutes 60]       FOLDER/webquestions; writes what is missing, then tables
+    python -m benchmarks.answers --data FOLDER --minutes 0          only the tables
+
+A row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the greedy text and n samples, with what each
+particle says of them. It is written once, so that the rows take as many runs as it takes; a cell of another posterior or
+other settings is not used. The calibration's rows are the first half of `val`; `devtest` and the rest of `val` are
+tested. An answer is right if it matches an accepted one (posterior/meaning/grades.py).
+
+Estimators of one adapter (the MAP, with as many samples): length-normalised and summed log-probability, token entropy,
+the share of samples that mean the same, semantic entropy. Ours, of the posterior: the same of the mixture, the epistemic
+parts, and P(right). Every estimator is judged on the greedy text of its own law. Differences are paired over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.cells import RESULTS
+from benchmarks.engines import wait_passively
+from posterior.calibration.metrics import RESAMPLES, RIGHT_METRICS, estimate, right_auroc
+from posterior.calibration.rightness import PLAIN, SAMPLED, Feature, Features, Model
+from posterior.data.examples import data_hash
+from posterior.data.graded import GradedRow, encode
+from posterior.data.reading import Row, read_rows
+from posterior.evaluation.report import markdown_rows
+from posterior.meaning import Grouping
+from posterior.meaning.exact import exact
+from posterior.meaning.grades import match
+from posterior.models.base import load_tokenizer, resolve
+from posterior.predictive.meanings import meanings
+from posterior.storage import artefact
+from posterior.storage.artefact import Posterior
+from server.calibrate.observing import AT_ONCE, Written, features_of, write
+from server.calibrate.settings import TextCalibration
+from server.calibrate.verb import started
+
+Law = Literal["mixture", "map"]
+LAWS: tuple[Law, ...] = ("mixture", "map")
+ROUGHLY = 2 * AT_ONCE  # rows between two looks at the clock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--posterior", type=Path, required=True, help="a text posterior of webquestions (make answers)")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds webquestions/")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--rows", type=int, help="of each part, at most")
+    parser.add_argument("--minutes", type=float, default=60, help="for cells that are missing")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    wait_passively("benchmarks.answers")
+    posterior = artefact.load(args.posterior)
+    parts = split(args.data / "webquestions", args.rows)
+    tokenizer = load_tokenizer(resolve(posterior.base_spec))
+    graded = {name: encode(posterior.task, tokenizer, rows) for name, rows in parts.items()}
+    deadline = time.monotonic() + 60 * args.minutes
+    cells: dict[Law, dict[str, list[Cell]]] = {}
+    for law in LAWS:
+        settings = TextCalibration(
+            predictive=law, samples=args.samples, max_tokens=args.max_tokens, stop=("\n",), seed=args.seed
+        )
+        cells[law] = collect(posterior, law, graded, settings, deadline)
+    print(f"{posterior.name}@{posterior.hash[:12]}, {args.samples} samples, seed {args.seed}\n")
+    report(cells)
+
+
+def split(folder: Path, most: int | None) -> dict[str, list[Row]]:
+    """The rows that calibrate, and those that test; never one question in both."""
+    val, devtest = read_rows(folder / "val.jsonl"), read_rows(folder / "devtest.jsonl")
+    half = len(val) // 2
+    return {"calibration": val[:half][:most], "test": (devtest + val[half:])[:most]}
+
+
+# Cells
+
+
+class Cell(NamedTuple):
+    """One question under one law: the greedy text, its features without samples, which samples (texts) were drawn and
+    log p_k of each [n, K], and the log-weights [K]; accepted: the answers."""
+
+    text: str
+    features: Features
+    samples: list[str]
+    log_p: Tensor
+    log_weights: Tensor
+    accepted: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        return match(self.text, self.accepted)
+
+    def full(self, grouping: Grouping) -> Features:
+        """The features with those of the samples' meanings."""
+        groups = grouping([*self.samples, self.text])
+        found = meanings(self.log_p, self.log_weights, groups[:-1])
+        same = [int(found.group[i]) for i, group in enumerate(groups[:-1]) if group == groups[-1]]
+        own = float(found.predictive.probability[same[0]]) if same else 0.0
+        p = found.predictive
+        more: dict[Feature, float] = {
+            "semantic_entropy": p.total,
+            "semantic_epistemic": p.epistemic,
+            "largest_meaning": float(p.probability[0]),
+            "own_meaning": own,
+        }
+        return {**self.features, **more}
+
+
+def collect(
+    posterior: Posterior,
+    law: Law,
+    parts: Mapping[str, Sequence[GradedRow]],
+    settings: TextCalibration,
+    deadline: float,
+) -> dict[str, list[Cell]]:
+    """The cells of each part: those on file, and what can be written until the deadline."""
+    path = RESULTS / f"answers-{law}.jsonl"
+    made = f"{posterior.hash[:16]} {settings}"
+    known = {line["key"]: line for line in _lines(path) if line["made"] == made}
+    keys = {name: [data_hash([{"prompt": row.question}]) for row in rows] for name, rows in parts.items()}
+    missing = [
+        (key, row)
+        for name, rows in parts.items()
+        for key, row in zip(keys[name], rows, strict=True)
+        if key not in known
+    ]
+    if missing and time.monotonic() < deadline:
+        for line in asyncio.run(_written(posterior, missing, settings, deadline)):
+            known[line["key"]] = {**line, "made": made}
+        _save(path, list(known.values()))
+    return {
+        name: [_cell(known[key], row) for key, row in zip(keys[name], rows, strict=True) if key in known]
+        for name, rows in parts.items()
+    }
+
+
+async def _written(
+    posterior: Posterior, missing: Sequence[tuple[str, GradedRow]], settings: TextCalibration, deadline: float
+) -> list[dict[str, Any]]:
+    """Lines of the rows that could be written until the deadline."""
+    found: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        service = await started(posterior, None, settings, stack)
+        served = service.find(posterior.name)
+        progress = stack.enter_context(tqdm(total=len(missing), desc=settings.predictive, unit="row"))
+        for start in range(0, len(missing), ROUGHLY):
+            if time.monotonic() > deadline:
+                break
+            part = missing[start : start + ROUGHLY]
+            each = await asyncio.gather(*(write(service, served, row, settings) for _, row in part))
+            found += [_line(key, one) for (key, _), one in zip(part, each, strict=True)]
+            progress.update(len(part))
+    return found
+
+
+def _line(key: str, found: Written) -> dict[str, Any]:
+    assert found.samples is not None
+    return {
+        "key": key,
+        "text": found.text,
+        "features": dict(features_of(found.trace, 0)),
+        "samples": list(found.samples.texts),
+        "log_p": [[round(value, 6) for value in row] for row in found.samples.log_p.tolist()],
+        "log_weights": found.samples.log_weights.tolist(),
+    }
+
+
+def _cell(line: Mapping[str, Any], row: GradedRow) -> Cell:
+    log_p, log_weights = (torch.tensor(line[name], dtype=torch.float64) for name in ("log_p", "log_weights"))
+    return Cell(line["text"], line["features"], line["samples"], log_p, log_weights, row.accepted or ())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def _save(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    work = path.with_suffix(".work")
+    work.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work.replace(path)
+
+
+# Tables
+
+
+class Judged(NamedTuple):
+    """What an estimator says of the test's texts [N], the larger the surer, and which of them are right [N]."""
+
+    score: Tensor
+    right: Tensor
+
+
+BY_FEATURE: Mapping[str, Callable[[Features], float]] = {
+    "length-normalised log-probability": lambda f: f["mean_logprob"],
+    "summed log-probability": lambda f: f["logprob"],
+    "token entropy": lambda f: -f["entropy"],
+    "p(meaning)": lambda f: f["own_meaning"],
+    "semantic entropy": lambda f: -f["semantic_entropy"],
+}
+EPISTEMIC: Mapping[str, Callable[[Features], float]] = {
+    "epistemic entropy of tokens": lambda f: -f["epistemic"],
+    "epistemic semantic entropy": lambda f: -f["semantic_epistemic"],
+}
+
+
+def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping = exact) -> None:
+    """Print the tables."""
+    found: dict[str, Judged] = {}
+    for law in LAWS:
+        test, held = cells[law]["test"], cells[law]["calibration"]
+        print(f"{law}: {len(held)} rows to calibrate, {len(test)} to test")
+        if not test or not held:
+            print("not all has been written; run it again")
+            return
+        full = [cell.full(grouping) for cell in test]
+        right = torch.tensor([cell.right for cell in test])
+        for name, score in {**BY_FEATURE, **(EPISTEMIC if law == "mixture" else {})}.items():
+            found[f"{law}: {name}"] = Judged(torch.tensor([score(each) for each in full], dtype=torch.float64), right)
+        for names, called in ((PLAIN, "P(right), without samples"), (SAMPLED, "P(right)")):
+            found[f"{law}: {called}"] = Judged(_p_right(names, held, full, grouping), right)
+    singles = [name for name in found if name.startswith("map: ") and "P(right)" not in name]
+    best = max(singles, key=lambda name: right_auroc(*found[name]))
+    print(f"\n{ranking(found, best)}\n\n{calibration(found, cells)}")
+
+
+def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Features], grouping: Grouping) -> Tensor:
+    """P(right) of the test's texts, learnt from the rows that calibrate."""
+    rows = [cell.full(grouping) for cell in held]
+    x = torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
+    model = Model.fit(names, x, torch.tensor([cell.right for cell in held]))
+    return model(model.table(test))
+
+
+def ranking(found: Mapping[str, Judged], best: str) -> str:
+    """AUROC of being right, and its difference to the best estimator of one adapter, paired over questions; the area
+    under the risk-coverage curve."""
+    rows = [["estimator", "accuracy", "AUROC", f"less that of {best!r}", "AURC"]]
+    for name, each in found.items():
+        metrics = {"accuracy": RIGHT_METRICS["accuracy"], "auroc": right_auroc, "aurc": RIGHT_METRICS["aurc"]}
+        values = estimate(each.score, each.right, metrics=metrics)
+        rows.append(
+            [name, *(str(values[m]) for m in ("accuracy", "auroc")), _less(each, found[best]), str(values["aurc"])]
+        )
+    return markdown_rows(rows)
+
+
+def _less(own: Judged, other: Judged, seed: int = 0) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(own.right), (RESAMPLES, len(own.right)), generator=generator)
+    drawn = torch.tensor([
+        right_auroc(own.score[pick], own.right[pick]) - right_auroc(other.score[pick], other.right[pick])
+        for pick in picks
+    ], dtype=torch.float64)  # fmt: skip
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return f"{right_auroc(*own) - right_auroc(*other):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def calibration(found: Mapping[str, Judged], cells: Mapping[Law, Mapping[str, Sequence[Cell]]]) -> str:
+    """Confidences in the sense of a probability of being right: before and after."""
+    rows = [["confidence", "ECE", "gap", "NLL", "Brier"]]
+    before = {
+        f"{law}: mean token probability": Judged(found[f"{law}: length-normalised log-probability"].score.exp(), r)
+        for law in LAWS
+        if (r := found[f"{law}: P(right)"].right) is not None
+    }
+    shares = {f"{law}: p(meaning)": found[f"{law}: p(meaning)"] for law in LAWS}
+    after = {name: each for name, each in found.items() if "P(right)" in name}
+    for name, (score, right) in {**before, **shares, **after}.items():
+        values = estimate(score.clamp(1e-3, 1 - 1e-3), right, metrics=RIGHT_METRICS)
+        rows.append([name, *(str(values[metric]) for metric in ("ece", "gap", "nll", "brier"))])
+    return markdown_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
