@@ -1,16 +1,18 @@
 """Does P(right) tell right answers from wrong ones? Open questions, answered by a posterior and by its MAP alone.
 
-    python -m benchmarks.answers --data FOLDER [--minutes 60]       FOLDER/webquestions; writes what is missing, then tables
-    python -m benchmarks.answers --data FOLDER --minutes 0          only the tables
+    python -m benchmarks.answers --posterior P --data FOLDER --minutes 60   writes cells that are missing, then tables
+    python -m benchmarks.answers --posterior P --data FOLDER --minutes 0    only the tables
 
-A row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the greedy text and n samples, with what each
-particle says of them. It is written once, so that the rows take as many runs as it takes; a cell of another posterior or
-other settings is not used. The calibration's rows are the first half of `val`; `devtest` and the rest of `val` are
-tested. An answer is right if it matches an accepted one (posterior/meaning/grades.py).
+The questions are in FOLDER/webquestions. A row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the
+greedy text and n samples, with what each particle says of them. It is written once, so that the rows take as many runs
+as it takes; a cell of another posterior or other settings is not used. The calibration's rows are the first half of
+`val`; `devtest` and the rest of `val` are tested. An answer is right if it matches an accepted one
+(posterior/meaning/grades.py).
 
 Estimators of one adapter (the MAP, with as many samples): length-normalised and summed log-probability, token entropy,
-the share of samples that mean the same, semantic entropy. Ours, of the posterior: the same of the mixture, the epistemic
-parts, and P(right). Every estimator is judged on the greedy text of its own law. Differences are paired over questions.
+the share of samples that mean the same, semantic entropy. Ours, of the posterior: the same of the mixture, the
+epistemic parts, and P(right). Every estimator is judged on the greedy text of its own law. Differences are paired over
+questions.
 """
 
 from __future__ import annotations
@@ -235,7 +237,7 @@ def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping
             found[f"{law}: {called}"] = Judged(_p_right(names, held, full, grouping), right)
     singles = [name for name in found if name.startswith("map: ") and "P(right)" not in name]
     best = max(singles, key=lambda name: right_auroc(*found[name]))
-    print(f"\n{ranking(found, best)}\n\n{calibration(found, cells)}")
+    print(f"\n{ranking(found, best)}\n\n{calibration(found)}")
 
 
 def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Features], grouping: Grouping) -> Tensor:
@@ -249,13 +251,11 @@ def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Feat
 def ranking(found: Mapping[str, Judged], best: str) -> str:
     """AUROC of being right, and its difference to the best estimator of one adapter, paired over questions; the area
     under the risk-coverage curve."""
+    metrics = {"accuracy": RIGHT_METRICS["accuracy"], "auroc": right_auroc, "aurc": RIGHT_METRICS["aurc"]}
     rows = [["estimator", "accuracy", "AUROC", f"less that of {best!r}", "AURC"]]
     for name, each in found.items():
-        metrics = {"accuracy": RIGHT_METRICS["accuracy"], "auroc": right_auroc, "aurc": RIGHT_METRICS["aurc"]}
-        values = estimate(each.score, each.right, metrics=metrics)
-        rows.append(
-            [name, *(str(values[m]) for m in ("accuracy", "auroc")), _less(each, found[best]), str(values["aurc"])]
-        )
+        own = {metric: str(value) for metric, value in estimate(each.score, each.right, metrics=metrics).items()}
+        rows.append([name, own["accuracy"], own["auroc"], _less(each, found[best]), own["aurc"]])
     return markdown_rows(rows)
 
 
@@ -270,14 +270,11 @@ def _less(own: Judged, other: Judged, seed: int = 0) -> str:
     return f"{right_auroc(*own) - right_auroc(*other):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def calibration(found: Mapping[str, Judged], cells: Mapping[Law, Mapping[str, Sequence[Cell]]]) -> str:
+def calibration(found: Mapping[str, Judged]) -> str:
     """Confidences in the sense of a probability of being right: before and after."""
     rows = [["confidence", "ECE", "gap", "NLL", "Brier"]]
-    before = {
-        f"{law}: mean token probability": Judged(found[f"{law}: length-normalised log-probability"].score.exp(), r)
-        for law in LAWS
-        if (r := found[f"{law}: P(right)"].right) is not None
-    }
+    likely = {law: found[f"{law}: length-normalised log-probability"] for law in LAWS}
+    before = {f"{law}: mean token probability": Judged(each.score.exp(), each.right) for law, each in likely.items()}
     shares = {f"{law}: p(meaning)": found[f"{law}: p(meaning)"] for law in LAWS}
     after = {name: each for name, each in found.items() if "P(right)" in name}
     for name, (score, right) in {**before, **shares, **after}.items():
