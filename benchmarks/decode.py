@@ -1,6 +1,7 @@
 """Tokens per second of text under K particles: lockstep in this engine, the same rows unmixed, and transformers + peft.
 
     python -m benchmarks.decode             1, 4 and 8 prompts; then one particle over HTTP against vLLM's own server
+    python -m benchmarks.decode --samples 8 --prompts 1 2       so many samples of each prompt, beside the same unmixed
 
 A user's token is one of the mixture's text: K rows of the batch. All ways use the same random adapters on q_proj and
 v_proj, the same prompts, precision and machine, and take turns. transformers + peft mixes the same way, with a KV
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=1, help="texts of each prompt; more than one are drawn")
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="as for `posterior serve`")
@@ -51,32 +53,37 @@ def main() -> None:
     wait_passively("benchmarks.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_environment(device, base.cache_folder() / "compiled" if args.compile else None)
-    sequences = args.particles * max(args.prompts)
+    sequences = args.particles * max(args.prompts) * args.samples
     config = configured(args.base, args.particles, device, args.dtype, sequences=sequences, compiled=args.compile)
     print(
         f"{device}, {args.dtype}, {os.cpu_count()} cores, {'compiled' if args.compile else 'eager'}, "
-        f"GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}, {args.tokens} tokens, n = {args.repetitions} repetitions, "
+        f"GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}, {args.tokens} tokens, {args.samples} texts a prompt, "
+        f"n = {args.repetitions} repetitions, "
         "mean and 95 % interval"
     )
     asyncio.run(lockstep(args, config))
-    asyncio.run(one_particle(args, config))
+    if args.samples == 1:
+        asyncio.run(one_particle(args, config))
 
 
 async def lockstep(args: argparse.Namespace, config: EngineConfig) -> None:
     async with running_engine(args.base, args.particles, config) as (engine, adapters):
         await compare(args, engine, adapters, config.device)
-        print(await turns(engine, adapters, args.repetitions), flush=True)
+        if args.samples == 1:
+            print(await turns(engine, adapters, args.repetitions), flush=True)
 
 
 async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequence[Adapter], device: str) -> None:
     body: dict[str, Any] = {"temperature": 0, "max_tokens": args.tokens, "ignore_eos": True}
+    if args.samples > 1:
+        body |= {"temperature": 1, "n": args.samples}
 
     async def mixed(prompts: list[str]) -> float:
         async def one(prompt: str) -> None:
             trace = Trace(tuple(adapters), (1.0,) * len(adapters), "sequence")
             await engine.complete({**body, "model": "p0", "prompt": prompt}, None, trace)
 
-        return await timed(len(prompts) * args.tokens, [one(prompt) for prompt in prompts])
+        return await timed(args.samples * len(prompts) * args.tokens, [one(prompt) for prompt in prompts])
 
     async def unmixed(prompts: list[str]) -> float:
         rows = [
@@ -84,7 +91,7 @@ async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequen
             for prompt in prompts
             for adapter in adapters
         ]
-        return await timed(len(prompts) * args.tokens, rows)
+        return await timed(args.samples * len(prompts) * args.tokens, rows)
 
     async def bare(prompts: list[str]) -> float:
         rows = [
@@ -92,10 +99,17 @@ async def compare(args: argparse.Namespace, engine: VllmEngine, adapters: Sequen
         ]
         return await timed(len(prompts) * args.tokens, rows)
 
-    peft = Peft(base.resolve(args.base), adapters, args, device)
     ways: dict[str, Way] = {
         f"lockstep, K={args.particles}": mixed,
-        f"the same {args.particles} rows a prompt, unmixed": unmixed,
+        f"the same {args.particles * args.samples} rows a prompt, unmixed": unmixed,
+    }
+    if args.samples > 1:
+        for count in args.prompts:
+            rates = await alternate(ways, count, args.repetitions)
+            print(report(f"{count} prompt{'s' * (count > 1)}", rates, {1: 0.9}), flush=True)
+        return
+    peft = Peft(base.resolve(args.base), adapters, args, device)
+    ways |= {
         SWITCHING: peft.switching,
         "transformers + peft, batches of mixed adapters": peft.batched,
         BARE: bare,

@@ -1,12 +1,14 @@
 """Is text under load what it is alone? Gangs of K, plain requests and clients that leave, in a KV cache too small for
 all.
 
-    python -m benchmarks.load               32 gangs of 8, prompts of 5 to 600 tokens, float32, one seed (minutes on 2
-    cores) python -m benchmarks.load --seeds 5     five loads
+    python -m benchmarks.load                       one seed: minutes on 2 cores
+    python -m benchmarks.load --seeds 5             five loads
+    python -m benchmarks.load --samples 4 --gangs 16 --plain 0 --kv-tokens 24000    16 clients that ask for samples
 
-Every gang that was not abandoned is run again alone, with a fresh id: its tokens must be identical and its
-log-probability equal within 1e-3 nats. At the end the engine must hold no request and no KV block. Ends with status 1
-if anything differs."""
+32 gangs of 8 in float32, with prompts of 5 to 600 tokens. With --samples, half of the gangs draw so many texts at
+temperature 1. Every gang that was not abandoned is run again alone, with a fresh id: its tokens must be identical and
+its log-probability equal within 1e-3 nats, and so of each of its samples. At the end the engine must hold no request
+and no KV block. Ends with status 1 if anything differs."""
 
 from __future__ import annotations
 
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--kv-tokens", type=int, default=12_000, help="what the KV cache holds, all rows together")
     parser.add_argument("--leavers", type=float, default=0.2, help="share of the clients that leave")
+    parser.add_argument("--samples", type=int, default=0, help="of half of the gangs")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -69,18 +72,22 @@ async def load(engine: Any, adapters: list[Adapter], args: argparse.Namespace, s
     for number in range(args.gangs + args.plain):
         words = " ".join(rng.choice(WORDS.split()) for _ in range(rng.randint(5, 580)))
         body = {"prompt": f"{number} {words}", "max_tokens": args.tokens, "ignore_eos": True, "return_token_ids": True}
-        body |= rng.choice([{"temperature": 0}, {"temperature": 0.8, "seed": number, "top_p": 0.9}])
+        ways = [{"temperature": 0}, {"temperature": 0.8, "seed": number, "top_p": 0.9}]
+        if args.samples and number < args.gangs:
+            ways += [{"temperature": 1, "seed": number, "n": args.samples}] * 2
+        body |= rng.choice(ways)
         leaves = rng.uniform(0.5, 60) if rng.random() < args.leavers else None
         jobs.append((body, number < args.gangs, rng.choice(["sequence", "token"]), rng.uniform(0, 20), leaves))
     rng.shuffle(jobs)
 
-    async def one(body: dict[str, Any], gang: bool, mixing: Any) -> tuple[list[int], float]:
+    async def one(body: dict[str, Any], gang: bool, mixing: Any) -> tuple[list[list[int]], list[float]]:
         trace = Trace(tuple(adapters), (1.0,) * len(adapters), mixing) if gang else None
         answer = await engine.complete({**body, "model": "p0"}, None, trace)
-        logprob = sum(row[0] for row in trace.text(0).rows) if trace else 0.0
-        return answer["choices"][0]["token_ids"], logprob
+        tokens = [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        texts = [trace.text(choice) for choice in range(len(tokens))] if trace else []
+        return tokens, [sum(row[0] for row in text.rows) for text in texts]
 
-    async def client(job: Any) -> tuple[list[int], float] | None:
+    async def client(job: Any) -> tuple[list[list[int]], list[float]] | None:
         body, gang, mixing, arrives, leaves = job
         await asyncio.sleep(arrives)
         work = asyncio.ensure_future(one(body, gang, mixing))
@@ -96,9 +103,9 @@ async def load(engine: Any, adapters: list[Adapter], args: argparse.Namespace, s
     wrong, compared = 0, 0
     for job, found in zip(jobs, crowd, strict=True):
         if found is not None:
-            tokens, logprob = await one(job[0], job[1], job[2])
+            tokens, logprobs = await one(job[0], job[1], job[2])
             compared += 1
-            if tokens != found[0] or abs(logprob - found[1]) > 1e-3:
+            if tokens != found[0] or any(abs(a - b) > 1e-3 for a, b in zip(logprobs, found[1], strict=True)):
                 wrong += 1
                 print(f"DIFFERS: gang={job[1]} {job[2]} {len(job[0]['prompt'].split())} words: {found} alone {tokens}")
     await asyncio.sleep(1)

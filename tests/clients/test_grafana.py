@@ -20,6 +20,7 @@ HISTOGRAMS = {
     "posterior_token_epistemic_entropy_nats",
     "posterior_semantic_entropy_nats",
     "posterior_semantic_epistemic_entropy_nats",
+    "posterior_text_confidence",
     "posterior_effective_particles_ratio",
     "posterior_linearized_batch_size",
     "posterior_linearized_queue_seconds",

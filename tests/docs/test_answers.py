@@ -31,7 +31,13 @@ CHOICE_WRITERS = (
     Record.summary,
 )
 TEXTS = (replies.TextRecord, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
-TEXT_WRITERS = (records.text_record, records.semantic_record, records._summary, records._tokens)
+TEXT_WRITERS = (
+    records.text_record,
+    records.right_record,
+    records.semantic_record,
+    records._summary,
+    records._tokens,
+)
 
 
 def page(name: str) -> str:
