@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from posterior.calibration.familiarity import About, AdapterName, Center, Familiarity
+from posterior.calibration.metrics import Estimate
 from posterior.calibration.records import template_hash
+from posterior.calibration.rightness import PLAIN, Model, TextKey, TextRecord
+from posterior.calibration.risk import Risk
 from posterior.curvature.kfac import Factor, Kronecker
 from posterior.data.examples import encode
 from posterior.data.task import Task
@@ -106,6 +109,25 @@ def states(posterior: artefact.Posterior, base: Base, rows: list[dict[str, str]]
     found: dict[AdapterName, torch.Tensor] = {"map": last_states(model, examples).double()}
     lora.put(model, next(posterior.thetas(1)))
     return found | {"particle": last_states(model, examples).double()}
+
+
+def grade(posterior: artefact.Posterior, base: Base) -> artefact.Posterior:
+    """With a record of how probably its texts at temperature 0 are right, made up."""
+    model = Model(
+        features=PLAIN, center=(-1.0,) * len(PLAIN), scale=(2.0,) * len(PLAIN), intercept=0.25,
+        weight=tuple(0.5 + 0.1 * i for i in range(len(PLAIN))),
+    )  # fmt: skip
+    key = TextKey(
+        base=base.hash, posterior=posterior.hash, predictive="mixture", particles=len(posterior.weights),
+        dtype="float32", text="greedy",
+    )  # fmt: skip
+    half = Estimate(0.5, 0.4, 0.6)
+    risk = Risk(confidence=(0.9,) * 60, right=(True,) * 60)
+    posterior.add_text(TextRecord(
+        key=key, model=model, guard=model, strange=1.0, risk=risk, n=120, data="sha256:0", grading="match",
+        before={"ece": half}, after={"ece": half},
+    ))  # fmt: skip
+    return artefact.load(posterior.path)
 
 
 def compare(posterior: artefact.Posterior, base: Base) -> artefact.Posterior:

@@ -77,7 +77,7 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
     base = base_models.resolve()
     (root / "posteriors").mkdir()
     gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
-    mood = folders.compare(mood, base)
+    mood, gang = folders.compare(mood, base), folders.grade(gang, base)
     with launched(root, base, *options) as (url, process):
         yield Running(url, base, base.path.name, mood, gang, root / "cache", process)
 
