@@ -3,13 +3,14 @@
 # make check   ruff and mypy only          make bench   the numbers in benchmarks/README.md
 # make grid    hours: every family of posteriors, cell by cell (GRID='--data FOLDER --sets yelp sst2 --seeds 0 1 2')
 # make fit     refit the shipped posteriors                 make fit-check   fit sentiment again elsewhere, and compare both
+# make answers fit and calibrate a posterior that answers open questions, into posteriors/answers
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test oracles clients docs test-docs check bench grid soak fuzz fit fit-check crash setup clean
+.PHONY: serve test oracles clients docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -48,6 +49,12 @@ test-docs: setup
 SENTIMENT := benchmarks/data/yelp.train.jsonl --template '{text}\nSentiment:' --answers ' negative' ' positive' \
     --epochs 3 --curvature-rank 16
 SUPPORT := benchmarks/data/support.train.jsonl --task decision --epochs 6 --curvature-rank 16
+
+ANSWERS := benchmarks/data/answers.train.jsonl --task text --template '{prompt}' --chat --epochs 3 --curvature-rank 16
+
+answers: setup
+	$(BIN)/posterior fit $(ANSWERS) --out posteriors/answers
+	$(BIN)/posterior calibrate posteriors/answers benchmarks/data/answers.calibration.jsonl --max-tokens 16
 
 fit: setup
 	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment

@@ -1,12 +1,12 @@
 """Does P(right) tell right answers from wrong ones? Open questions, answered by a posterior and by its MAP alone.
 
-    python -m benchmarks.answers --posterior P --data FOLDER --minutes 60   writes cells that are missing, then tables
-    python -m benchmarks.answers --posterior P --data FOLDER --minutes 0    only the tables
+    python -m benchmarks.answers --posterior posteriors/answers --minutes 60  writes cells that are missing, then tables
+    python -m benchmarks.answers --posterior posteriors/answers --minutes 0   only the tables
 
-The questions are in FOLDER/webquestions. A row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the
+`make answers` makes the posterior; benchmarks/questions.py says which rows it, the calibration and the test have. A
+row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the
 greedy text and n samples, with what each particle says of them. It is written once, so that the rows take as many runs
-as it takes; a cell of another posterior or other settings is not used. The calibration's rows are the first half of
-`val`; `devtest` and the rest of `val` are tested. An answer is right if it matches an accepted one
+as it takes; a cell of another posterior or other settings is not used. An answer is right if it matches an accepted one
 (posterior/meaning/grades.py).
 
 Estimators of one adapter (the MAP, with as many samples): length-normalised and summed log-probability, token entropy,
@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.cells import RESULTS
+from benchmarks.cells import DATA, RESULTS
 from benchmarks.engines import wait_passively
 from posterior.calibration.metrics import RESAMPLES, RIGHT_METRICS, estimate, right_auroc
 from posterior.calibration.rightness import PLAIN, SAMPLED, Feature, Features, Model
 from posterior.data.examples import data_hash
 from posterior.data.graded import GradedRow, encode
-from posterior.data.reading import Row, read_rows
+from posterior.data.reading import read_rows
 from posterior.evaluation.report import markdown_rows
 from posterior.meaning import Grouping
 from posterior.meaning.exact import exact
@@ -56,8 +56,7 @@ ROUGHLY = 2 * AT_ONCE  # rows between two looks at the clock
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--posterior", type=Path, required=True, help="a text posterior of webquestions (make answers)")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds webquestions/")
+    parser.add_argument("--posterior", type=Path, required=True, help="that of `make answers`")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--rows", type=int, help="of each part, at most")
@@ -66,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     wait_passively("benchmarks.answers")
     posterior = artefact.load(args.posterior)
-    parts = split(args.data / "webquestions", args.rows)
+    parts = {name: read_rows(DATA / f"answers.{name}.jsonl")[: args.rows] for name in ("calibration", "test")}
     tokenizer = load_tokenizer(resolve(posterior.base_spec))
     graded = {name: encode(posterior.task, tokenizer, rows) for name, rows in parts.items()}
     deadline = time.monotonic() + 60 * args.minutes
@@ -78,13 +77,6 @@ def main() -> None:
         cells[law] = collect(posterior, law, graded, settings, deadline)
     print(f"{posterior.name}@{posterior.hash[:12]}, {args.samples} samples, seed {args.seed}\n")
     report(cells)
-
-
-def split(folder: Path, most: int | None) -> dict[str, list[Row]]:
-    """The rows that calibrate, and those that test; never one question in both."""
-    val, devtest = read_rows(folder / "val.jsonl"), read_rows(folder / "devtest.jsonl")
-    half = len(val) // 2
-    return {"calibration": val[:half][:most], "test": (devtest + val[half:])[:most]}
 
 
 # Cells
