@@ -83,8 +83,8 @@ def main() -> None:
 
 
 class Cell(NamedTuple):
-    """One question under one law: the greedy text, its features without samples, which samples (texts) were drawn and
-    log p_k of each [n, K], and the log-weights [K]; accepted: the answers."""
+    """One question under one law: the greedy text, its features without samples, the samples' texts in the order of
+    drawing and log p_k of each [n, K], and the log-weights [K]; accepted: the answers."""
 
     text: str
     features: Features
@@ -96,6 +96,10 @@ class Cell(NamedTuple):
     @property
     def right(self) -> bool:
         return match(self.text, self.accepted)
+
+    def first(self, count: int) -> Cell:
+        """With the first samples alone."""
+        return self._replace(samples=self.samples[:count], log_p=self.log_p[:count])
 
     def full(self, grouping: Grouping) -> Features:
         """The features with those of the samples' meanings."""
@@ -162,12 +166,13 @@ async def _written(
 
 def _line(key: str, found: Written) -> dict[str, Any]:
     assert found.samples is not None
+    drawn = torch.tensor(found.samples.numbers).argsort()
     return {
         "key": key,
         "text": found.text,
         "features": dict(features_of(found.trace, 0)),
-        "samples": list(found.samples.texts),
-        "log_p": [[round(value, 6) for value in row] for row in found.samples.log_p.tolist()],
+        "samples": [found.samples.texts[index] for index in drawn.tolist()],
+        "log_p": [[round(value, 6) for value in row] for row in found.samples.log_p[drawn].tolist()],
         "log_weights": found.samples.log_weights.tolist(),
     }
 
@@ -187,6 +192,15 @@ def _save(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     work = path.with_suffix(".work")
     work.write_text("".join(json.dumps(line) + "\n" for line in lines))
     work.replace(path)
+
+
+def dirichlet_entropy(counts: Tensor) -> float:
+    """The posterior mean of an entropy in nats: of a Dirichlet(1/2) prior over the meanings that were seen and one that
+    was not (Wolpert & Wolf 1995), as Ciosek et al. 2025 (arXiv 2504.03579) do for few samples, here without their
+    bound by the texts' probabilities."""
+    alpha = torch.cat([counts.double(), torch.zeros(1, dtype=torch.float64)]) + 0.5
+    whole = alpha.sum()
+    return float((whole + 1).digamma() - (alpha / whole * (alpha + 1).digamma()).sum())
 
 
 # Tables
@@ -229,7 +243,7 @@ def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping
             found[f"{law}: {called}"] = Judged(_p_right(names, held, full, grouping), right)
     singles = [name for name in found if name.startswith("map: ") and "P(right)" not in name]
     best = max(singles, key=lambda name: right_auroc(*found[name]))
-    print(f"\n{ranking(found, best)}\n\n{calibration(found)}")
+    print(f"\n{ranking(found, best)}\n\n{calibration(found)}\n\n{enough(cells['mixture'], grouping)}")
 
 
 def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Features], grouping: Grouping) -> Tensor:
@@ -238,6 +252,26 @@ def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Feat
     x = torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
     model = Model.fit(names, x, torch.tensor([cell.right for cell in held]))
     return model(model.table(test))
+
+
+def enough(cells: Mapping[str, Sequence[Cell]], grouping: Grouping) -> str:
+    """AUROC of the mixture's text being right, by the number of samples."""
+    most = len(cells["test"][0].samples)
+    rows = [["samples", "p(meaning)", "semantic entropy", "the same, Bayesian", "P(right)"]]
+    for count in [n for n in (2, 4, 8, 16, 32) if n <= most]:
+        test, held = ([cell.first(count) for cell in cells[part]] for part in ("test", "calibration"))
+        full = [cell.full(grouping) for cell in test]
+        right = torch.tensor([cell.right for cell in test])
+        bayes = [-dirichlet_entropy(torch.tensor(grouping(cell.samples)).bincount()) for cell in test]
+        scores = [
+            torch.tensor([each["own_meaning"] for each in full]),
+            torch.tensor([-each["semantic_entropy"] for each in full]),
+            torch.tensor(bayes),
+            _p_right(SAMPLED, held, full, grouping),
+        ]
+        found = [estimate(score.double(), right, metrics={"auroc": right_auroc})["auroc"] for score in scores]
+        rows.append([str(count), *map(str, found)])
+    return markdown_rows(rows)
 
 
 def ranking(found: Mapping[str, Judged], best: str) -> str:
