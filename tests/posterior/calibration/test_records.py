@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.model_selection import KFold
 
-from posterior.calibration import metrics, records, scalers
+from posterior.calibration import metrics, records, scalers, signed
 from posterior.calibration.conformal import Conformal, prediction_set
 from posterior.calibration.measure import cross_fit, measure
 from posterior.calibration.records import Key, Record
@@ -137,7 +137,7 @@ def test_a_record_of_format_1_has_its_dtype_in_the_key(tmp_path: Path) -> None:
     content |= {"format": 1, "dtype": content["key"].pop("dtype")}
     (tmp_path / "calibration").mkdir()
     path = tmp_path / "calibration" / "mixture-8.json"
-    path.write_text(json.dumps(content | {"hash": records._digest(content)}))
+    path.write_text(json.dumps(content | {"hash": signed.digest(content)}))
     assert load(tmp_path) == {KEY: earlier}
     newer = make(method="platt")
     save(tmp_path, newer)
@@ -162,7 +162,7 @@ def forge(path: Path, **changes: Any) -> None:
     """Change a record and give it the hash that belongs to it, so that only the schema can notice."""
     content = json.loads(path.read_text()) | changes
     content.pop("hash")
-    path.write_text(json.dumps(content | {"hash": records._digest(content)}))
+    path.write_text(json.dumps(content | {"hash": signed.digest(content)}))
 
 
 def test_a_changed_number_is_refused(tmp_path: Path) -> None:

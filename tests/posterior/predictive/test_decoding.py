@@ -64,9 +64,9 @@ def test_one_particle_has_no_epistemic_part_and_no_text_is_certain() -> None:
     log_p = torch.full((T, 1), -0.7)
     one = text_predictive(log_p, torch.zeros(1), "sequence", torch.ones(T), torch.ones(T))
     assert one.information == one.mc_error == float(one.variance.sum()) == float(one.epistemic.sum()) == 0
-    assert one.confidence == pytest.approx(math.exp(-0.7))
+    assert one.mean_probability == pytest.approx(math.exp(-0.7))
     none = text_predictive(torch.zeros(0, K), torch.zeros(K), "token", torch.zeros(0), torch.zeros(0))
-    assert none.confidence == 1.0 and none.log_weights.shape == (1, K)
+    assert none.mean_probability == 1.0 and none.log_weights.shape == (1, K)
 
 
 @pytest.mark.parametrize("mixing", ["sequence", "token"])

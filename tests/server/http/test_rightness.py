@@ -28,14 +28,14 @@ ONE = {"ece": Estimate(0.1, 0.05, 0.2)}
 
 
 def record(strange: float = 9.0, **key: Any) -> TextRecord:
-    """P(right) = sigmoid(1 + 2 mean_logprob + 3 own_meaning); 20 held-out answers of confidence .8, all right, and 20
+    """P(right) = sigmoid(1 + 2 mean_logprob + 3 own_meaning); 20 held-out answers of confidence .7, all right, and 20
     of .2, all wrong."""
     names = SAMPLED if key.get("samples") is not None else PLAIN
     weight = tuple({"mean_logprob": 2.0, "own_meaning": 3.0}.get(name, 0.0) for name in names)
     model = Model(
         features=names, center=(0.0,) * len(names), scale=(1.0,) * len(names), weight=weight, intercept=1.0,
     )  # fmt: skip
-    risk = Risk(confidence=(0.8,) * 20 + (0.2,) * 20, right=(True,) * 20 + (False,) * 20)
+    risk = Risk(confidence=(0.7,) * 20 + (0.2,) * 20, right=(True,) * 20 + (False,) * 20)
     return TextRecord(
         key=KEY.model_copy(update=key), model=model, guard=model, strange=strange, risk=risk, n=80, data="sha256:2",
         grading="match", max_tokens=16, before=ONE, after=ONE,
@@ -150,7 +150,7 @@ def test_streams_say_it_at_their_end(client: TestClient, service: Service) -> No
     give(service, record(), record(**SAMPLES))
     for options, samples in (({}, None), ({"samples": N, "return": "greedy"}, N)):
         body = {"model": "gang", "prompt": "x", "temperature": 0, "stream": True, "uncertainty": options}
-        last = events(client.post("/v1/completions", json=body).text)[-1]["choices"][0]["uncertainty"]
+        last = events(client.post("/v1/completions", json=body))[-1]["choices"][0]["uncertainty"]
         assert last["confidence"] == pytest.approx(HELLO) and last["calibration"]["key"]["samples"] == samples
 
 
@@ -163,7 +163,7 @@ def test_a_text_that_is_too_unsure_abstains_and_is_there_all_the_same(
 ) -> None:
     give(service, record(strange))
     response = write(client, uncertainty={"max_risk": 0.4})
-    found = told(response)  # its confidence of .41 is below .8, from which on answers were right
+    found = told(response)  # its confidence of .41 is below .7, from which on answers were right
     assert (found["abstain"], found["reason"]) == (True, reason)
     assert response.json()["choices"][0]["finish_reason"] == "stop" and response.json()["choices"][0]["text"] == "hello"
 
@@ -171,7 +171,7 @@ def test_a_text_that_is_too_unsure_abstains_and_is_there_all_the_same(
 def test_a_text_that_is_sure_enough_does_not(client: TestClient, service: Service) -> None:
     give(service, record(text="meaning", **SAMPLES))
     found = told(ask(client, uncertainty={"max_risk": 0.4}))
-    assert found["confidence"] > 0.8 and found["abstain"] is False and "reason" not in found
+    assert found["confidence"] > 0.7 and found["abstain"] is False and "reason" not in found
 
 
 @pytest.mark.parametrize(
