@@ -30,7 +30,7 @@ CHOICE_WRITERS = (
     records.usage_record,
     Record.summary,
 )
-TEXTS = (replies.TextRecord, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
+TEXTS = (replies.TextRecord, replies.TextItem, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
 TEXT_WRITERS = (records.text_record, records.semantic_record, records._summary, records._tokens)
 
 

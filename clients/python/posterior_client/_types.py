@@ -205,14 +205,21 @@ class Semantic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text(TextPart, TextSummary):
-    """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`; `semantic`
-    when it had `samples`."""
+    """A text that K particles wrote, or read; `prompt` when the request had it scored, by `echo` with `logprobs`;
+    `semantic` when it had `samples`."""
 
     mixing: Literal["sequence", "token"]
     particles: int
     semantic: Semantic | None = None
     prompt: TextSummary | None = None
     per_particle: Particles | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredText(Text):
+    """A text that was given, and how probable it is."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,14 +232,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PredictiveResponse:
-    """Answer of `POST /v1/predictive`: one `Prediction` for each input, in order. `created` is Unix seconds."""
-
+class _Response:
     id: str
     created: int
     model: str
     posterior: str | None
     predictive: PredictiveName
     particles: int
-    data: tuple[Prediction, ...]
     usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictiveResponse(_Response):
+    """Answer of `POST /v1/predictive`: one `Prediction` for each input, in order. `created` is Unix seconds."""
+
+    data: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTexts(_Response):
+    """Answer of `POST /v1/predictive` with `texts`: one `ScoredText` for each, in order. `created` is Unix seconds."""
+
+    data: tuple[ScoredText, ...]
