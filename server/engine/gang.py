@@ -51,7 +51,7 @@ class Trace:
 
     def extra_args(self, key: str) -> dict[str, Any]:
         """What the leader's sampling parameters carry to the engine's processes; notes come back under `key`."""
-        adapters = [a and [a.name, a.number, str(a.path)] for a in self.adapters]
+        adapters = [None if a is None else [a.name, a.number, str(a.path)] for a in self.adapters]
         return {LEADER: {"key": key, "adapters": adapters, "weights": list(self.weights), "mixing": self.mixing}}
 
     def text(self, choice: int) -> Text:
