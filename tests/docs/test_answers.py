@@ -23,7 +23,8 @@ LIMITS = ("minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exc
 # What the page describes: the models of replies, and the code that writes them.
 CHOICES = (replies.PredictiveReply, replies.PredictiveItem, replies.Candidate, replies.Entropy, replies.Variance)
 CHOICE_WRITERS = (
-    predictive,
+    predictive._choices,
+    predictive._reply,
     records.answer_record,
     records._choice,
     records._candidates,
@@ -31,7 +32,7 @@ CHOICE_WRITERS = (
     Record.summary,
 )
 TEXTS = (replies.TextRecord, replies.TextItem, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
-TEXT_WRITERS = (records.text_record, records.semantic_record, records._summary, records._tokens)
+TEXT_WRITERS = (predictive._texts, records.text_record, records.semantic_record, records._summary, records._tokens)
 
 
 def page(name: str) -> str:
