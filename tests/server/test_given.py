@@ -64,7 +64,7 @@ def test_texts_are_scored_as_by_transformers(server: Running, tokenizer: Any) ->
 
 
 @pytest.mark.parametrize("model", ["gang", "gang/map", "base"])
-def test_the_numbers_are_those_of_echo(server: Running, tokenizer: Any, model: str) -> None:
+def test_the_numbers_are_those_of_echo(server: Running, model: str) -> None:
     """One adapter and the base are scored by vLLM itself there. The mixture's weights start at the prompt there and at
     the text here, so they agree under token mixing, and under sequence mixing where the prompt is one token."""
     name = server.base_name if model == "base" else model
@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_echo(server: Running, tokenizer: Any, model: s
             assert item[field] == pytest.approx(value, abs=1e-3), field
 
 
-def test_answers_are_scored_alike_as_texts(server: Running, tokenizer: Any) -> None:
+def test_answers_are_scored_alike_as_texts(server: Running) -> None:
     """A choice compares the means of the answers' tokens: particle by particle, the softmax of the texts' means."""
     answers = [" negative", " positive", " New York City", " the very small town of Ely"]
     row = {"text": "I waited an hour and left hungry."}
