@@ -43,7 +43,6 @@ class PredictiveRequest(Uncertainty):
     messages: Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
         default=None, description="conversations, each as chat completions have it"
     )
-
     texts: Texts | None = Field(
         default=None, description="one for each prompt, to be scored, each with its leading space if it has one"
     )
