@@ -139,10 +139,8 @@ async def _given(service: Service, served: Served, row: GradedRow, settings: Tex
     text, right = row.given
     ids = tokens.continuation(service.tokenizer, text)
     read = trace(served, settings)
-    body = {"model": served.name, "prompt": [*row.prompt, *ids], "max_tokens": 0, "echo": True, "logprobs": 0}
-    await service.engine.complete(body, None, read)
-    scored = predictive_of(read, read.text(0).prompt[-len(ids) :])
-    return Observation(Observed(text, features(scored), right))
+    (rows,) = await service.engine.score_texts([row.prompt], [ids], read)
+    return Observation(Observed(text, features(predictive_of(read, rows)), right))
 
 
 def features_of(trace: Trace, choice: int, found: Meanings | None = None, own: int | None = None) -> Features:

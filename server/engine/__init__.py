@@ -84,6 +84,13 @@ class Engine(Protocol):
         """Every candidate after every prompt under every adapter; None is the bare base."""
         ...
 
+    async def score_texts(
+        self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], trace: Trace
+    ) -> list[list[list[float]]]:
+        """The rows of the tokens of each text after its prompt, as Text has them, under the mixture of `trace`. Neither
+        may be empty, and both together are shorter than max_model_len. Raises Refused for what can never fit."""
+        ...
+
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """Token ids of each prompt of a chat or completion request, as `chat` and `complete` read it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -25,7 +26,7 @@ from server.engine.compat.client import MixingLLM
 from server.engine.compat.starting import serving_classes, start_llm
 from server.engine.config import EngineConfig
 from server.engine.fields import check_fields
-from server.engine.gang import CURRENT, STATE, Trace
+from server.engine.gang import CURRENT, GIVEN, STATE, Trace
 from server.engine.grammars import check_grammars
 from server.engine.refusals import refusal, refusals, result
 from server.engine.scoring import Prefix, reads, sum_over_tokens
@@ -158,6 +159,39 @@ class VllmEngine:
             self._llm.states.pop(key, None)
         raise Fault  # a read without result is never averaged away
 
+    async def score_texts(
+        self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], trace: Trace
+    ) -> list[list[list[float]]]:
+        """As Engine.score_texts: a gang for each prompt, all at once, which reads prompt and text as a prompt that is
+        scored. The token that vLLM then writes is not looked at."""
+        token = CURRENT.set(trace)
+        try:
+            gangs = [self._scored(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        finally:
+            CURRENT.reset(token)
+        try:
+            async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
+                for each in gangs:
+                    group.create_task(_read_through(each))
+        except ExceptionGroup as errors:
+            raise first(errors) from errors
+        rows = [each[0].prompt for each in trace.texts]
+        if [len(each) for each in rows] != [len(text) for text in texts]:
+            raise Fault  # a text is scored as a whole or not at all
+        return rows
+
+    def _scored(self, prompt: Sequence[int], text: Sequence[int]) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of the current trace's gang that scores a text. Raises Refused for what can never fit."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={GIVEN: len(prompt)},
+        )
+        return self._llm.generate(tokens_input([*prompt, *text]), params, f"text-{uuid.uuid4().hex}")
+
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         parsed = self._parsed(kind, body)
         with refusals(body):
@@ -234,6 +268,17 @@ async def _load_adapters(llm: AsyncLLM, adapters: Sequence[Adapter]) -> dict[Ada
             refused[adapter] = first_line(said, type(error).__name__)
             await llm.remove_lora(adapter.number)  # what was loaded of it
     return refused
+
+
+async def _read_through(outputs: AsyncGenerator[RequestOutput, None]) -> None:
+    """Waits for the end of a request whose result is elsewhere. Raises RequestError."""
+    try:
+        async for _ in outputs:
+            pass
+    except EngineDeadError as error:
+        raise EngineLost from error
+    except (VLLMClientError, GracefulHTTPError) as error:
+        raise refusal(error) from error
 
 
 def _states(found: Sequence[bytes]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from posterior.predictive.decoding import Mixing
 from server.engine import Adapter
 
 LEADER = "posterior_gang"  # in a leader's SamplingParams.extra_args: {"key", "adapters", "weights", "mixing"}
+GIVEN = "posterior_given"  # in a leader's whose prompt is scored: how many tokens stand before those that are; 1
 SIBLING = "posterior_sibling"  # in a sibling's: [leader's request id, number of the particle]
 NOTE = "posterior_note"  # in a leader's EngineCoreOutput.kv_transfer_params, which nobody else uses here:
 # {"key", "row": [log p_1 .. log p_K, total, aleatoric] of the token, "prompt": such rows if it is scored, "resumed"}
@@ -27,7 +28,7 @@ class Text:
     after these (None: the posterior's own)."""
 
     rows: list[list[float]] = field(default_factory=list)
-    prompt: list[list[float]] = field(default_factory=list)  # likewise of the prompt's tokens but the first, if scored
+    prompt: list[list[float]] = field(default_factory=list)  # likewise of the prompt's tokens that are scored, if any
     delivered: int = 0
     described: int = 0
     log_weights: torch.Tensor | None = None
@@ -37,10 +38,11 @@ class Text:
 class Trace:
     """A request for text under a mixture of particles and, as it is answered, what became of it.
 
-    `texts` has an entry for each prompt and each of its n choices. `explicit`: the client set max_tokens itself.
+    `adapters`: the particles, or (None,): the base alone. `texts` has an entry for each prompt and each of its n
+    choices. `explicit`: the client set max_tokens itself.
     """
 
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[Adapter | None, ...]
     weights: tuple[float, ...]
     mixing: Mixing
     explicit: bool = False
@@ -49,7 +51,7 @@ class Trace:
 
     def extra_args(self, key: str) -> dict[str, Any]:
         """What the leader's sampling parameters carry to the engine's processes; notes come back under `key`."""
-        adapters = [[adapter.name, adapter.number, str(adapter.path)] for adapter in self.adapters]
+        adapters = [None if a is None else [a.name, a.number, str(a.path)] for a in self.adapters]
         return {LEADER: {"key": key, "adapters": adapters, "weights": list(self.weights), "mixing": self.mixing}}
 
     def text(self, choice: int) -> Text:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from server.engine import Usage
-from server.http.records import answer_record, usage_record
+from server.errors import Refused
+from server.http.records import answer_record, text_record, usage_record
 from server.http.schemas import PredictiveRequest
 from server.metrics import Observation
+from server.services import given
+from server.services.options import PredictiveName
 from server.services.predictive import Service
+from server.services.registry import Served
 from server.validation import validated
+
+FIELDS = {"max_tokens": "texts"}  # that other routes call otherwise
 
 
 async def reply(service: Service, body: dict[str, Any], observation: Observation) -> dict[str, Any]:
@@ -22,6 +29,20 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     request = validated(PredictiveRequest, body)
     served = service.find(request.model)
     observation.posterior = served.owner
+    if request.texts is None:
+        return await _choices(service, served, request, observation)
+    try:
+        return await _texts(service, served, request, request.texts, observation)
+    except Refused as error:  # the options of a text stand in `uncertainty` elsewhere
+        name = (error.param or "").removeprefix("uncertainty.")
+        error.param = FIELDS.get(name, name) or None
+        raise
+
+
+async def _choices(
+    service: Service, served: Served, request: PredictiveRequest, observation: Observation
+) -> dict[str, Any]:
+    """The answers that each prompt chooses from."""
     question = await service.read(
         served, request, inputs=request.inputs, prompts=request.prompts, conversations=request.messages or ()
     )
@@ -29,16 +50,39 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     answers = await service.answer(question)
     usage = Usage(sum(map(len, question.prompts)), 0)
     service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    records = [answer_record(service.judge(question, answer)) for answer in answers]
+    particles = max(answer.predictive.particles for answer in answers)
+    return _reply(served, question.predictive, particles, records, usage)
+
+
+async def _texts(
+    service: Service, served: Served, request: PredictiveRequest, texts: Sequence[str], observation: Observation
+) -> dict[str, Any]:
+    """How probable each prompt's text is."""
+    prompts = await service.prompt_ids(
+        served, inputs=request.inputs, prompts=request.prompts, conversations=request.messages or ()
+    )
+    asked = await given.read(service, served, request, prompts, texts)
+    observation.predictive = asked.predictive
+    scored = await given.score(service, asked)
+    usage = Usage(asked.tokens, 0)
+    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    records = [{"text": text, **text_record(each)} for text, each in zip(texts, scored, strict=True)]
+    return _reply(served, asked.predictive, len(asked.trace.adapters), records, usage)
+
+
+def _reply(
+    served: Served, predictive: PredictiveName, particles: int, records: Sequence[dict[str, Any]], usage: Usage
+) -> dict[str, Any]:
+    """The JSON of the whole answer."""
     return {
         "id": f"pred-{uuid.uuid4().hex}",
         "object": "predictive",
         "created": int(time.time()),
         "model": served.name,
         "posterior": served.label,
-        "predictive": question.predictive,
-        "particles": max(answer.predictive.particles for answer in answers),
-        "data": [
-            {"index": index, **answer_record(service.judge(question, answer))} for index, answer in enumerate(answers)
-        ],
+        "predictive": predictive,
+        "particles": particles,
+        "data": [{"index": index, **record} for index, record in enumerate(records)],
         "usage": usage_record(usage),
     }

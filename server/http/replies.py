@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from posterior.data.decisions import Value
+from posterior.predictive.decoding import Mixing
 from server.services.options import MeaningName, PredictiveName, Reason, Returned
 
 
@@ -194,7 +195,25 @@ class PredictiveItem(AnswerRecord):
     index: int
 
 
+class TextItem(TextRecord):
+    """A text that was given, and how probable it is: log p(text) = expected_logprob + information, in nats."""
+
+    index: int
+    text: str
+    mixing: Mixing
+    particles: int
+    confidence: float
+    logprob: float
+    expected_logprob: float
+    information: float
+    entropy: Entropy
+    effective_particles: float
+    mc_error: float
+
+
 class PredictiveReply(BaseModel):
+    """`data`: of each prompt the answers to choose from or, of a request with `texts`, its text."""
+
     id: str
     object: Literal["predictive"]
     created: int
@@ -202,7 +221,7 @@ class PredictiveReply(BaseModel):
     posterior: str | None
     predictive: PredictiveName
     particles: int
-    data: list[PredictiveItem]
+    data: list[PredictiveItem] | list[TextItem]
     usage: Usage
 
 

@@ -28,6 +28,7 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 TokenIds = Annotated[list[Token], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
 PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
@@ -42,12 +43,21 @@ class PredictiveRequest(Uncertainty):
     messages: Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
         default=None, description="conversations, each as chat completions have it"
     )
+    texts: Texts | None = Field(
+        default=None, description="one for each prompt, to be scored, each with its leading space if it has one"
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_prompt(self) -> PredictiveRequest:
-        given = [name for name in ("inputs", "prompts", "messages") if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in ("inputs", "prompts", "messages")}
+        given = {name: prompts for name, prompts in given.items() if prompts is not None}
         if len(given) != 1:
-            raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {given or 'none'}")
+            raise ValueError(f"give exactly one of 'inputs', 'prompts' and 'messages'; got {[*given] or 'none'}")
+        if self.texts is not None and self.answers is not None:
+            raise ValueError("'texts' are scored, and one of 'answers' is chosen: give one of the two")
+        [(name, prompts)] = given.items()
+        if self.texts is not None and len(self.texts) != len(prompts):
+            raise ValueError(f"'texts' has {len(self.texts)} and {name!r} {len(prompts)}; give a text for each prompt")
         return self
 
 

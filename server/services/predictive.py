@@ -79,17 +79,15 @@ class Service:
         predictive = predictive_name(served, options)
         longest = max(map(len, candidates))
         for index, prompt in enumerate(prompts):
-            self._check_prompt(index, prompt, longest)
+            self.check_prompt(index, prompt, longest, self.engine.max_model_len)
         return Question(served, predictive, prompts, tuple(answers), candidates, options, template)
 
-    def _check_prompt(self, index: int, prompt: list[int], answer_tokens: int) -> None:
-        limit = self.engine.max_model_len
+    def check_prompt(self, index: int, prompt: list[int], tokens: int, limit: int, what: str = "an answer") -> None:
+        """Raises PromptRefused for a prompt that cannot be read, or not with `what` of so many tokens after it."""
         if not prompt:
             raise PromptRefused(index, "is empty")
-        if len(prompt) + answer_tokens > limit:
-            raise PromptRefused(
-                index, f"has {len(prompt)} tokens; with an answer of {answer_tokens} the limit is {limit}"
-            )
+        if len(prompt) + tokens > limit:
+            raise PromptRefused(index, f"has {len(prompt)} tokens; with {what} of {tokens} the limit is {limit}")
         if not 0 <= min(prompt) <= max(prompt) < self.engine.vocab_size:
             raise PromptRefused(index, f"holds a token id outside the vocabulary of {self.engine.vocab_size}")
 
@@ -234,23 +232,34 @@ class Service:
         Raises Refused.
         """
         if options.mixing is not None or options.tokens is not None:
-            raise Refused("'mixing' and 'tokens' belong to text; leave them out", "mixing")
+            raise Refused("'mixing' and 'tokens' belong to text; leave them out, or give 'texts'", "mixing")
         task = None if served.posterior is None else served.posterior.task
         answers = options.answers or (task.answers if task is not None else None)
         if answers is None:
             raise Refused(f"the model {served.name!r} has no answers of its own; give 'answers'", "answers")
+        ids = await self.prompt_ids(served, inputs=inputs, prompts=prompts, conversations=conversations)
         template = None
-        if inputs is not None:
-            if task is None:
-                raise Refused("the base model has no template; give 'prompts' or 'messages'", "inputs")
-            ids = await asyncio.to_thread(_rendered, task, self.tokenizer, inputs)
-            template = template_hash(task) if task.answers in (None, tuple(answers)) else None
-        elif prompts is not None:
-            body = {"model": served.name, "prompt": prompts, "max_tokens": 1}
-            ids = await self.engine.render("completion", body)
-        else:
-            ids = [each for messages in conversations for each in await self._chat(served, messages)]
+        if inputs is not None and task is not None and task.answers in (None, tuple(answers)):
+            template = template_hash(task)
         return within_limits(self.question(served, ids, answers, options, template=template))
+
+    async def prompt_ids(
+        self,
+        served: Served,
+        *,
+        inputs: Sequence[Mapping[str, str]] | None = None,
+        prompts: Sequence[str] | None = None,
+        conversations: Sequence[list[dict[str, Any]]] = (),
+    ) -> list[list[int]]:
+        """Token ids of one kind of prompts; `inputs` are fields of the posterior's template. Raises Refused."""
+        if inputs is not None:
+            if served.posterior is None:
+                raise Refused("the base model has no template; give 'prompts' or 'messages'", "inputs")
+            return await asyncio.to_thread(_rendered, served.posterior.task, self.tokenizer, inputs)
+        if prompts is not None:
+            body = {"model": served.name, "prompt": prompts, "max_tokens": 1}
+            return await self.engine.render("completion", body)
+        return [each for messages in conversations for each in await self._chat(served, messages)]
 
     async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
         """Token ids of a conversation, read as chat requests are."""
@@ -322,12 +331,13 @@ def within_limits(question: Question, copies: int = 1) -> Question:
     """The question, if its prompts are few enough for one request; each answer is sent `copies` times. Raises
     Refused."""
     numbers = len(question.prompts) * copies * len(question.candidates) ** 2
-    _check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
-    _check_size(numbers, MAX_NUMBERS, "numbers in the response")
+    check_size(question.evaluations, MAX_SEQUENCES, "evaluations")
+    check_size(numbers, MAX_NUMBERS, "numbers in the response")
     return question
 
 
-def _check_size(size: int, limit: int, what: str) -> None:
+def check_size(size: int, limit: int, what: str) -> None:
+    """Raises Refused for a request that is too large."""
     if size > limit:
         raise Refused(f"this request needs {size} {what}; the limit is {limit}: send fewer prompts at a time")
 

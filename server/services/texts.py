@@ -11,7 +11,7 @@ from posterior.predictive.decoding import Mixing, TextPredictive, text_predictiv
 from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
 from server.errors import Refused
-from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty
+from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty, Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
 from server.services.rightness import Judge, Right, judge
@@ -147,6 +147,21 @@ class Writer:
 
 def writer(service: Service, served: Served, options: TextUncertainty, wanted: Wanted) -> Writer:
     """The writer of the particles that are asked for. Raises Refused for what this model cannot give."""
+    _check_samples(served, options)
+    predictive, trace = mixture_of(served, options, explicit=wanted.explicit)
+    k = len(trace.adapters)
+    _check_size(wanted, k, options)
+    found = judge(service, served, options, predictive, k, wanted.kind)
+    if predictive == "map" and options.samples is None and found is None:  # of which nothing more is said
+        return Writer(service, served, options, predictive, None)
+    return Writer(service, served, options, predictive, trace, _drawn(trace, options), found)
+
+
+def mixture_of(served: Served, options: Uncertainty, *, explicit: bool = False) -> tuple[PredictiveName, Trace]:
+    """Which predictive of a text is asked for, and a trace of its particles, or of theta* or the base alone ("map").
+
+    Raises Refused for what this model cannot give.
+    """
     if options.predictive == "linearized":
         raise Refused(
             "text under the 'linearized' predictive is not served yet: use 'mixture' or 'map', or give 'answers' for a "
@@ -159,42 +174,28 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
             "give 'answers'",
             "uncertainty.particles",
         )
-    _check_samples(served, options)
     unsaid = options.predictive is None and options.mixing is None
     if options.predictive == "map" or not served.particles or (unsaid and options.particles == 1):
-        found = judge(service, served, options, "map", 1, wanted.kind)
-        trace = _alone(served, options, wanted, judged=found is not None)
-        return Writer(service, served, options, "map", trace, _drawn(trace, options), found)
+        if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
+            raise Refused(
+                f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
+                "'mixture' of a posterior",
+                "uncertainty.predictive",
+            )
+        return "map", Trace((served.map,), (1.0,), "sequence", explicit)
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise Refused(
             f"particles is {k}; this server holds {len(served.particles)} of {served.name!r}", "uncertainty.particles"
         )
-    _check_size(wanted, k, options)
-    found = judge(service, served, options, "mixture", k, wanted.kind)
-    trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", wanted.explicit)
-    return Writer(service, served, options, "mixture", trace, _drawn(trace, options), found)
+    return "mixture", Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", explicit)
 
 
-def _alone(served: Served, options: TextUncertainty, wanted: Wanted, *, judged: bool) -> Trace | None:
-    """The trace of text by one adapter: None where nobody wants its log-probabilities, neither samples nor a judge."""
-    if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
-        raise Refused(
-            f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
-            "'mixture' of a posterior",
-            "uncertainty.predictive",
-        )
-    _check_size(wanted, 1, options)
-    if (options.samples is None and not judged) or served.map is None:
-        return None
-    return Trace((served.map,), (1.0,), "sequence", wanted.explicit)
-
-
-def _drawn(trace: Trace | None, options: TextUncertainty) -> Trace | None:
+def _drawn(trace: Trace, options: TextUncertainty) -> Trace | None:
     """The trace of the samples, if there are to be any: that of the text if one of them is returned."""
     if options.samples is None:
         return None
-    if trace is None or options.returned != "greedy":
+    if options.returned != "greedy":
         return trace
     return Trace(trace.adapters, trace.weights, trace.mixing, trace.explicit)
 

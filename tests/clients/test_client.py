@@ -103,7 +103,7 @@ def test_the_drawing_shows_every_exception() -> None:
             assert f"{name} " in drawing or f"{name}\n" in drawing
 
 
-@pytest.mark.parametrize("method", ["__init__", "predictive"])
+@pytest.mark.parametrize("method", ["__init__", "predictive", "score_texts"])
 def test_the_twins_take_the_same_arguments(method: str) -> None:
     twins = [inspect.signature(getattr(kind, method)) for kind in (PosteriorClient, AsyncPosteriorClient)]
     assert twins[0] == twins[1]

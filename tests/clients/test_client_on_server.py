@@ -74,6 +74,26 @@ def test_particles(client: PosteriorClient) -> None:
     assert response.particles == 2 and len(response.data[0].per_particle or ()) == 2
 
 
+def test_texts_are_scored(client: PosteriorClient, url: str) -> None:
+    request: Any = {"model": "gang", "prompts": ["it", "was"], "texts": [" good", " bad"]}
+    scored = client.score_texts(**request, particles=2, mixing="token", tokens=True, per_particle=True)
+    assert (scored.posterior, scored.predictive, scored.particles) == ("gang@abcdef012345", "mixture", 2)
+    assert [each.text for each in scored.data] == request["texts"]
+    for each in scored.data:
+        assert (each.posterior, each.mixing, each.particles) == (scored.posterior, "token", 2)
+        assert each.logprob == pytest.approx(each.expected_logprob + each.information)
+        assert each.per_particle is not None and len(each.per_particle.weight) == 2
+        assert len(each.tokens) == len(each.text) and each.tokens[0].per_particle is not None
+
+    async def again() -> Any:
+        async with AsyncPosteriorClient(url, "right", max_retries=0) as other:
+            return await other.score_texts(**request)
+
+    assert asyncio.run(again()).data == client.score_texts(**request).data
+    with pytest.raises(InvalidRequestError, match="a text for each prompt"):
+        client.score_texts(model="gang", prompts=["it"], texts=["a", "b"])
+
+
 def test_uncertainty_of_every_kind_of_response(client: PosteriorClient) -> None:
     chat, text = client.openai.chat.completions, client.openai.completions
     responses = [

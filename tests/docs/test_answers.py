@@ -23,15 +23,17 @@ LIMITS = ("minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exc
 # What the page describes: the models of replies, and the code that writes them.
 CHOICES = (replies.PredictiveReply, replies.PredictiveItem, replies.Candidate, replies.Entropy, replies.Variance)
 CHOICE_WRITERS = (
-    predictive,
+    predictive._choices,
+    predictive._reply,
     records.answer_record,
     records._choice,
     records._candidates,
     records.usage_record,
     Record.summary,
 )
-TEXTS = (replies.TextRecord, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
+TEXTS = (replies.TextRecord, replies.TextItem, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
 TEXT_WRITERS = (
+    predictive._texts,
     records.text_record,
     records.right_record,
     records.semantic_record,

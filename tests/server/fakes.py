@@ -92,7 +92,7 @@ class Draft:
 class Engine:
     """Scores by adapter number only; the most probable next token is `top`. Text is "hello", of one token that every
     particle gives probability 1/2; but where more than one choice is asked for, those of each prompt are the `drafts`
-    in their order, if there are any."""
+    in their order, if there are any. Particle k gives each token of a text to be scored the probability 1/(k + 2)."""
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
@@ -124,6 +124,16 @@ class Engine:
         top = torch.full((len(prompts), len(adapters)), self.top)
         read = torch.stack([prompt_state(prompt, adapters[0]) for prompt in prompts]) if states else None
         return Scores(rows.expand(len(prompts), *rows.shape), top, [self.cached] * len(prompts), read)
+
+    async def score_texts(
+        self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], trace: Trace
+    ) -> list[list[list[float]]]:
+        self.scored.append((len(prompts), len(trace.adapters)))
+        await self._wait()
+        if self.failure is not None:
+            raise self.failure
+        row = [*(-math.log(k + 2) for k in range(len(trace.adapters))), 1.0, 0.75]
+        return [[row for _ in text] for text in texts]
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         """As vLLM reads a request: text parts are joined by line breaks, and ids are taken as they are."""

@@ -11,8 +11,8 @@ from openai.types.decision_create_params import InputUnionMember1, Question
 from posterior_client._decisions import DecisionResponse, UncertaintyOptions
 from posterior_client._exceptions import proxied, translated
 from posterior_client._request import body, settings
-from posterior_client._types import PredictiveName, PredictiveResponse
-from posterior_client._uncertainty import decision_response, predictive_response
+from posterior_client._types import PredictiveName, PredictiveResponse, ScoredTexts
+from posterior_client._uncertainty import decision_response, predictive_response, scored_texts
 
 DecisionInput = str | Sequence[InputUnionMember1]
 
@@ -76,6 +76,38 @@ class PosteriorClient:
         sent = body(locals())
         with translated(self.base_url):
             return predictive_response(self.openai.post("/predictive", cast_to=object, body=sent))
+
+    def score_texts(
+        self,
+        *,
+        model: str,
+        texts: Sequence[str],
+        inputs: Sequence[Mapping[str, str]] | None = None,
+        prompts: Sequence[str] | None = None,
+        messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
+        predictive: PredictiveName | None = None,
+        particles: int | None = None,
+        mixing: Literal["sequence", "token"] | None = None,
+        tokens: bool | None = None,
+        per_particle: bool | None = None,
+    ) -> ScoredTexts:
+        """How probable each text is after its prompt, for many prompts in one call. What is None, the server decides.
+
+        Args:
+            model: a posterior's name.
+            texts: one for each prompt, exactly as it continues it.
+            inputs, prompts, messages: exactly one, as `predictive`.
+            predictive: which predictive; default the mixture.
+            particles: how many particles a mixture uses.
+            mixing: whether the text's tokens change the particles' weights ("sequence", the default).
+            tokens: also return a record for each token.
+            per_particle: also return each particle's log-probability and weight.
+
+        Raises: as `predictive`.
+        """
+        sent = body(locals())
+        with translated(self.base_url):
+            return scored_texts(self.openai.post("/predictive", cast_to=object, body=sent))
 
     def decisions(
         self,
@@ -144,6 +176,25 @@ class AsyncPosteriorClient:
         sent = body(locals())
         with translated(self.base_url):
             return predictive_response(await self.openai.post("/predictive", cast_to=object, body=sent))
+
+    async def score_texts(
+        self,
+        *,
+        model: str,
+        texts: Sequence[str],
+        inputs: Sequence[Mapping[str, str]] | None = None,
+        prompts: Sequence[str] | None = None,
+        messages: Sequence[Sequence[ChatCompletionMessageParam]] | None = None,
+        predictive: PredictiveName | None = None,
+        particles: int | None = None,
+        mixing: Literal["sequence", "token"] | None = None,
+        tokens: bool | None = None,
+        per_particle: bool | None = None,
+    ) -> ScoredTexts:
+        """`PosteriorClient.score_texts`, awaited."""
+        sent = body(locals())
+        with translated(self.base_url):
+            return scored_texts(await self.openai.post("/predictive", cast_to=object, body=sent))
 
     async def decisions(
         self,

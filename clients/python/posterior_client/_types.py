@@ -205,8 +205,8 @@ class Semantic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text(TextPart, TextSummary):
-    """A text written by K particles; `prompt` when the request had it scored, by `echo` with `logprobs`; `semantic`
-    when it had `samples`.
+    """A text that K particles wrote, or read; `prompt` when the request had it scored, by `echo` with `logprobs`;
+    `semantic` when it had `samples`.
 
     `confidence` is the probability that the text is right, None where no calibration tells. Where the request had a
     `max_risk`, `abstain` says whether the text is too unsure for it, and `reason` why.
@@ -223,6 +223,13 @@ class Text(TextPart, TextSummary):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredText(Text):
+    """A text that was given, and how probable it is."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens read and written."""
 
@@ -232,14 +239,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PredictiveResponse:
-    """Answer of `POST /v1/predictive`: one `Prediction` for each input, in order. `created` is Unix seconds."""
-
+class _Response:
     id: str
     created: int
     model: str
     posterior: str | None
     predictive: PredictiveName
     particles: int
-    data: tuple[Prediction, ...]
     usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictiveResponse(_Response):
+    """Answer of `POST /v1/predictive`: one `Prediction` for each input, in order. `created` is Unix seconds."""
+
+    data: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTexts(_Response):
+    """Answer of `POST /v1/predictive` with `texts`: one `ScoredText` for each, in order. `created` is Unix seconds."""
+
+    data: tuple[ScoredText, ...]

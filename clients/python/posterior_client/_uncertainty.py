@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from posterior_client._decisions import DecisionResponse, DecisionUncertainty
 from posterior_client._exceptions import ResponseError
-from posterior_client._types import Prediction, PredictiveResponse, Text, TextPart, Uncertainty
+from posterior_client._types import Prediction, PredictiveResponse, ScoredTexts, Text, TextPart, Uncertainty
 
 AnyResponse = ChatCompletion | ChatCompletionChunk | Completion
 AnyChoice = Choice | ChunkChoice | CompletionChoice
@@ -79,11 +79,20 @@ def _record(part: AnyChoice | AnyDecided) -> dict[str, Any]:
 
 def predictive_response(body: object) -> PredictiveResponse:
     """Read the JSON answer of `POST /v1/predictive`. Raises ResponseError when a field is missing or wrong."""
+    return _predictive(PredictiveResponse, body)
+
+
+def scored_texts(body: object) -> ScoredTexts:
+    """Read the JSON answer to a request with `texts`. Raises ResponseError when a field is missing or wrong."""
+    return _predictive(ScoredTexts, body)
+
+
+def _predictive(kind: type[T], body: object) -> T:
     if not isinstance(body, dict) or not isinstance(body.get("data"), list):
         raise ResponseError("the answer is not a predictive response: is the base URL a Posterior Server's?")
-    # What holds for all rows is said once on the wire; each Prediction also stands alone.
+    # What holds for all rows is said once on the wire; each row also stands alone.
     shared = {key: body.get(key) for key in ("posterior", "predictive", "particles")}
-    return _read(PredictiveResponse, {**body, "data": [{**shared, **row} for row in body["data"]]})
+    return _read(kind, {**body, "data": [{**shared, **row} for row in body["data"]]})
 
 
 def decision_response(body: object, asked: int) -> DecisionResponse:

@@ -49,7 +49,7 @@ class MixingLLM(AsyncLLM):
         texts = [Text() for _ in range(sampling_params.n)]
         trace.texts.append(texts)
         first = trace.adapters[0]
-        lora = LoRARequest(first.name, first.number, str(first.path))
+        lora = None if first is None else LoRARequest(first.name, first.number, str(first.path))
         outputs = super().generate(prompt, sampling_params, request_id, lora_request=lora, **kwargs)
         return self._traced(outputs, key, trace, texts, sampling_params.output_kind)
 

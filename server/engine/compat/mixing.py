@@ -20,17 +20,19 @@ from torch import Tensor
 
 from server.engine.compat.prompts import PromptStates, score
 from server.engine.distributions import mix
-from server.engine.gang import LEADER, SIBLING
+from server.engine.gang import GIVEN, LEADER, SIBLING
 
 
 @dataclass
 class Gang:
     """The weights of a gang: `log_weights` [K] float64 on the CPU, normalised, of the next token, `start` of the first;
-    `sequence`: whether tokens update them."""
+    `sequence`: whether tokens update them; `given`: how many tokens of a prompt that is scored stand before those that
+    are."""
 
     start: Tensor
     log_weights: Tensor
     sequence: bool
+    given: int
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Mixer:
             if LEADER in extra:
                 weights = torch.tensor(extra[LEADER]["weights"], dtype=torch.float64)
                 start = (weights / weights.sum()).log()
-                self.gangs[request_id] = Gang(start, start, extra[LEADER]["mixing"] == "sequence")
+                self.gangs[request_id] = Gang(start, start, extra[LEADER]["mixing"] == "sequence", extra.get(GIVEN, 1))
                 self._members[request_id] = (request_id, 0)
             else:
                 self._members[request_id] = tuple(extra[SIBLING]) if SIBLING in extra else None
@@ -142,8 +144,9 @@ class Mixer:
         for leader, top in asked.items():
             if leader in self.notes:
                 del runner.num_prompt_logprobs[leader]
-                gang, tokens = self.gangs[leader], runner.requests[leader].prompt_token_ids
-                states = self.prompts.pop(leader)
+                gang, before = self.gangs[leader], self.gangs[leader].given - 1
+                tokens = runner.requests[leader].prompt_token_ids[before:]
+                states = [each[before:] for each in self.prompts.pop(leader)]
                 results[leader], rows = score(runner, states, tokens, gang.start, gang.sequence, top)
                 self.notes[leader]["prompt"] = rows
         return results

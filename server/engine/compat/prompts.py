@@ -1,4 +1,4 @@
-"""Prompts scored under the mixture: `echo` with `logprobs`, teacher forcing by all particles at once.
+"""Prompts scored under the mixture, or texts after them: teacher forcing by all particles at once.
 
 vLLM scores a prompt while it reads it, request by request, so it cannot mix. Here the hidden states [T, d] of the K
 members are kept until all have read the prompt. Then, some positions at a time, the K distributions are computed and

@@ -50,7 +50,7 @@ def gang(k: int, mixing: Mixing = "sequence", first: int = 0) -> Trace:
 def expected(trace: Trace | None, prompt: list[int], tokens: int) -> list[int]:
     if trace is None:
         return alone(["base"], [1.0], "token", prompt, tokens)
-    return alone([a.name for a in trace.adapters], trace.weights, trace.mixing, prompt, tokens)
+    return alone([a.name for a in trace.adapters if a], trace.weights, trace.mixing, prompt, tokens)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
