@@ -70,6 +70,9 @@ class TextUncertainty(Uncertainty):
     meaning: MeaningName | None = Field(
         default=None, description="with samples: what tells meanings apart. 'exact': equal short answers"
     )
+    fields: bool | None = Field(
+        default=None, description="of text that is JSON: how probable each of its values is; needs a JSON grammar"
+    )
 
 
 class DecisionUncertainty(Uncertainty):

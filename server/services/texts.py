@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,13 +17,15 @@ from server.services.registry import Served
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be;
-    `longest`: so many tokens, or what vLLM takes instead."""
+    """What texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be; `longest`:
+    so many tokens, or what vLLM takes instead. `form`: the JSON schema that they follow, if their fields are asked
+    for."""
 
     prompts: int
     n: int
     explicit: bool
     longest: int
+    form: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Writer:
     """The uncertainty of one request's texts, as they are written.
 
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
-    None for the MAP and the base without samples. drawn: of the samples; the same one if a sample is returned.
+    None for the MAP and the base without samples and fields. drawn: of the samples; the same one if a sample is
+    returned. form: the JSON schema of the texts, if their fields are asked for.
     """
 
     service: Service
@@ -57,6 +61,7 @@ class Writer:
     predictive: PredictiveName
     trace: Trace | None
     drawn: Trace | None = None
+    form: Any = None
     counted_resumes: int = 0
 
     @property
@@ -133,10 +138,11 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
             "uncertainty.particles",
         )
     _check_samples(served, options)
+    _check_fields(served, options)
     unsaid = options.predictive is None and options.mixing is None
     if options.predictive == "map" or not served.particles or (unsaid and options.particles == 1):
         trace = _alone(served, options, wanted)
-        return Writer(service, served, options, "map", trace, _drawn(trace, options))
+        return Writer(service, served, options, "map", trace, _drawn(trace, options), wanted.form)
     k = options.particles or len(served.particles)
     if k > len(served.particles):
         raise Refused(
@@ -144,11 +150,11 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
         )
     _check_size(wanted, k, options)
     trace = Trace(served.particles[:k], served.weights[:k], options.mixing or "sequence", wanted.explicit)
-    return Writer(service, served, options, "mixture", trace, _drawn(trace, options))
+    return Writer(service, served, options, "mixture", trace, _drawn(trace, options), wanted.form)
 
 
 def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | None:
-    """The trace of text by one adapter: None without samples, whose log-probabilities it has to hold."""
+    """The trace of text by one adapter: None without samples and fields, whose log-probabilities it has to hold."""
     if options.predictive == "mixture" or options.mixing is not None or (options.particles or 1) != 1:
         raise Refused(
             f"the model {served.name!r} writes with one adapter here; 'particles' and 'mixing' need the predictive "
@@ -156,7 +162,7 @@ def _alone(served: Served, options: TextUncertainty, wanted: Wanted) -> Trace | 
             "uncertainty.predictive",
         )
     _check_size(wanted, 1, options)
-    if options.samples is None or served.map is None:
+    if (options.samples is None and wanted.form is None) or served.map is None:
         return None
     return Trace((served.map,), (1.0,), "sequence", wanted.explicit)
 
@@ -183,6 +189,20 @@ def _check_samples(served: Served, options: TextUncertainty) -> None:
         raise Refused(
             "'samples' are weighed by what each particle gives to the whole text, which is 'sequence' mixing; leave "
             "'mixing' out",
+            "uncertainty.mixing",
+        )
+
+
+def _check_fields(served: Served, options: TextUncertainty) -> None:
+    """Raises Refused for options that fields cannot honour."""
+    if not options.fields:
+        return
+    if served.posterior is None:
+        raise Refused(f"'fields' need a posterior, and {served.name!r} is the base alone", "uncertainty.fields")
+    if options.mixing == "token":
+        raise Refused(
+            "'fields' are weighed by what each particle gives to the text before them, which is 'sequence' mixing; "
+            "leave 'mixing' out",
             "uncertainty.mixing",
         )
 
