@@ -30,8 +30,22 @@ CHOICE_WRITERS = (
     records.usage_record,
     Record.summary,
 )
-TEXTS = (replies.TextRecord, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
-TEXT_WRITERS = (records.text_record, records.semantic_record, records._summary, records._tokens)
+TEXTS = (
+    replies.TextRecord,
+    replies.SemanticRecord,
+    replies.Meaning,
+    replies.OtherMeanings,
+    replies.FieldRecord,
+    replies.ValueProbability,
+)
+TEXT_WRITERS = (
+    records.text_record,
+    records.semantic_record,
+    records.field_record,
+    records._probable,
+    records._summary,
+    records._tokens,
+)
 
 
 def page(name: str) -> str:

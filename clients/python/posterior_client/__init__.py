@@ -28,8 +28,10 @@ from posterior_client._exceptions import (
     UnreachableError,
 )
 from posterior_client._types import (
+    Alternative,
     Answer,
     Entropy,
+    Field,
     LeftOut,
     Meaning,
     OtherMeanings,
@@ -50,6 +52,7 @@ from posterior_client._types import (
 from posterior_client._uncertainty import uncertainty_of
 
 __all__ = [
+    "Alternative",
     "Answer",
     "AsyncPosteriorClient",
     "AuthenticationError",
@@ -60,6 +63,7 @@ __all__ = [
     "DecisionUncertainty",
     "DecisionUsage",
     "Entropy",
+    "Field",
     "InputError",
     "InvalidRequestError",
     "LeftOut",
