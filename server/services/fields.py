@@ -1,8 +1,8 @@
 """How probable each leaf of a structured text is, given what stands before it (nats throughout).
 
 Where the schema lists a leaf's values, all of them are scored in its place: sum_k w_k p_k(value), with the particles'
-weights w_k after the text before it, is normalised over the values. That is the mixture, masked by the grammar. Any
-other leaf has the probability of its own tokens under the mixture, before any mask.
+weights w_k after the text before it, is normalised over the values. That is the mixture, cut to these values. Any other
+leaf has the probability of its own tokens under the mixture, before any mask.
 """
 
 from __future__ import annotations
@@ -59,29 +59,39 @@ async def fields(writer: Writer, trace: Trace, choice: int) -> list[Field]:
     """Each complete leaf of a finished choice, in order."""
     text = trace.text(choice)
     places = await asyncio.to_thread(_places, writer, trace, text)
-    log_weights = predictive_of(trace, text.rows[: text.delivered]).log_weights
     try:
         async with asyncio.TaskGroup() as group:  # one failure, or a client that has left, aborts all siblings
-            tasks = [
-                group.create_task(_field(writer, trace, text, place, log_weights[place.start])) for place in places
-            ]
+            tasks = [group.create_task(_scores(writer, trace, text, place)) for place in places]
     except ExceptionGroup as errors:
         raise first(errors) from errors
-    return [task.result() for task in tasks]
+    scores = [task.result() for task in tasks]
+    return await asyncio.to_thread(_fields, trace, text, places, scores, writer.options.coverage)
 
 
-async def _field(writer: Writer, trace: Trace, text: Text, place: Place, log_weights: Tensor) -> Field:
-    """What is known of the leaf at this place, before which the particles have these log-weights."""
-    own = predictive_of(trace, text.rows[place.start : place.stop], log_weights)
+async def _scores(writer: Writer, trace: Trace, text: Text, place: Place) -> Tensor | None:
+    """log p_k [K, C] of the values in their place, if they are to be scored."""
     if place.candidates is None:
-        log_p = own.particles.sum(0).clamp(max=0)  # rounding
-        log_p = torch.stack([log_p, torch.log1p(-log_p.exp())], 1)
-    elif len(place.candidates) == 1:
-        log_p = torch.zeros(len(trace.adapters), 1)  # the schema leaves no doubt
-    else:
-        prompt = [*text.context, *text.tokens[: place.start]]
-        log_p = (await writer.service.engine.score([prompt], place.candidates, trace.adapters)).log_p[0]
-    return Field(place, own, among(log_p, log_weights, writer.options.coverage))
+        return None
+    if len(place.candidates) == 1:
+        return torch.zeros(len(trace.adapters), 1)  # the schema leaves no doubt
+    prompt = [*text.context, *text.tokens[: place.start]]
+    return (await writer.service.engine.score([prompt], place.candidates, trace.adapters)).log_p[0]
+
+
+def _fields(
+    trace: Trace, text: Text, places: Sequence[Place], scores: Sequence[Tensor | None], coverage: float
+) -> list[Field]:
+    """What the scores, and without them the rows of its own tokens, say about each leaf."""
+    log_weights = predictive_of(trace, text.rows[: text.delivered]).log_weights
+    found = []
+    for place, log_p in zip(places, scores, strict=True):
+        before = log_weights[place.start]
+        own = predictive_of(trace, text.rows[place.start : place.stop], before)
+        if log_p is None:
+            mine = own.particles.sum(0).clamp(max=0)  # rounding
+            log_p = torch.stack([mine, torch.log1p(-mine.exp())], 1)
+        found.append(Field(place, own, among(log_p, before, coverage)))
+    return found
 
 
 def _places(writer: Writer, trace: Trace, text: Text) -> list[Place]:
@@ -125,7 +135,7 @@ def _place(
     number = any(each[0] in "-0123456789" for each in spellings)
     held = known.holding(leaf.start + quote, leaf.end + number)
     if held is None:
-        return None
+        return None if values is None else _place(tokenizer, known, tokens, leaf, None)
     start, stop = held
     place = Place(leaf, start, stop, values, None, own)
     if values is None:
