@@ -26,13 +26,12 @@ def alternatives(schema: Any, path: Path, known: Mapping[Path, Scalar]) -> tuple
             branches = [branch for branch in branches if _fits(branch, path[:depth], known)]
         children = [child for branch in branches for child in _children(branch, part)]
         here = list({id(child): child for child in children}.values())
+    found = [_values(schema, each) for each in here]
     values: list[Any] = []
-    for each in here:
-        found = _values(schema, each)
-        if found is None:
-            return None
-        values += [value for value in found if not any(same(value, other) for other in values)]
-    listed = all(isinstance(value, Scalar) for value in values)
+    for value in (value for each in found for value in each or ()):
+        if not any(same(value, other) for other in values):
+            values.append(value)
+    listed = None not in found and all(isinstance(value, Scalar) for value in values)
     return tuple(values) if listed and 0 < len(values) <= MAX_CANDIDATES else None
 
 

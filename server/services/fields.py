@@ -129,7 +129,7 @@ def _place(
     own = next((i for i, value in enumerate(values or ()) if same(value, leaf.value)), None)
     if values is None or own is None:
         values, own = None, 0
-    spellings = [json.dumps(value, ensure_ascii=False) for value in values or ()]
+    spellings = [_spelling(value) for value in values or ()]
     spellings[own : own + 1] = [written]  # there are several ways to write most values
     quote = int(all(each.startswith('"') for each in spellings))
     number = any(each[0] in "-0123456789" for each in spellings)
@@ -145,6 +145,12 @@ def _place(
     special = tokens[stop - 1 : stop] if known.starts[stop - 1] == known.ends[stop - 1] else []
     texts = [before + each[quote : len(each) - quote] + after for each in spellings]
     return replace(place, candidates=_encoded(tokenizer, texts, special))
+
+
+def _spelling(value: Scalar) -> str:
+    """A value as grammars write it: without escapes that JSON does not ask for, and 1 for 1.0."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return json.dumps(int(value) if whole else value, ensure_ascii=False)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[int]) -> Candidates | None:

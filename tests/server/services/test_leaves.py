@@ -98,10 +98,10 @@ class Pieces:
 
 
 def cut(text: str, chance: random.Random) -> list[bytes]:
-    """The bytes of a text in pieces of 1 to 5, with empty ones between."""
+    """The bytes of a text in pieces of 1 to 5, then a special token."""
     data, pieces = text.encode(), []
     while data:
-        size = chance.randint(0, 5)
+        size = chance.randint(1, 5)
         pieces.append(data[:size])
         data = data[size:]
     return [*pieces, b""]
@@ -133,8 +133,9 @@ def test_the_sign_for_broken_bytes_may_stand_in_a_text() -> None:
     text = f'["{HALF}", "{HALF}{HALF}a"]'
     pieces = [each.encode() for each in text]
     found = spelled(Pieces(pieces), range(len(pieces)))  # type: ignore[arg-type]
-    assert found.text == text
-    assert all(start <= i < end for i, (start, end) in enumerate(zip(found.starts, found.ends, strict=True)))
+    assert found.text == text and found.ends == sorted(found.ends)
+    assert [leaf.value for leaf in leaves(found.text)] == [HALF, HALF + HALF + "a"]
+    assert found.holding(len(text) - 1, len(text)) == (len(text) - 1, len(text))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "the default base"])
