@@ -149,8 +149,9 @@ def _place(
 
 def _spelling(value: Scalar) -> str:
     """A value as grammars write it: without escapes that JSON does not ask for, and 1 for 1.0."""
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return json.dumps(int(value) if whole else value, ensure_ascii=False)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[int]) -> Candidates | None:
