@@ -67,6 +67,19 @@ def from_particles(log_p: Tensor, weights: Tensor, coverage: float = 0.9) -> Pre
     return _assemble(p, w, mean, covariance, error, coverage, 1 / concentration)
 
 
+def among(log_p: Tensor, log_weights: Tensor, coverage: float = 0.9) -> Predictive:
+    """Predictive of the mixture that is cut to C of its texts: log_p [K, C] of these under each particle, nats, not
+    normalised; log_weights [K] of the particles, any sum.
+
+    p(c | one of the C) = sum_k w_k p_k(c) / sum_k w_k sum_c' p_k(c'). That it is one of them tells about the particles
+    too (Bayes' rule): their weights become w_k sum_c p_k(c), and each has its own distribution over the C.
+    """
+    log_p = log_p.double()
+    given = (log_weights.double() + log_p.logsumexp(1)).softmax(0)
+    kept = given > 0
+    return from_particles(log_p[kept], given[kept], coverage)
+
+
 def from_gaussian(
     mean: Tensor, covariance: Tensor, *, samples: int = 1024, seed: int = 0, coverage: float = 0.9
 ) -> Predictive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +24,21 @@ MAX_SCORED = 2**16  # tokens of an echoed prompt x particles: hidden states that
 
 @dataclass
 class Text:
-    """One text that is being written: a row [log p_1, ..., log p_K, total entropy, aleatoric entropy] per token; how
-    many of the tokens have been handed out; how many of those a stream has described, and the particles' log-weights
-    after these (None: the posterior's own)."""
+    """One text that is being written: a row [log p_1, ..., log p_K, total entropy, aleatoric entropy] per token; the
+    tokens that have been handed out; how many of those a stream has described, and the particles' log-weights after
+    these (None: the posterior's own). `context`: the token ids of its prompt."""
 
     rows: list[list[float]] = field(default_factory=list)
     prompt: list[list[float]] = field(default_factory=list)  # likewise of the prompt's tokens that are scored, if any
-    delivered: int = 0
+    context: Sequence[int] = ()
+    tokens: list[int] = field(default_factory=list)
     described: int = 0
     log_weights: torch.Tensor | None = None
+
+    @property
+    def delivered(self) -> int:
+        """How many tokens have been handed out."""
+        return len(self.tokens)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from fastapi import Request
 
 from server.engine import Call, Kind
 from server.errors import Refused
-from server.http import choices, samples
+from server.http import choices, samples, structured
 from server.http.records import Reply, attach
 from server.http.schemas import BODIES, ChatRequest, CompletionRequest
 from server.http.streams import annotated
@@ -68,12 +68,14 @@ async def _write(
     count()
     for choice in result["choices"]:
         attach(choice, writer.whole(choice["index"]))
+        await structured.attach_fields(choice, writer)
     return result | {"model": served.id}
 
 
 def _writer(service: Service, served: Served, checked: ChatRequest | CompletionRequest) -> texts.Writer:
     """The writer of a request for text. Raises Refused for what cannot be given together."""
     options, n = checked.uncertainty or TextUncertainty(), checked.n or 1
+    form = structured.form(checked, options)
     if options.samples is not None:
         samples.check(checked, options)
         n = options.samples + (options.returned == "greedy")
@@ -81,5 +83,5 @@ def _writer(service: Service, served: Served, checked: ChatRequest | CompletionR
             options = options.model_copy(update={"tokens": True})
     longest = min(checked.longest or service.engine.max_model_len, service.engine.max_model_len)
     kind = samples.kind(checked, options)
-    wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest, kind=kind)
+    wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest, kind=kind, form=form)
     return texts.writer(service, served, options, wanted)

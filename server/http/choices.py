@@ -21,7 +21,7 @@ from server.services.registry import Served
 
 DRAWING = {"n", "temperature", "seed", "max_tokens", "max_completion_tokens"}  # which answer is drawn
 HONOURED = READING | {"tools"} | DRAWING | STREAMING | SENDING
-FOREIGN = {"mixing", "tokens", "samples", "returned", "meaning", "max_risk"}  # of `uncertainty`
+FOREIGN = {"mixing", "tokens", "samples", "returned", "meaning", "max_risk", "fields"}  # of `uncertainty`
 
 
 async def reply(
@@ -56,8 +56,8 @@ def _check(request: ChatRequest | CompletionRequest, options: TextUncertainty) -
     """Raises Refused for a field that candidate answers cannot honour."""
     if any(getattr(options, name) is not None for name in FOREIGN):
         raise Refused(
-            "'mixing', 'tokens', 'samples', 'return', 'meaning' and 'max_risk' belong to text; with 'answers' leave "
-            "them out",
+            "'mixing', 'tokens', 'samples', 'return', 'meaning', 'max_risk' and 'fields' belong to text; with 'answers' "
+            "leave them out",
             "uncertainty",
         )
     name = not_honoured(request, HONOURED)

@@ -10,7 +10,9 @@ from typing import Any
 
 from posterior.data.decisions import Option, Value
 from posterior.predictive.decoding import TextPredictive
+from posterior.predictive.mixture import Predictive
 from server.engine import Usage
+from server.services.fields import Field
 from server.services.questions import Judged
 from server.services.rightness import Right
 from server.services.semantics import Semantic
@@ -141,6 +143,33 @@ def semantic_record(semantic: Semantic) -> dict[str, Any]:
             "meanings": len(rest), "samples": sum(rest), "probability": float(p.probability[MAX_MEANINGS:].sum())
         }  # fmt: skip
     return record
+
+
+def field_record(field: Field) -> dict[str, Any]:
+    """The JSON of what is known of a value in a structured text."""
+    place, p = field.place, field.predictive
+    rows = _probable(p)
+    record: dict[str, Any] = {
+        "path": place.leaf.pointer, "value": place.leaf.value, "tokens": place.stop - place.start, **rows[place.own]
+    }  # fmt: skip
+    if place.values is None or place.candidates is None:
+        summary = _summary(field.text)
+        record |= {"certainty": summary.pop("mean_token_probability"), **summary}
+    else:
+        probability = record["probability"]
+        record["certainty"], record["logprob"] = probability, math.log(max(probability, 1e-300))
+        record["entropy"] = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}
+        record["effective_particles"] = p.effective_particles
+    if place.values is not None:
+        listed = [{"value": value, **row} for value, row in zip(place.values, rows, strict=False)]
+        record["alternatives"] = listed if place.candidates is not None else None
+    return record
+
+
+def _probable(p: Predictive) -> list[dict[str, Any]]:
+    """The probability of each value, and how much it varies over the posterior."""
+    columns = (p.probability.tolist(), p.interval.tolist(), p.variance.tolist())
+    return [dict(zip(("probability", "interval", "variance"), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _summary(result: TextPredictive) -> dict[str, Any]:

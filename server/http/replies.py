@@ -171,6 +171,35 @@ class SemanticRecord(BaseModel):
     others: OtherMeanings | None = None
 
 
+class ValueProbability(BaseModel):
+    """One of the values that the schema lists. `interval`, `variance`: of its probability over the posterior."""
+
+    value: str | int | float | bool | None
+    probability: float
+    interval: list[float]
+    variance: float
+
+
+class FieldRecord(BaseModel):
+    """One value of a text that is JSON. `path`: a JSON pointer. `alternatives`: the values that the schema lists, null
+    if they were not scored; without them the numbers are those of the value's own tokens, as of a text."""
+
+    path: str
+    value: str | int | float | bool | None
+    tokens: int
+    probability: float
+    interval: list[float]
+    variance: float
+    certainty: float
+    logprob: float
+    expected_logprob: float | None = None
+    information: float | None = None
+    entropy: Entropy
+    effective_particles: float
+    mc_error: float | None = None
+    alternatives: list[ValueProbability] | None = None
+
+
 class TextRecord(_Reply):
     """The uncertainty of a text; of a mixture also logprob, entropy, effective_particles and more. `confidence`: the
     probability that it is right, where a calibration tells; `abstain`, `reason`: with max_risk."""
@@ -183,6 +212,7 @@ class TextRecord(_Reply):
     abstain: bool | None = None
     reason: Reason | None = None
     semantic: SemanticRecord | None = None
+    fields: list[FieldRecord] | None = None
 
 
 class Usage(_Reply):

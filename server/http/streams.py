@@ -9,6 +9,7 @@ from typing import Any
 from server.errors import EngineLost
 from server.http.errors import ApiError, as_api_error
 from server.http.records import attach, event
+from server.http.structured import attach_fields
 from server.services.predictive import Service
 from server.services.texts import Writer
 
@@ -25,7 +26,10 @@ async def annotated(events: AsyncIterator[str], writer: Writer, count: Callable[
             elif writer.annotates and line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 for choice in chunk["choices"]:
-                    attach(choice, writer.part(choice["index"], last=choice.get("finish_reason") is not None))
+                    last = choice.get("finish_reason") is not None
+                    attach(choice, writer.part(choice["index"], last=last))
+                    if last:
+                        await attach_fields(choice, writer)
                 yield event(chunk | {"model": writer.served.id})
             else:
                 yield line

@@ -75,6 +75,9 @@ class TextUncertainty(Uncertainty):
         description="of text: abstain where more than this share of the texts that do not abstain could be wrong; "
         "needs a calibration",
     )
+    fields: bool | None = Field(
+        default=None, description="of text that is JSON: how probable each of its values is; needs a JSON grammar"
+    )
 
 
 class DecisionUncertainty(Uncertainty):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,15 +20,16 @@ from server.services.rightness import Judge, Right, judge
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be;
-    `longest`: so many tokens, or what vLLM takes instead; `kind`: how those come about that are returned, None for a
-    way that no calibration is of."""
+    """What texts a request asks for: `n` for each of its prompts. `explicit`: it says how long they may be; `longest`:
+    so many tokens, or what vLLM takes instead. `kind`: how those come about that are returned, None for a way that no
+    calibration is of. `form`: the JSON schema that they follow, if their fields are asked for."""
 
     prompts: int
     n: int
     explicit: bool
     longest: int
     kind: TextKind | None = None
+    form: Any = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Writer:
 
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
     None for the MAP and the base where nothing is said of it. drawn: of the samples; the same one if a sample is
-    returned. judge: of whether texts are right, if a calibration tells.
+    returned. judge: of whether texts are right, if a calibration tells. form: the JSON schema of the texts, if their
+    fields are asked for.
     """
 
     service: Service
@@ -66,6 +69,7 @@ class Writer:
     trace: Trace | None
     drawn: Trace | None = None
     judge: Judge | None = None
+    form: Any = None
     counted_resumes: int = 0
 
     @property
@@ -148,13 +152,14 @@ class Writer:
 def writer(service: Service, served: Served, options: TextUncertainty, wanted: Wanted) -> Writer:
     """The writer of the particles that are asked for. Raises Refused for what this model cannot give."""
     _check_samples(served, options)
+    _check_fields(served, options)
     predictive, trace = mixture_of(served, options, explicit=wanted.explicit)
     k = len(trace.adapters)
     _check_size(wanted, k, options)
     found = judge(service, served, options, predictive, k, wanted.kind)
-    if predictive == "map" and options.samples is None and found is None:  # of which nothing more is said
-        return Writer(service, served, options, predictive, None)
-    return Writer(service, served, options, predictive, trace, _drawn(trace, options), found)
+    if predictive == "map" and options.samples is None and found is None and wanted.form is None:
+        return Writer(service, served, options, predictive, None)  # of whose text nothing more is said
+    return Writer(service, served, options, predictive, trace, _drawn(trace, options), found, wanted.form)
 
 
 def mixture_of(served: Served, options: Uncertainty, *, explicit: bool = False) -> tuple[PredictiveName, Trace]:
@@ -213,6 +218,20 @@ def _check_samples(served: Served, options: TextUncertainty) -> None:
         raise Refused(
             "'samples' are weighed by what each particle gives to the whole text, which is 'sequence' mixing; leave "
             "'mixing' out",
+            "uncertainty.mixing",
+        )
+
+
+def _check_fields(served: Served, options: TextUncertainty) -> None:
+    """Raises Refused for options that fields cannot honour."""
+    if not options.fields:
+        return
+    if served.posterior is None:
+        raise Refused(f"'fields' need a posterior, and {served.name!r} is the base alone", "uncertainty.fields")
+    if options.mixing == "token":
+        raise Refused(
+            "'fields' are weighed by what each particle gives to the text before them, which is 'sequence' mixing; "
+            "leave 'mixing' out",
             "uncertainty.mixing",
         )
 

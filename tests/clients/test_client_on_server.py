@@ -138,6 +138,22 @@ def test_what_samples_mean(client: PosteriorClient, returned: str) -> None:
         assert found.semantic.entropy.total == 0.0 and found.semantic.others is None
 
 
+def test_the_values_of_a_text_in_json(client: PosteriorClient, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b'{"ok": true, "name": "x"}'
+    draft = fakes.Draft(text.decode(), [[-0.5] * 3] * len(text), tokens=[*text])
+    monkeypatch.setattr(app.state.service.engine, "drafts", [draft])
+    schema = {"properties": {"ok": {"type": "boolean"}, "name": {"type": "string"}}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    sent: Any = {"model": "gang", "messages": CHAT, "extra_body": {"uncertainty": {"fields": True}}}
+    [found] = uncertainty_of(client.openai.chat.completions.create(response_format=form, **sent))
+    assert isinstance(found, Text) and found.fields is not None
+    [ok, name] = found.fields
+    assert (ok.path, ok.value, name.path, name.value) == ("/ok", True, "/name", "x")
+    assert ok.alternatives is not None and [each.value for each in ok.alternatives] == [True, False]
+    assert ok.certainty == ok.alternatives[0].probability and ok.information is None
+    assert name.alternatives is None and name.information is not None and name.logprob == pytest.approx(-1)
+
+
 def test_text_by_the_map(client: PosteriorClient) -> None:
     [found] = uncertainty_of(client.openai.completions.create(model="mood/map", prompt="it was"))
     assert (found.posterior, found.predictive, found.calibrated) == ("mood@abcdef012345", "map", False)

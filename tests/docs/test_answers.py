@@ -31,12 +31,22 @@ CHOICE_WRITERS = (
     records.usage_record,
     Record.summary,
 )
-TEXTS = (replies.TextRecord, replies.TextItem, replies.SemanticRecord, replies.Meaning, replies.OtherMeanings)
+TEXTS = (
+    replies.TextRecord,
+    replies.TextItem,
+    replies.SemanticRecord,
+    replies.Meaning,
+    replies.OtherMeanings,
+    replies.FieldRecord,
+    replies.ValueProbability,
+)
 TEXT_WRITERS = (
     predictive._texts,
     records.text_record,
     records.right_record,
     records.semantic_record,
+    records.field_record,
+    records._probable,
     records._summary,
     records._tokens,
 )

@@ -35,8 +35,9 @@ class Tokenizer:
         parts = [list(part.encode()) for part in text.split(SPECIAL)]
         return [token for i, part in enumerate(parts) for token in ([256] if i else []) + part]
 
-    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
-        return b"".join(SPECIAL.encode() if token == 256 else bytes([token]) for token in token_ids).decode()
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
+        special = b"" if skip_special_tokens else SPECIAL.encode()
+        return b"".join(special if token == 256 else bytes([token]) for token in token_ids).decode(errors="replace")
 
     def get_chat_template(self, **_: Any) -> str:
         return "{# in Python, below #}"
@@ -81,18 +82,26 @@ def prompt_state(prompt: Sequence[int], adapter: Adapter | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Draft:
-    """A text, log p_k of its tokens [T, K], and why it ends there."""
+    """A text, log p_k of its tokens [T, K], why it ends there, and the tokens, where a test needs them."""
 
     text: str
     log_p: Sequence[Sequence[float]]
     finish: str = "stop"
+    tokens: Sequence[int] | None = None
+
+
+def _text(draft: Draft, prompt: Sequence[int], particles: int) -> Text:
+    """What the trace of so many particles holds of a draft."""
+    rows = [[*row[:particles], 1.0, 0.75] for row in draft.log_p]
+    return Text(rows, context=prompt, tokens=list(draft.tokens or [0] * len(rows)))
 
 
 @dataclass
 class Engine:
     """Scores by adapter number only; the most probable next token is `top`. Text is "hello", of one token that every
-    particle gives probability 1/2; but where more than one choice is asked for, those of each prompt are the `drafts`
-    in their order, if there are any. Particle k gives each token of a text to be scored the probability 1/(k + 2)."""
+    particle gives probability 1/2; but where more than one choice or JSON is asked for, those of each prompt are the
+    `drafts` in their order, if there are any. Particle k gives each token of a text to be scored the probability
+    1/(k + 2). `scored` and `contexts` have what was scored, and after which tokens."""
 
     max_model_len: int = 64
     vocab_size: int = VOCABULARY
@@ -103,6 +112,7 @@ class Engine:
     top: int = 104
     cached: int = 0  # tokens of each prompt
     scored: list[tuple[int, int]] = field(default_factory=list)  # (prompts, adapters) of each call
+    contexts: list[list[int]] = field(default_factory=list)
     cancelled: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
@@ -119,6 +129,7 @@ class Engine:
         if self.failure is not None:
             raise self.failure
         self.scored.append((len(prompts), len(adapters)))
+        self.contexts += [list(prompt) for prompt in prompts]
         lengths = torch.tensor([len(tokens) for tokens in candidates])  # sums, of which the server takes the mean
         rows = torch.stack([particle_logits(a.number if a else 0, len(candidates)) * lengths for a in adapters])
         top = torch.full((len(prompts), len(adapters)), self.top)
@@ -163,22 +174,21 @@ class Engine:
             raise self.failure
         n, k = body.get("n") or 1, len(trace.adapters) if trace else 0
         hello = Draft("hello", [[math.log(0.5)] * k])
-        drafts = [self.drafts[i % len(self.drafts)] if self.drafts and n > 1 else hello for i in range(n)]
-        prompts = 1 if kind == "chat" else len(await self.render(kind, body))
+        own = self.drafts and (n > 1 or any(body.get(name) for name in ("response_format", "structured_outputs")))
+        drafts = [self.drafts[i % len(self.drafts)] if own else hello for i in range(n)]
+        prompts: list[list[int]] = [[]] if kind == "chat" else await self.render(kind, body)
         if trace is not None:
-            rows = [[[*row[:k], 1.0, 0.75] for row in draft.log_p] for draft in drafts]
-            trace.texts += [[Text(each, delivered=len(each)) for each in rows] for _ in range(prompts)]
-        written = sum(len(draft.log_p) for draft in drafts) * prompts
+            trace.texts += [[_text(draft, prompt, k) for draft in drafts] for prompt in prompts]
+        written = sum(len(draft.log_p) for draft in drafts) * len(prompts)
         if call is not None:
             call.state.usage = Usage(3, written)
         if body.get("stream"):
             usage = (body.get("stream_options") or {}).get("include_usage")
-            return self._stream(
-                kind, {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4} if usage else None
-            )
+            counts = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+            return self._stream(kind, drafts[0], counts if usage else None)
         if self.delay and n > 1:
             await self._wait()
-        return self._reply(kind, drafts * prompts, written)
+        return self._reply(kind, drafts * len(prompts), written)
 
     async def _wait(self) -> None:
         try:
@@ -201,13 +211,13 @@ class Engine:
         name = "chat.completion" if kind == "chat" else "text_completion"
         return {"id": "x", "object": name, "created": 0, "model": "x", "choices": choices, "usage": usage}
 
-    async def _stream(self, kind: Kind, usage: dict[str, int] | None) -> AsyncIterator[str]:
+    async def _stream(self, kind: Kind, draft: Draft, usage: dict[str, int] | None) -> AsyncIterator[str]:
         import json
 
         def line(body: dict[str, Any]) -> str:
             return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
-        for text, finish in (("hello", None), ("", "stop")):
+        for text, finish in ((draft.text, None), ("", draft.finish)):
             part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
             yield line({"choices": [{"index": 0, **part, "finish_reason": finish}]})
         if usage is not None:

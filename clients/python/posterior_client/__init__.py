@@ -28,8 +28,10 @@ from posterior_client._exceptions import (
     UnreachableError,
 )
 from posterior_client._types import (
+    Alternative,
     Answer,
     Entropy,
+    Field,
     LeftOut,
     Meaning,
     OtherMeanings,
@@ -52,6 +54,7 @@ from posterior_client._types import (
 from posterior_client._uncertainty import uncertainty_of
 
 __all__ = [
+    "Alternative",
     "Answer",
     "AsyncPosteriorClient",
     "AuthenticationError",
@@ -62,6 +65,7 @@ __all__ = [
     "DecisionUncertainty",
     "DecisionUsage",
     "Entropy",
+    "Field",
     "InputError",
     "InvalidRequestError",
     "LeftOut",

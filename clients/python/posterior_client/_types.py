@@ -203,10 +203,48 @@ class Semantic:
     others: OtherMeanings | None = None
 
 
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A value that the schema lists. `interval` and `variance` are of its probability over the posterior."""
+
+    value: Scalar
+    probability: float
+    interval: tuple[float, float]
+    variance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """A value of a text that is JSON, at the JSON pointer `path`, given the text before it.
+
+    `alternatives` are the values that the schema lists. They are None where it lists none, or where they were not
+    scored. Then all numbers are of the value's own tokens, as in a `TextSummary`, and only then `expected_logprob`,
+    `information` and `mc_error` are there.
+    """
+
+    path: str
+    value: Scalar
+    tokens: int
+    probability: float
+    interval: tuple[float, float]
+    variance: float
+    certainty: float
+    logprob: float
+    entropy: Entropy
+    effective_particles: float
+    expected_logprob: float | None = None
+    information: float | None = None
+    mc_error: float | None = None
+    alternatives: tuple[Alternative, ...] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text(TextPart, TextSummary):
     """A text that K particles wrote, or read; `prompt` when the request had it scored, by `echo` with `logprobs`;
-    `semantic` when it had `samples`.
+    `semantic` when it had `samples`; `fields` when it asked for those of its JSON.
 
     `confidence` is the probability that the text is right, None where no calibration tells. Where the request had a
     `max_risk`, `abstain` says whether the text is too unsure for it, and `reason` why.
@@ -218,6 +256,7 @@ class Text(TextPart, TextSummary):
     abstain: bool | None = None
     reason: Literal["ambiguous", "unfamiliar"] | None = None
     semantic: Semantic | None = None
+    fields: tuple[Field, ...] | None = None
     prompt: TextSummary | None = None
     per_particle: Particles | None = None
 

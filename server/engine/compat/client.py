@@ -46,7 +46,7 @@ class MixingLLM(AsyncLLM):
         self._fit(trace, len(prompt["prompt_token_ids"]), sampling_params)
         key = uuid.uuid4().hex  # request ids are the client's to choose, so they may repeat
         sampling_params.extra_args = {**(sampling_params.extra_args or {}), **trace.extra_args(key)}
-        texts = [Text() for _ in range(sampling_params.n)]
+        texts = [Text(context=prompt["prompt_token_ids"]) for _ in range(sampling_params.n)]
         trace.texts.append(texts)
         first = trace.adapters[0]
         lora = None if first is None else LoRARequest(first.name, first.number, str(first.path))
@@ -61,14 +61,15 @@ class MixingLLM(AsyncLLM):
         texts: list[Text],
         kind: RequestOutputKind,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The same outputs, while the notes of this gang go to `texts`; counts what has been delivered."""
+        """The same outputs, while the notes of this gang go to `texts`; keeps what has been delivered."""
         self._texts[key] = (trace, texts)
         try:
             async for output in outputs:
                 for part in output.outputs:
                     text = texts[part.index]
-                    before = text.delivered if kind == RequestOutputKind.DELTA else 0
-                    text.delivered = before + len(part.token_ids)
+                    if kind != RequestOutputKind.DELTA:
+                        text.tokens.clear()
+                    text.tokens += part.token_ids
                 yield output
         finally:
             await outputs.aclose()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from posterior.predictive.mixture import entropy, from_gaussian, from_particles, normal_points
+from posterior.predictive.mixture import among, entropy, from_gaussian, from_particles, normal_points
 
 LOG_P = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64).log()
 WEIGHTS = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
@@ -45,6 +45,29 @@ def test_entropies_and_variances_by_loops():
     assert float(result.total_variance[0]) == pytest.approx(mean[0] * (1 - mean[0]))
     assert float(result.covariance[0, 1]) == pytest.approx(-variance)  # two answers: what one gains the other loses
     assert float(result.mc_error[0]) == pytest.approx(math.sqrt(variance * concentration))
+
+
+def test_the_mixture_among_some_of_its_texts_is_the_mixture_normalised_over_them():
+    """By loops: the mixture first, then the cut. An average of each particle's own shares is another number."""
+    weights, p = (0.5, 0.3, 0.2), ((1e-6, 3e-6), (0.2, 0.1), (0.1, 0.4))
+    result = among(torch.tensor(p).log(), torch.tensor(weights).log() + 7)
+    joint = [[w * each for each in row] for w, row in zip(weights, p, strict=True)]
+    everything = sum(map(sum, joint))
+    mean = [sum(row[c] for row in joint) / everything for c in range(2)]
+    assert result.probability.tolist() == pytest.approx(mean, rel=1e-6)
+    given = [sum(row) / everything for row in joint]
+    own = [-sum(q / sum(row) * math.log(q / sum(row)) for q in row) for row in joint]
+    assert result.aleatoric == pytest.approx(sum(g * h for g, h in zip(given, own, strict=True)), rel=1e-6)
+    assert result.total == pytest.approx(-sum(m * math.log(m) for m in mean), rel=1e-6)
+    assert result.effective_particles == pytest.approx(1 / sum(g * g for g in given), rel=1e-6)
+    assert abs(float(from_particles(torch.tensor(p).log(), torch.tensor(weights)).probability[0]) - mean[0]) > 0.05
+
+
+def test_a_particle_that_gives_none_of_the_texts_any_probability_is_out():
+    log_p = torch.tensor([[-math.inf, -math.inf], [-800.0, -801.0]], dtype=torch.float64)
+    result = among(log_p, torch.tensor([0.9, 0.1]).log())
+    assert result.probability.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+    assert result.effective_particles == 1.0 and result.epistemic == 0.0
 
 
 def test_one_particle_has_no_spread_and_agreeing_particles_no_epistemic_entropy():

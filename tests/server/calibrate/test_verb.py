@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from posterior.calibration.rightness import SAMPLED, load
+from posterior.calibration.rightness import SAMPLED
 from posterior.data.graded import encode
-from posterior.models.base import load_tokenizer
+from posterior.models.base import Base, load_tokenizer
+from posterior.storage import artefact
 from server.calibrate.grading import described, graded
 from server.calibrate.observing import Observation, observe
 from server.calibrate.settings import Grading, TextCalibration
@@ -95,20 +99,29 @@ def test_options_that_do_not_belong_are_refused(
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return folders.cut_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, base: Any) -> Path:
+def folder(tmp_path: Path, base: Base) -> Path:
     return folders.particles(tmp_path, base).path
 
 
+def run(folder: Path, rows: Path, base: Base, *options: str) -> list[Any]:
+    """What the command prints, as JSON; in a process of its own, which ends with its engine."""
+    command = [sys.executable, "-m", "server.cli", "calibrate", str(folder), str(rows), "--task", "text", "--json"]
+    command += ["--base", str(base.path), "--dtype", "float32", *options]
+    environment = {**os.environ, "POSTERIOR_CACHE": str(folder.parent / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def test_the_command_writes_a_record_for_each_way_that_texts_come_about(
-    folder: Path, base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, base: Base, tmp_path: Path
 ) -> None:
     """With vLLM: the greedy token of each prompt by transformers and peft is accepted for every second row."""
-    monkeypatch.setenv("POSTERIOR_CACHE", str(tmp_path / "cache"))
     reference = Reference(base, [folder / f"particles/{k:03d}" for k in range(3)])
     tokenizer = load_tokenizer(base)
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -121,9 +134,7 @@ def test_the_command_writes_a_record_for_each_way_that_texts_come_about(
         lines.append({"prompt": prompt, "answers": [text if number % 2 else "never"]})
     path = tmp_path / "graded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    options = ["--task", "text", "--base", str(base.path), "--samples", "2", "--max-tokens", "1"]
-    assert main(["calibrate", str(folder), str(path), *options, "--dtype", "float32", "--json"]) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    said = run(folder, path, base, "--samples", "2", "--max-tokens", "1")
     assert [(each["key"]["text"], each["key"]["samples"]) for each in said] == [
         ("greedy", None), ("greedy", 2), ("meaning", 2)
     ]  # fmt: skip
@@ -131,15 +142,11 @@ def test_the_command_writes_a_record_for_each_way_that_texts_come_about(
     assert (greedy["n"], greedy["before"]["accuracy"]["value"], greedy["key"]["dtype"]) == (60, 0.5, "float32")
     nll = -sum(math.log(q if number % 2 else 1 - q) for number, q in enumerate(p)) / 60
     assert greedy["before"]["nll"]["value"] == pytest.approx(nll, abs=2e-3), "served as transformers has it"
-    found = load(folder, base=base.hash, posterior=json.loads((folder / "posterior.json").read_text())["hash"])
-    assert len(found) == 3
+    assert len(artefact.load(folder).texts) == 3
 
 
-def test_given_answers_are_scored(
-    folder: Path, base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_given_answers_are_scored(folder: Path, base: Base, tmp_path: Path) -> None:
     """With vLLM, against transformers and peft."""
-    monkeypatch.setenv("POSTERIOR_CACHE", str(tmp_path / "cache"))
     reference, tokenizer = Reference(base, [folder / "map"]), load_tokenizer(base)
     lines, nll = [], 0.0
     for number in range(60):
@@ -151,8 +158,6 @@ def test_given_answers_are_scored(
         lines.append({"prompt": prompt, "answer": answer, "correct": bool(number % 2)})
     path = tmp_path / "graded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    options = ["--task", "text", "--base", str(base.path), "--predictive", "map", "--dtype", "float32"]
-    assert main(["calibrate", str(folder), str(path), *options, "--json"]) == 0
-    (said,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    (said,) = run(folder, path, base, "--predictive", "map")
     assert (said["key"]["text"], said["grading"], said["max_tokens"]) == ("given", "given", None)
     assert said["before"]["nll"]["value"] == pytest.approx(nll, abs=2e-3)
