@@ -96,7 +96,9 @@ class Written:
 async def write(service: Service, served: Served, row: GradedRow, settings: TextCalibration) -> Written:
     """The text and its samples, as the server writes them. Raises RequestError."""
     greedy, drawn = trace(served, settings), trace(served, settings)
-    options = TextUncertainty(samples=settings.samples or None, meaning=settings.meaning, **{"return": "greedy"})
+    options = TextUncertainty.model_validate(
+        {"samples": settings.samples or None, "meaning": settings.meaning, "return": "greedy"}
+    )
     writer = Writer(service, served, options, settings.predictive, greedy)
     body = {"model": served.name, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
     if settings.stop:

@@ -8,7 +8,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar, cast, get_args
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from posterior.errors import PosteriorError
 from posterior.evaluation.calibrate import PARTICLES, Calibration
 from posterior.evaluation.report import markdown_rows
 from posterior.models.base import cache_folder, load_tokenizer, resolve
+from posterior.models.devices import Dtype
 from posterior.storage import artefact
 from posterior.storage.artefact import Posterior
 from server.calibrate.grading import described
@@ -101,7 +102,7 @@ def calibrate(
         posterior=posterior.hash,
         predictive=settings.predictive,
         particles=_particles(posterior, settings),
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         text="greedy",
     )
     return [
@@ -157,7 +158,7 @@ def _particles(posterior: Posterior, settings: TextCalibration) -> int:
 
 def _check_unseen(posterior: Posterior, tokenizer: Tokenizer, rows: Sequence[GradedRow]) -> None:
     """Raises PosteriorError for rows that the posterior was fitted on."""
-    end = getattr(tokenizer, "eos_token_id", None)
+    end = cast(int, getattr(tokenizer, "eos_token_id", None))  # text tasks need one
     examples = [
         Example(row.prompt, ((*continuation(tokenizer, text), end),), 0)
         for row in rows
@@ -172,13 +173,14 @@ def _check_unseen(posterior: Posterior, tokenizer: Tokenizer, rows: Sequence[Gra
 
 async def _observed(
     posterior: Posterior, base: str | None, rows: Sequence[GradedRow], settings: TextCalibration
-) -> tuple[list[Observation], str]:
+) -> tuple[list[Observation], Dtype]:
     """What the engine makes of the rows, and the dtype it computes in."""
     with contextlib.ExitStack() as stack:
         service = await started(posterior, base, settings, stack)
         served = service.find(posterior.name)
         with tqdm(total=len(rows), desc="answers", unit="row") as progress:
-            return await observe(service, served, rows, settings, lambda: progress.update()), service.engine.dtype
+            found = await observe(service, served, rows, settings, lambda: progress.update())
+        return found, cast(Dtype, service.engine.dtype)
 
 
 async def started(

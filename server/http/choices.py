@@ -56,8 +56,8 @@ def _check(request: ChatRequest | CompletionRequest, options: TextUncertainty) -
     """Raises Refused for a field that candidate answers cannot honour."""
     if any(getattr(options, name) is not None for name in FOREIGN):
         raise Refused(
-            "'mixing', 'tokens', 'samples', 'return', 'meaning', 'max_risk' and 'fields' belong to text; with 'answers' "
-            "leave them out",
+            "'mixing', 'tokens', 'samples', 'return', 'meaning', 'max_risk' and 'fields' belong to text; with "
+            "'answers' leave them out",
             "uncertainty",
         )
     name = not_honoured(request, HONOURED)

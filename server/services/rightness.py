@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from posterior.calibration.rightness import TextKey, TextKind, TextRecord, features
 from posterior.calibration.risk import needed
+from posterior.models.devices import Dtype
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.meanings import Meanings
 from server.errors import Refused
@@ -106,7 +108,7 @@ def _find(
         posterior=served.posterior.hash,
         predictive=predictive,
         particles=particles,
-        dtype=service.engine.dtype,
+        dtype=cast(Dtype, service.engine.dtype),
         text=text,
     )
     sampled = own.model_copy(update={"samples": options.samples, "meaning": options.meaning or "exact"})

@@ -18,7 +18,7 @@ WEIGHTS = (0.5, 0.3, 0.2)  # of "gang"
 P = (1 / 2, 1 / 3, 1 / 4)  # of each token under its particles
 RECORD = {
     "index", "text", "posterior", "predictive", "calibrated", "calibration", "mixing", "particles", "confidence",
-    "logprob", "expected_logprob", "information", "entropy", "effective_particles", "mc_error",
+    "mean_token_probability", "logprob", "expected_logprob", "information", "entropy", "effective_particles", "mc_error",
 }  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def test_a_text_is_scored_by_bayes_rule(client: TestClient, engine: fakes.Engine
         expected = sum(w * length * math.log(p) for w, p in zip(WEIGHTS, P, strict=True))
         assert item["expected_logprob"] == pytest.approx(expected)
         assert item["information"] == pytest.approx(item["logprob"] - expected)
-        assert item["confidence"] == pytest.approx(math.exp(item["logprob"] / length))
+        assert item["mean_token_probability"] == pytest.approx(math.exp(item["logprob"] / length))
+        assert item["confidence"] is None
         assert item["effective_particles"] == pytest.approx(sum(joint) ** 2 / sum(j * j for j in joint))
         assert item["entropy"] == {"total": length, "aleatoric": 0.75 * length, "epistemic": 0.25 * length}
         assert (item["posterior"], item["calibrated"]) == (reply["posterior"], False)

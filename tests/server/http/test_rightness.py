@@ -146,6 +146,16 @@ def test_a_record_of_given_answers_is_the_last_resort(client: TestClient, servic
     assert told(write(client))["calibration"]["key"]["text"] == "greedy"
 
 
+def test_a_given_text_has_the_probability_of_such_a_record(client: TestClient, service: Service) -> None:
+    give(service, record(), record(text="given"))
+    sent = {"model": "gang", "prompts": ["x"], "texts": ["ab"]}
+    (item,) = client.post("/v1/predictive", json=sent).json()["data"]
+    assert item["confidence"] == pytest.approx(sigmoid(1 + item["logprob"]))  # 2 mean_logprob of two tokens
+    assert item["calibration"]["key"]["text"] == "given"
+    (item,) = client.post("/v1/predictive", json={**sent, "mixing": "token"}).json()["data"]
+    assert item["confidence"] is None
+
+
 def test_streams_say_it_at_their_end(client: TestClient, service: Service) -> None:
     give(service, record(), record(**SAMPLES))
     for options, samples in (({}, None), ({"samples": N, "return": "greedy"}, N)):
@@ -183,7 +193,7 @@ def test_a_text_that_is_sure_enough_does_not(client: TestClient, service: Servic
         ({"uncertainty": {"max_risk": 0.4}, "model": fakes.BASE.id}, "no calibration tells"),
         ({"uncertainty": {"max_risk": 0}}, "max_risk"),
         ({"uncertainty": {"max_risk": 1.0}}, "max_risk"),
-        ({"uncertainty": {"max_risk": 0.1, "answers": ["a", "b"]}}, "'max_risk' belong to text"),
+        ({"uncertainty": {"max_risk": 0.1, "answers": ["a", "b"]}}, "'max_risk' and 'fields' belong to text"),
     ],
 )
 def test_an_error_that_no_record_bounds_is_refused(
