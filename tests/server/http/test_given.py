@@ -18,7 +18,8 @@ WEIGHTS = (0.5, 0.3, 0.2)  # of "gang"
 P = (1 / 2, 1 / 3, 1 / 4)  # of each token under its particles
 RECORD = {
     "index", "text", "posterior", "predictive", "calibrated", "calibration", "mixing", "particles", "confidence",
-    "mean_token_probability", "logprob", "expected_logprob", "information", "entropy", "effective_particles", "mc_error",
+    "mean_token_probability", "logprob", "expected_logprob", "information", "entropy", "effective_particles",
+    "mc_error",
 }  # fmt: skip
 
 
