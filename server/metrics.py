@@ -96,6 +96,9 @@ class Metrics:
             registry=own,
             buckets=NATS,
         )
+        self.meaning_restarts = Counter(
+            "posterior_meaning_restarts", "Times the worker that tells meanings apart was lost.", registry=own
+        )
         self.effective = Histogram(
             "posterior_effective_particles_ratio",
             "Effective particles after a text, as a share of its particles.",

@@ -9,6 +9,7 @@ import torch
 from posterior.predictive.decoding import Mixing, TextPredictive, text_predictive
 from server.engine.gang import Trace
 from server.errors import Refused
+from server.services import meanings
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -133,6 +134,8 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
             "uncertainty.particles",
         )
     _check_samples(served, options)
+    if options.samples is not None:
+        meanings.check(service, options.meaning or "exact", wanted.prompts, wanted.n)
     unsaid = options.predictive is None and options.mixing is None
     if options.predictive == "map" or not served.particles or (unsaid and options.particles == 1):
         trace = _alone(served, options, wanted)
