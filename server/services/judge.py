@@ -34,5 +34,5 @@ def asked(question: str, text: str, other: str) -> str:
     """What the base is asked."""
     return (
         f"Question: {question}\nFirst answer: {text}\nSecond answer: {other}\n"
-        "Do the two answers to the question mean the same, yes or no?"
+        "Do both answers to the question mean the same, yes or no?\nAnswer:"
     )
