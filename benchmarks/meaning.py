@@ -2,10 +2,10 @@
 
     python -m benchmarks.meaning FOLDER
 
-FOLDER is one of sentence-transformers, as `posterior serve --meaning-embedding` takes it. The answers below were written
-by hand, to ten questions: lines of the same meaning, most of them short. A pair of answers to one question is the same
-if both are in one line. "Right" is the mean of two shares: of the same pairs that reach a threshold, and of the other
-pairs that do not. Nothing else is tuned, so that the best threshold is a choice on these pairs, and no result.
+FOLDER is one of sentence-transformers, as `posterior serve --meaning-embedding` takes it. The answers below were
+written by hand, to ten questions: a line holds answers of one meaning. Two answers to one question are a same pair if
+they are in one line, else an other pair. "right" is the mean of two shares: of the same pairs that reach a threshold,
+and of the other pairs that do not. The best threshold is a choice on these pairs, and no result.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def report(model: Embedding) -> str:
         rows = []
         for threshold in THRESHOLDS:
             kept, merged = (cosines[same] >= threshold).float().mean(), (cosines[~same] >= threshold).float().mean()
-            rows.append([f"{threshold:.2f}", *(f"{float(each):.2f}" for each in (kept, merged, (kept + 1 - merged) / 2))])
+            columns = (kept, merged, (kept + 1 - merged) / 2)
+            rows.append([f"{threshold:.2f}", *(f"{float(each):.2f}" for each in columns)])
         title = f"{int(same.sum())} same and {int((~same).sum())} other pairs, {'question and ' * question}answers"
         head = ["threshold", "same that reach it", "other that reach it", "right"]
         blocks.append(f"### {title}: AUROC {roc_auc_score(said, found):.3f}\n\n{markdown_rows([head, *rows])}")

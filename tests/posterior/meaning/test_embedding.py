@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def test_vectors_and_cosines_are_those_of_transformers(
 def test_vectors_are_remembered_and_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = Embedding(folder, 0.9), list[str]()
     compute = model.vectors
-    monkeypatch.setattr(model, "vectors", lambda texts: (read.extend(texts), compute(texts))[1])
+
+    def noted(texts: Sequence[str]) -> Tensor:
+        read.extend(texts)
+        return compute(texts)
+
+    monkeypatch.setattr(model, "vectors", noted)
     monkeypatch.setattr(embedding, "KEPT", 4)
     first = model("", "a", ["b", "c", "b"])
     assert read == ["a", "b", "c"] and model("", "a", ["b", "c", "b"]) == first and len(read) == 3
@@ -93,8 +99,8 @@ def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         Embedding(tiny.encoder(tmp_path / "dense", None, "Dense"))
     with pytest.raises(PosteriorError, match="cannot be loaded"):
         Embedding(tmp_path / "nowhere")
-    for name, content in (("modules.json", "{}"), ("modules.json", "[["), ("1_Pooling/config.json", "[]")):
-        broken = tiny.encoder(tmp_path / f"broken {len(content)} {name[0]}")
+    broken = tiny.encoder(tmp_path / "broken")
+    for name, content in (("1_Pooling/config.json", "[]"), ("modules.json", "{}"), ("modules.json", "[[")):
         (broken / name).write_text(content)
         with pytest.raises(PosteriorError, match=r"the modules|no whole folder"):
             Embedding(broken)
