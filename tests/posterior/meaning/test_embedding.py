@@ -94,7 +94,7 @@ def test_other_poolings_are_refused(tmp_path: Path, pooling: dict[str, Any], wor
         Embedding(tiny.encoder(tmp_path, pooling))
 
 
-def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PosteriorError, match=r"has the modules \['Transformer', 'Pooling', 'Normalize', 'Dense'\]"):
         Embedding(tiny.encoder(tmp_path / "dense", None, "Dense"))
     with pytest.raises(PosteriorError, match="cannot be loaded"):
