@@ -73,16 +73,23 @@ ANSWERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("Vienna", "Vienna, Austria"),
     ),
 }  # fmt: skip
-THRESHOLDS = tuple(n / 100 for n in range(40, 100, 5))
+THRESHOLDS = (*(n / 100 for n in range(40, 100, 5)), 0.98, 0.99)
+BEFORE = ("", "the question", "nine other questions with answers, and the question")  # what stands before the answers
 
 
-def pairs(model: Embedding, *, question: bool) -> tuple[list[float], list[bool]]:
-    """The cosine of every pair of answers to one question, and whether it is the same meaning; with the question, if it
-    stands before each answer."""
+def prompt(before: str, question: str) -> str:
+    """What stands before each answer to the question."""
+    others = [f"{other} {lines[0][0]}" for other, lines in ANSWERS.items() if other != question]
+    return {BEFORE[0]: "", BEFORE[1]: f"{question} ", BEFORE[2]: "\n".join([*others, f"{question} "])}[before]
+
+
+def pairs(model: Embedding, before: str) -> tuple[list[float], list[bool]]:
+    """The cosine of every pair of answers to one question, and whether it is the same meaning."""
     cosines, same = [], []
-    for asked, lines in ANSWERS.items():
+    for question, lines in ANSWERS.items():
         answers = [(number, answer) for number, line in enumerate(lines) for answer in line]
-        vectors = model.vectors([f"{asked} {answer}" if question else answer for _, answer in answers])
+        start = prompt(before, question)
+        vectors = model.vectors([start + answer for _, answer in answers])
         for one, other in combinations(range(len(answers)), 2):
             cosines.append(float(vectors[one] @ vectors[other]))
             same.append(answers[one][0] == answers[other][0])
@@ -90,17 +97,19 @@ def pairs(model: Embedding, *, question: bool) -> tuple[list[float], list[bool]]
 
 
 def report(model: Embedding) -> str:
-    """The AUROC and a table of thresholds, for answers alone and with the question before them."""
+    """The AUROC and a table of thresholds, for answers alone and after what may stand before them."""
     blocks = []
-    for question in (False, True):
-        found, said = pairs(model, question=question)
+    for before in BEFORE:
+        found, said = pairs(model, before)
         cosines, same = torch.tensor(found), torch.tensor(said)
         rows = []
         for threshold in THRESHOLDS:
             kept, merged = (cosines[same] >= threshold).float().mean(), (cosines[~same] >= threshold).float().mean()
             columns = (kept, merged, (kept + 1 - merged) / 2)
             rows.append([f"{threshold:.2f}", *(f"{float(each):.2f}" for each in columns)])
-        title = f"{int(same.sum())} same and {int((~same).sum())} other pairs, {'question and ' * question}answers"
+        title = f"{int(same.sum())} same and {int((~same).sum())} other pairs, " + (
+            f"after {before}" if before else "alone"
+        )
         head = ["threshold", "same that reach it", "other that reach it", "right"]
         blocks.append(f"### {title}: AUROC {roc_auc_score(said, found):.3f}\n\n{markdown_rows([head, *rows])}")
     return "\n\n".join(blocks)
