@@ -107,9 +107,8 @@ def report(model: Embedding) -> str:
             kept, merged = (cosines[same] >= threshold).float().mean(), (cosines[~same] >= threshold).float().mean()
             columns = (kept, merged, (kept + 1 - merged) / 2)
             rows.append([f"{threshold:.2f}", *(f"{float(each):.2f}" for each in columns)])
-        title = f"{int(same.sum())} same and {int((~same).sum())} other pairs, " + (
-            f"after {before}" if before else "alone"
-        )
+        where = f"after {before}" if before else "alone"
+        title = f"{int(same.sum())} same and {int((~same).sum())} other pairs, {where}"
         head = ["threshold", "same that reach it", "other that reach it", "right"]
         blocks.append(f"### {title}: AUROC {roc_auc_score(said, found):.3f}\n\n{markdown_rows([head, *rows])}")
     return "\n\n".join(blocks)

@@ -58,4 +58,4 @@ def test_white_space_makes_no_difference_and_is_not_compared() -> None:
     assert (groups.first, groups.others) == ("New York", ["new york", ""])
     groups.join([False, True])
     assert (groups.first, groups.others, groups.numbers) == ("new york", [], [0, 0, 1, 0])
-    assert Groups([]).numbers == Groups([]).others == []
+    assert (Groups([]).numbers, Groups([]).others) == ([], [])
