@@ -19,6 +19,7 @@ import posterior
 from posterior.cli.arguments import check_numbers
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
+from posterior.meaning.embedding import THRESHOLD
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.settings import Range
 from server.console import quiet, say
@@ -29,6 +30,7 @@ from server.http.lobby import Lobby
 from server.metrics import Metrics
 from server.services import registry
 from server.services.registry import Registry
+from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
@@ -39,6 +41,7 @@ NUMBERS = {
     "max_num_seqs": Range(1, 2**16),
     "kv_cache_gib": Range(0, 2**20, above=True),
     "gpu_memory_utilization": Range(0, 1, above=True),
+    "meaning_threshold": Range(-1, 1),
 }
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
@@ -73,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-gib", type=float, help=text)
     text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
     add("--gpu-memory-utilization", type=float, default=0.7, help=text)
+    text = "let samples be told apart by embeddings: a folder of sentence-transformers (default: none)"
+    add("--meaning-embedding", type=Path, metavar="FOLDER", help=text)
+    text = f"cosine of two embeddings from which texts mean the same (default: {THRESHOLD})"
+    add("--meaning-threshold", type=float, metavar="COSINE", default=THRESHOLD, help=text)
+    text = "let samples be told apart by entailment: a folder with a sequence classifier for it (default: none)"
+    add("--meaning-nli", type=Path, metavar="FOLDER", help=text)
     text = "on a terminal, show what vLLM and torch say; else it goes to a log file there, and is shown elsewhere"
     add("--verbose", action="store_true", help=text)
 
@@ -118,6 +127,10 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
+        folders = comparers(args)
+        comparer = Comparer(folders, args.meaning_threshold, metrics) if folders else None
+        if comparer is not None:
+            stack.callback(comparer.stop)
         say("starting vLLM (up to a minute)")
         engine = await start_engine(args, base, device, served)
         stack.callback(engine.stop)
@@ -125,7 +138,7 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
         served.check(args.posteriors)
         served.describe(metrics)
-        service = Service(served, engine, linearizer, load_tokenizer(base), metrics)
+        service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer)
         for line in service.unapplied():
             say(line)
         app = create_app(service, args.api_key)
@@ -158,6 +171,16 @@ async def start_engine(args: argparse.Namespace, base: Base, device: str, served
         return await VllmEngine.start(config, served.public, served.adapters, FIELDS)
     except (RuntimeError, ValueError) as error:
         raise PosteriorError(f"vLLM did not start: {first_line(error)}") from error
+
+
+def comparers(args: argparse.Namespace) -> dict[str, Path]:
+    """The folders of models that tell meanings apart, by the name of the way. Raises PosteriorError for none."""
+    given = {"embedding": args.meaning_embedding, "nli": args.meaning_nli}
+    folders = {name: folder for name, folder in given.items() if folder is not None}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise PosteriorError(f"--meaning-{name} {folder} is no folder; name the folder of a model")
+    return folders
 
 
 def checked_device(wanted: str) -> str:

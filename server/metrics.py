@@ -103,6 +103,9 @@ class Metrics:
             registry=own,
             buckets=SHARES,
         )
+        self.meaning_restarts = Counter(
+            "posterior_meaning_restarts", "Times the worker that tells meanings apart was lost.", registry=own
+        )
         self.effective = Histogram(
             "posterior_effective_particles_ratio",
             "Effective particles after a text, as a share of its particles.",

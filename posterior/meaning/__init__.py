@@ -7,8 +7,16 @@ from typing import Protocol
 
 
 class Grouping(Protocol):
-    """A way to tell meanings apart."""
+    """A way to tell meanings apart that sees all texts at once."""
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         """The number of each text's meaning; meanings are numbered from 0 in the order in which they first appear."""
+        ...
+
+
+class Comparison(Protocol):
+    """A way to tell meanings apart that compares two texts at a time (posterior/meaning/greedy.py groups by it)."""
+
+    def __call__(self, question: str, text: str, others: Sequence[str]) -> list[bool]:
+        """Whether each of the others means the same as the text, as answers to the question ("": to none)."""
         ...

@@ -126,7 +126,8 @@ async def _written(service: Service, served: Served, row: GradedRow, settings: T
     greedy = await observed(found.text, features_of(found.trace, 0))
     if found.samples is None:
         return Observation(greedy)
-    own, whole = semantic(found.writer, found.samples, found.text), semantic(found.writer, found.samples)
+    own = await semantic(found.writer, found.samples, found.text)
+    whole = await semantic(found.writer, found.samples)
     number, example = whole.examples[0]
     return Observation(
         greedy,

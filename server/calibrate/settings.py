@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from posterior.evaluation.calibrate import PARTICLES
+from posterior.meaning.embedding import THRESHOLD
 from posterior.models import devices
 from posterior.models.devices import Dtype
 from posterior.settings import Range, SettingError, Settings, setting
@@ -31,10 +33,13 @@ class TextCalibration(Settings):
         Range(0, MAX_SAMPLES),
     )
     meaning: MeaningName = setting("exact", "text: what tells the meanings of samples apart")
+    meaning_embedding: Path | None = setting(None, "text: as for `posterior serve`")
+    meaning_threshold: float = setting(THRESHOLD, "text: as for `posterior serve`", Range(-1, 1))
+    meaning_nli: Path | None = setting(None, "text: as for `posterior serve`")
     grading: Grading = setting(
         "match",
         "text: what makes an answer right. match: equal to an accepted one up to case, punctuation, articles and white "
-        "space; f1: at least half of its words in common with one; judge: the base model says so",
+        "space; f1: at least half of its words in common with one; judge: the base model says that they mean the same",
     )
     max_tokens: int = setting(32, "text: of an answer, at most", Range(1, 2**15))
     stop: tuple[str, ...] | None = setting(None, "text: an answer ends before any of these texts")

@@ -33,11 +33,13 @@ from server.calibrate.settings import TextCalibration
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import set_environment
+from server.errors import RequestError
 from server.main import add_arguments as add_serve_arguments
-from server.main import checked_device, start_engine
+from server.main import checked_device, comparers, start_engine
 from server.metrics import Metrics
-from server.services import registry
+from server.services import meanings, registry
 from server.services.predictive import Service
+from server.workers.comparer import Comparer
 
 S = TypeVar("S", Calibration, TextCalibration)
 SETTINGS: Mapping[str, type] = {"choice": Calibration, "text": TextCalibration}
@@ -202,7 +204,18 @@ async def started(
     stack.callback(engine.stop)
     served = served.without(engine.refused)
     served.check(posterior.path.parent)
-    return Service(served, engine, None, load_tokenizer(found), Metrics())
+    folders = comparers(argparse.Namespace(**vars(settings)))
+    metrics = Metrics()
+    comparer = Comparer(folders, settings.meaning_threshold, metrics) if folders else None
+    service = Service(served, engine, None, load_tokenizer(found), metrics, comparer)
+    if comparer is not None:
+        stack.callback(comparer.stop)
+        await comparer.start()
+    try:
+        meanings.check(service, settings.meaning, 1, settings.samples + 1)
+    except RequestError as error:
+        raise PosteriorError(str(error)) from error
+    return service
 
 
 def _engine_arguments(settings: TextCalibration) -> argparse.Namespace:

@@ -111,12 +111,12 @@ async def _health(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    """Whether every request can be answered. Those that need no linearised predictive are, even while its worker is
-    loaded again."""
+    """Whether every request can be answered. Those that need no worker are, even while one is loaded again."""
     _check_ready(request)
-    linearizer = _service(request).linearizer
-    if linearizer is not None:
-        linearizer.check()
+    service = _service(request)
+    for worker in (service.linearizer, service.comparer):
+        if worker is not None:
+            worker.check()
     return JSONResponse({"status": "ready"})
 
 

@@ -20,6 +20,7 @@ from server.http.fields import NEUTRAL, READING, SENDING, STREAMING, not_honoure
 from server.http.records import Reply, attach, event, right_record, semantic_record
 from server.http.schemas import ChatRequest, CompletionRequest
 from server.http.streams import annotated, as_events
+from server.services.messages import question
 from server.services.options import TextUncertainty
 from server.services.semantics import Samples, Semantic, samples, semantic
 from server.services.texts import Writer
@@ -94,10 +95,20 @@ class Asked:
         n = self.samples
         choices = sorted(drawn["choices"], key=lambda choice: int(choice["index"]))
         parts = [choices[start : start + n] for start in range(0, len(choices), n)]
+        cut = [sum(choice["finish_reason"] == "length" for choice in part) for part in parts]
         return [
-            samples(self.trace, prompt, [_said(c) for c in part], sum(c["finish_reason"] == "length" for c in part))
-            for prompt, part in enumerate(parts)
+            samples(self.trace, prompt, asked, [_said(choice) for choice in part], cut[prompt])
+            for prompt, (asked, part) in enumerate(zip(self._questions(), parts, strict=True))
         ]
+
+    def _questions(self) -> list[str]:
+        """What the samples of each prompt answer."""
+        if self.kind == "chat":
+            return [question(self.body["messages"])]
+        prompt, decode = self.body["prompt"], self.writer.service.tokenizer.decode
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        each = [prompt] if one else prompt
+        return [said if isinstance(said, str) else str(decode(said, skip_special_tokens=True)) for said in each]
 
     def count(self) -> None:
         """Counts the tokens of all calls; they have read the same prompt."""
@@ -125,7 +136,7 @@ async def _most_probable(asked: Asked) -> dict[str, Any]:
     choices = {choice["index"]: choice for choice in drawn["choices"]}
     chosen = []
     for prompt, each in enumerate(asked.each(drawn)):
-        found = semantic(writer, each)
+        found = await semantic(writer, each)
         number = prompt * asked.samples + found.examples[0][0]
         choice = {**choices[number], "index": prompt}
         attach(choice, writer.whole(number))
@@ -146,7 +157,7 @@ async def _greedy(asked: Asked) -> dict[str, Any]:
     for choice in whole["choices"]:
         index = choice["index"]
         attach(choice, asked.writer.whole(index))
-        _meaning(choice, semantic(asked.writer, each[index], _said(choice)), asked.writer, index)
+        _meaning(choice, await semantic(asked.writer, each[index], _said(choice)), asked.writer, index)
     _add_usage(whole["usage"], drawn.result())
     return whole | {"model": asked.writer.served.id}
 
@@ -172,7 +183,7 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
                 texts[index] = texts.get(index, "") + _said(choice)
                 if choice.get("finish_reason") is not None:
                     each = each or asked.each(await drawing)
-                    _meaning(choice, semantic(asked.writer, each[index], texts[index]), asked.writer, index)
+                    _meaning(choice, await semantic(asked.writer, each[index], texts[index]), asked.writer, index)
             if chunk.get("usage") and not chunk["choices"]:
                 _add_usage(chunk["usage"], await drawing)
             yield event(chunk)

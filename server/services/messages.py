@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posterior.data.chat import texts, tool_calls
@@ -28,3 +29,9 @@ def check_messages(messages: Any) -> None:
             raise Refused(str(error), "messages") from error
         if not all(isinstance(call.get("id"), str) and call.get("type") == "function" for call in calls or ()):
             raise Refused(f"{where}: each of the 'tool_calls' needs an 'id' and the 'type' \"function\"", "messages")
+
+
+def question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a conversation asks: the text of the user's last message; "" without one. The messages have been checked."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return "\n".join(texts("the user's last message", asked[-1])) if asked else ""

@@ -12,6 +12,7 @@ from posterior.predictive.decoding import Mixing
 MAX_ANSWERS = MAX_CANDIDATES  # per request
 MAX_SEQUENCES = 8192  # sequences of one request: prompts x particles x reads of the candidates, or x n for text
 MAX_SAMPLES = 64  # of a prompt
+MAX_COMPARISONS = 8192  # of two samples by a model, in one request: prompts x pairs of samples
 MAX_SAMPLED = 2**20  # tokens of one request: prompts x samples x particles x max_tokens
 MAX_OPTIONS = 8192  # of all questions of a request for decisions
 MAX_BACKWARD = 256  # backward passes of one request's decisions (posterior/laplace/linearized.py)
@@ -20,7 +21,7 @@ MAX_NUMBERS = 2**20  # entries of all covariances in one response
 MAX_INTEGER = 2**63 - 1
 
 PredictiveName = Literal["mixture", "linearized", "map"]
-MeaningName = Literal["exact"]
+MeaningName = Literal["exact", "embedding", "nli", "judge"]
 Returned = Literal["meaning", "greedy"]
 Reason = Literal["ambiguous", "unfamiliar"]
 
@@ -68,7 +69,9 @@ class TextUncertainty(Uncertainty):
         description="with samples: the text of the most probable 'meaning' (the default), or the 'greedy' one",
     )
     meaning: MeaningName | None = Field(
-        default=None, description="with samples: what tells meanings apart. 'exact': equal short answers"
+        default=None,
+        description="with samples: what tells meanings apart. 'exact' (the default): equal short answers. 'embedding' "
+        "and 'nli': a model that the server was started with. 'judge': the base",
     )
     max_risk: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         default=None,

@@ -28,6 +28,7 @@ from server.services.messages import check_messages
 from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
 from server.services.questions import Answer, Judged, Question, Unprompted
 from server.services.registry import Registry, Served
+from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
 
@@ -35,13 +36,20 @@ class Service:
     """Everything one server process answers with."""
 
     def __init__(
-        self, registry: Registry, engine: Engine, linearizer: Linearizer | None, tokenizer: Tokenizer, metrics: Metrics
+        self,
+        registry: Registry,
+        engine: Engine,
+        linearizer: Linearizer | None,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        comparer: Comparer | None = None,
     ) -> None:
         self.registry = registry
         self.engine = engine
         self.linearizer = linearizer
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.comparer = comparer
 
     @property
     def base(self) -> Base:

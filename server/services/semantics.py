@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from posterior.meaning import Grouping
-from posterior.meaning.exact import exact
 from posterior.predictive.meanings import Meanings, meanings
 from server.engine.gang import Trace
+from server.services.meanings import grouped
 from server.services.options import MeaningName, Returned
 from server.services.texts import Writer
-
-GROUPINGS: Mapping[MeaningName, Grouping] = {"exact": exact}
 
 
 @dataclass(frozen=True)
 class Samples:
     """The n samples of one prompt, the most probable first: their numbers in the order of drawing, their texts, and
-    log p_k of each [n, K], of all its tokens, with the one that ends it. truncated: how many max_tokens cut."""
+    log p_k of each [n, K], of all its tokens, with the one that ends it. question: what they answer; truncated: how
+    many max_tokens cut."""
 
+    question: str
     numbers: tuple[int, ...]
     texts: tuple[str, ...]
     log_p: Tensor
@@ -44,8 +43,8 @@ class Semantic:
     truncated: int
 
 
-def samples(trace: Trace, prompt: int, texts: Sequence[str], truncated: int) -> Samples:
-    """What the trace holds of the samples of a prompt, whose texts are these."""
+def samples(trace: Trace, prompt: int, question: str, texts: Sequence[str], truncated: int) -> Samples:
+    """What the trace holds of the samples of a prompt, whose texts are these, as answers to the question."""
     k = len(trace.adapters)
     rows = [text.rows[: text.delivered] for text in trace.texts[prompt]]
     tables = [torch.tensor(row, dtype=torch.float64).view(len(row), k + 2) for row in rows]
@@ -53,17 +52,18 @@ def samples(trace: Trace, prompt: int, texts: Sequence[str], truncated: int) -> 
     log_weights = torch.tensor(trace.weights, dtype=torch.float64).log()
     order = (log_p + log_weights).logsumexp(1).argsort(descending=True, stable=True)
     numbers = tuple(order.tolist())
-    return Samples(numbers, tuple(texts[i] for i in numbers), log_p[order], log_weights, truncated)
+    return Samples(question, numbers, tuple(texts[i] for i in numbers), log_p[order], log_weights, truncated)
 
 
-def semantic(writer: Writer, drawn: Samples, greedy: str | None = None) -> Semantic:
+async def semantic(writer: Writer, drawn: Samples, greedy: str | None = None) -> Semantic:
     """The meanings of the samples; `greedy`: the text that is returned in the place of one of them. Counts them.
 
     Of equally probable meanings the first is the one with the most probable sample: groups are numbered in the order
-    of the samples.
+    of the samples. Raises RequestError where they cannot be told apart.
     """
     name = writer.options.meaning or "exact"
-    groups = GROUPINGS[name]([*drawn.texts, *([] if greedy is None else [greedy])])
+    texts = [*drawn.texts, *([] if greedy is None else [greedy])]
+    groups = await grouped(writer.service, name, drawn.question, texts)
     n = len(drawn.texts)
     found = meanings(drawn.log_p, drawn.log_weights, groups[:n], coverage=writer.options.coverage)
     writer.service.metrics.count_meanings(writer.served.owner, found.predictive, writer.new_resumes())

@@ -12,6 +12,7 @@ from posterior.predictive.decoding import Mixing, TextPredictive, text_predictiv
 from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
 from server.errors import Refused
+from server.services import meanings
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty, Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -152,6 +153,8 @@ class Writer:
 def writer(service: Service, served: Served, options: TextUncertainty, wanted: Wanted) -> Writer:
     """The writer of the particles that are asked for. Raises Refused for what this model cannot give."""
     _check_samples(served, options)
+    if options.samples is not None:
+        meanings.check(service, options.meaning or "exact", wanted.prompts, wanted.n)
     _check_fields(served, options)
     predictive, trace = mixture_of(served, options, explicit=wanted.explicit)
     k = len(trace.adapters)

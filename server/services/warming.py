@@ -8,9 +8,11 @@ from server.services.predictive import Service
 
 
 async def warm_up(service: Service) -> list[str]:
-    """A line for everything that is odd, after the worker has loaded the base and vLLM every adapter."""
+    """A line for everything that is odd, after the workers have loaded their models and vLLM every adapter."""
     if service.linearizer is not None:
         await service.linearizer.start()
+    if service.comparer is not None:
+        await service.comparer.start()
     prompt = service.tokenizer.encode("Warm up.")
     for name, served in service.registry.served.items():
         task = served.posterior.task if served.posterior is not None else None

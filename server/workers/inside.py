@@ -1,15 +1,12 @@
-"""What runs in the worker's process: the base, the MAP adapters of Laplace posteriors, and the moments of scores."""
+"""What runs in the linearised predictive's process: the base, the MAP adapters of Laplace posteriors, and the moments
+of scores."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +17,7 @@ from posterior.laplace.linearized import LinearizedModel, dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
 from posterior.storage import artefact
-
-THREADS = 2  # of torch, on the CPU
+from server.workers import child
 
 Moments = tuple[
     np.ndarray, np.ndarray
@@ -38,12 +34,7 @@ def load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
     """Hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
     be read."""
     global _model
-    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group; the server decides
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(child.threads())
     posteriors, refused = _readable(folders)
     _model = LinearizedModel(base, posteriors, dtype=getattr(torch, dtype_on(device)), device=device)
     return _model.footprints, refused
@@ -68,12 +59,6 @@ def _unchanged(path: Path, expected: str) -> artefact.Posterior:
     if posterior.hash != expected:
         raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
     return posterior
-
-
-def _follow(parent: Any) -> None:
-    """End with the server, even if it was killed: an orphan would hold the base in memory for ever."""
-    parent.join()
-    os._exit(1)
 
 
 def moments(name: str, prompts: list[tuple[int, ...]], candidates: list[Candidates], room: float) -> list[Moments]:

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from posterior.data.candidates import Candidates
 from posterior.data.examples import Example
-from posterior.errors import first_line
 from posterior.laplace.linearized import dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
@@ -30,12 +25,12 @@ from server.errors import PromptRefused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers import inside, memory
 from server.workers.inside import Folder, Loaded, Moments
+from server.workers.process import Interrupted, Worker
 from server.workers.suspects import FORGIVEN_SECONDS, STRIKES, Prompt, Suspects
 
 MAX_BATCH = 32  # prompts
 MAX_WAITING = 4096  # prompts; a queue without bound would only grow older
 SHARE = 0.5  # of the memory that is free once everything is loaded; the rest is for vLLM's requests and other programs
-PAUSE, LONGEST_PAUSE = 0.1, 60.0  # seconds before a lost worker is loaded again; twice as long after each failure
 
 logger = logging.getLogger("posterior.server")
 
@@ -58,61 +53,38 @@ class Linearizer:
 
     def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
         self.dtype = dtype_on(device)
-        self._parts = (base, dict(folders), device)
         self._metrics = metrics
+        self._device = device
         self._waiting: list[_Item] = []
         self._suspects = Suspects()
         self._drain: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._problem: str | None = "is being loaded"
         self._footprints: dict[str, Footprint] = {}
         self._refused: dict[str, str] = {}
         self._room = 0.0
-        self._new_pool()
-
-    def _new_pool(self) -> None:
-        self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        self._loaded: Future[Loaded] = self._pool.submit(inside.load, *self._parts)
-        (self._process,) = self._pool._processes.values()
+        self._worker = Worker(
+            "the linearised predictive",
+            "ask for the predictive 'mixture'",
+            inside.load,
+            (base, dict(folders), device),
+            loaded=self._loaded,
+            lost=metrics.restarts.inc,
+        )
 
     async def start(self) -> None:
         """Wait until the worker holds its models, and keep one from then on; raises what kept it from loading."""
-        await self._load()
-        self._keeper = asyncio.create_task(self._keep())
+        await self._worker.start()
 
-    async def _load(self) -> None:
-        self._footprints, self._refused = await asyncio.wrap_future(self._loaded)
+    async def _loaded(self, found: Loaded) -> None:
+        """What the worker holds, and how much memory it may take."""
+        self._footprints, self._refused = found
         self._metrics.unreadable.set(len(self._refused))
         for name, why in self._refused.items():
             logger.error("the linearised predictive is without %s: %s", name, why)
-        free = await asyncio.get_running_loop().run_in_executor(self._pool, memory.free, self._parts[2])
-        self._room = SHARE * free
-        self._problem = None
-
-    async def _keep(self) -> None:
-        """Load another worker whenever one has ended, and try again, less and less often, while that fails."""
-        while True:
-            await _end(self._process)
-            self._metrics.restarts.inc()
-            self._problem, pause = "is starting again", PAUSE
-            logger.error("the linearised predictive's worker ended; another one is being loaded")
-            while self._problem is not None:
-                self._pool.shutdown(wait=False)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-                self._new_pool()
-                try:
-                    await self._load()
-                except Exception as error:
-                    self._problem = "cannot be loaded again"
-                    logger.error("the linearised predictive cannot be loaded again: %s", first_line(error))
+        self._room = SHARE * await self._worker.run(memory.free, self._device)
 
     def check(self) -> None:
         """Raises Unavailable while no worker holds the models."""
-        if self._problem is not None:
-            raise Unavailable(
-                f"the linearised predictive {self._problem}; try again later, or ask for the predictive 'mixture'"
-            )
+        self._worker.check()
 
     async def moments(
         self, name: str, prompts: Sequence[Sequence[int]], candidates: Candidates
@@ -185,9 +157,8 @@ class Linearizer:
         """Tell those who wait. They may try again; nothing is tried again here."""
         if not isinstance(error, RequestError):
             logger.error("linearised batch failed", exc_info=error)
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, Interrupted):
             self._suspects.blame(item.key for item in batch)
-            error = Unavailable("the linearised predictive was interrupted and is starting again; try again shortly")
         elif isinstance(error, MemoryError):
             error = Unavailable("there is no memory for the linearised predictive now; try again later, or 'mixture'")
         for item in batch:
@@ -196,9 +167,8 @@ class Linearizer:
 
     async def _submit(self, batch: list[_Item]) -> list[Moments]:
         """What the worker computes of a batch."""
-        loop = asyncio.get_running_loop()
         prompts, candidates = [item.prompt for item in batch], [item.candidates for item in batch]
-        return await loop.run_in_executor(self._pool, inside.moments, batch[0].name, prompts, candidates, self._room)
+        return await self._worker.run(inside.moments, batch[0].name, prompts, candidates, self._room)
 
     def _next_batch(self) -> list[_Item]:
         """The oldest waiting prompts of one posterior, at most MAX_BATCH, or one suspect alone; those whose client has
@@ -217,17 +187,4 @@ class Linearizer:
 
     def stop(self) -> None:
         """End the worker, whatever it is doing."""
-        if self._keeper is not None and not self._keeper.done():
-            self._keeper.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._process.kill()  # it holds nothing that could be half written
-
-
-async def _end(process: Any) -> None:
-    """Wait for the end of a process."""
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(process.sentinel, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(process.sentinel)
+        self._worker.stop()

@@ -255,6 +255,30 @@ class Linearizer:
         return [(torch.arange(c).double(), covariance) for _ in prompts]
 
 
+@dataclass
+class Comparer:
+    """Texts mean the same if they begin with the same letter, in either case."""
+
+    names: frozenset[str] = frozenset({"embedding", "nli"})
+    problem: Exception | None = None
+    failure: Exception | None = None
+    asked: list[tuple[str, str, int]] = field(default_factory=list)  # the name, the question, how many others
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+    async def same(self, name: str, question: str, text: str, others: Sequence[str]) -> list[bool]:
+        self.asked.append((name, question, len(others)))
+        if self.failure is not None:
+            raise self.failure
+        return [same_initial(text, other) for other in others]
+
+
+def same_initial(one: str, other: str) -> bool:
+    return one.strip()[:1].lower() == other.strip()[:1].lower()
+
+
 def registry() -> Registry:
     """The base, a Laplace posterior "mood" with 8 particles and a particle posterior "gang" with 3 unequal ones."""
     served = {BASE.id: Served(BASE.id)}

@@ -1,4 +1,5 @@
-"""A real server for tests: vLLM in float32, the real base, two posteriors of random weights, HTTP with a key.
+"""A real server for tests: vLLM in float32, the real base, two posteriors of random weights, two small random models
+that tell meanings apart, HTTP with a key.
 
 `python -m tests.server.running` prints its URL and runs until standard input ends: for tests of another environment.
 """
@@ -24,6 +25,7 @@ import pytest
 from posterior.models import base as base_models
 from posterior.models.base import Base
 from posterior.storage.artefact import Posterior
+from tests.posterior.meaning import tiny
 from tests.server import folders
 
 PARTICLES = 3
@@ -42,6 +44,11 @@ class Running:
     gang: Posterior
     cache: Path
     process: subprocess.Popen[bytes]
+
+    @property
+    def meaning(self) -> Path:
+        """Where the models lie that tell meanings apart: "embedding" and "nli"."""
+        return self.cache.parent / "meaning"
 
     def post(self, path: str, **body: Any) -> Any:
         response = httpx.post(f"{self.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
@@ -78,7 +85,9 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
     (root / "posteriors").mkdir()
     gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
     mood, gang = folders.compare(mood, base), folders.grade(gang, base)
-    with launched(root, base, *options) as (url, process):
+    models = {"embedding": tiny.encoder(root / "meaning/embedding"), "nli": tiny.classifier(root / "meaning/nli")}
+    meaning = [word for name, folder in models.items() for word in (f"--meaning-{name}", str(folder))]
+    with launched(root, base, *meaning, *options) as (url, process):
         yield Running(url, base, base.path.name, mood, gang, root / "cache", process)
 
 

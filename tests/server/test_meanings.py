@@ -6,13 +6,19 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
+from posterior.meaning import Comparison
+from posterior.meaning.embedding import Embedding
 from posterior.meaning.exact import exact
+from posterior.meaning.greedy import grouped
+from posterior.meaning.nli import Nli
 from posterior.models import base as base_models
+from server.services import judge
 from tests.server.mixture import Reference
 from tests.server.running import KEY, PARTICLES, Running
 
@@ -80,6 +86,35 @@ def test_meanings_equal_those_of_transformers(server: Running, reference: Refere
     first = [i for i, choice in enumerate(choices) if exact([choice["text"], answer["text"]]) == [0, 0]]
     assert answer["uncertainty"]["logprob"] == pytest.approx(max(mixed[i] for i in first), abs=2e-3)
     assert len(first) == found["meanings"][0]["samples"] and found["meanings"][0]["text"] == answer["text"]
+
+
+def judged(server: Running, question: str) -> Comparison:
+    """What the base says to each pair alone."""
+
+    def compare(_: str, text: str, others: Sequence[str]) -> list[bool]:
+        prompts = [judge.asked(question, text, other) for other in others]
+        items = server.predict(model=server.base_name, prompts=prompts, answers=[" yes", " no"])["data"]
+        return [item["answer"] == " yes" for item in items]
+
+    return compare
+
+
+@pytest.mark.parametrize("way", ["embedding", "nli", "judge"])
+def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
+    sent = body(server, ENDED_BY_THE_BASE)
+    choices = sorted(drawn(server, sent), key=lambda choice: -choice["uncertainty"]["logprob"])
+    compare: Comparison
+    if way == "judge":
+        compare = judged(server, sent["prompt"])
+    else:
+        compare = Nli(server.meaning / "nli") if way == "nli" else Embedding(server.meaning / "embedding")
+    groups = grouped(sent["prompt"], [choice["text"] for choice in choices], compare)
+    for returned in ("meaning", "greedy"):
+        options = {"samples": N, "meaning": way, "return": returned}
+        (answer,) = server.post("/v1/completions", **sent, uncertainty=options)["choices"]
+        record = answer["uncertainty"]["semantic"]
+        assert record["meaning"] == way
+        assert [each["samples"] for each in record["meanings"]] == sorted(map(groups.count, set(groups)), reverse=True)
 
 
 def test_the_same_seed_gives_the_same_answer_however_it_is_sent(server: Running) -> None:

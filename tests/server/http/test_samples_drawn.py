@@ -59,7 +59,7 @@ def test_tools_are_refused(client: TestClient) -> None:
         ({"uncertainty": {"samples": "5"}}, "uncertainty.samples", "valid integer"),
         ({"uncertainty": {"return": "best"}}, "uncertainty.return", "'meaning' or 'greedy'"),
         ({"uncertainty": {"returned": "greedy"}}, "uncertainty.returned", "unknown field"),
-        ({"uncertainty": {"meaning": "nli"}}, "uncertainty.meaning", "'exact'"),
+        ({"uncertainty": {"meaning": "vibes"}}, "uncertainty.meaning", "'exact', 'embedding', 'nli' or 'judge'"),
         ({"uncertainty": {"samples": None, "return": "greedy"}}, "uncertainty.return", "belongs to 'samples'"),
         ({"uncertainty": {"samples": None, "meaning": "exact"}}, "uncertainty.meaning", "belongs to 'samples'"),
         ({"model": "tiny-base"}, "uncertainty.samples", "the base alone"),

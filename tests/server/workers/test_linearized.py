@@ -73,7 +73,7 @@ def light(metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def worker(linearizer: Linearizer) -> int:
-    return int(linearizer._process.pid or 0)
+    return int(linearizer._worker.process.pid or 0)
 
 
 async def ready(linearizer: Linearizer) -> None:
@@ -129,23 +129,23 @@ async def test_a_signal_to_the_whole_group_leaves_the_worker_to_the_server(linea
     """systemd sends SIGTERM to every process, a terminal SIGINT: the server then drains, and the worker must answer."""
     await linearizer.start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        os.kill(linearizer._process.pid, number)
+        os.kill(worker(linearizer), number)
     assert len(await linearizer.moments("mood", PROMPTS, CANDIDATES)) == len(PROMPTS)
     linearizer.stop()
-    await asyncio.wait_for(asyncio.to_thread(linearizer._process.join), 10)
+    await asyncio.wait_for(asyncio.to_thread(linearizer._worker.process.join), 10)
 
 
 @pytest.mark.asyncio
 async def test_an_idle_worker_that_dies_is_noticed_and_loaded_again_when_that_is_possible(
     light: Linearizer, metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.workers.linearized.LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr("server.workers.process.LONGEST_PAUSE", 0.2)
     await light.start()
     (tmp_path / "mood").rename(tmp_path / "away")
     os.kill(worker(light), signal.SIGKILL)
     for _ in range(600):
         await asyncio.sleep(0.05)
-        if light._problem == "cannot be loaded again":
+        if light._worker.problem == "cannot be loaded again":
             break
     await refused(light.moments("mood", PROMPTS, CANDIDATES), Unavailable, "cannot be loaded again.*'mixture'")
     (tmp_path / "away").rename(tmp_path / "mood")
@@ -167,8 +167,9 @@ def test_a_posterior_that_cannot_be_read_is_left_out_alone(tiny: tuple[Base, Pos
 async def test_what_a_worker_could_not_read_is_said_and_counted(
     light: Linearizer, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
-    light._parts = (light._parts[0], {**light._parts[1], "gone": (Path("/nowhere"), "")}, "cpu")
-    light._new_pool()  # as after the loss of the first
+    base, folders, device = light._worker.parts
+    light._worker.parts = (base, {**folders, "gone": (Path("/nowhere"), "")}, device)
+    light._worker.begin()  # as after the loss of the first
     await light.start()
     light.check()
     assert len(await light.moments("mood", PROMPTS, CANDIDATES)) == 3
@@ -188,7 +189,7 @@ async def test_a_prompt_that_ends_two_workers_is_not_tried_a_third_time_and_the_
 
     guilty, innocent = [1, weightless.KILLER], [4, 4, 8]
     both = await asyncio.gather(ask(guilty), ask(innocent), return_exceptions=True)
-    assert [type(error) for error in both] == [Unavailable, Unavailable]
+    assert all(isinstance(error, Unavailable) for error in both)
     await ready(light)
     again = await asyncio.gather(ask(innocent), ask(guilty), return_exceptions=True)
     assert isinstance(again[0], list), "alone, it is answered"

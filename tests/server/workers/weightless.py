@@ -1,4 +1,4 @@
-"""What runs in the linearised predictive's worker, without torch: such a worker starts in a fraction of a second."""
+"""What runs in workers, without torch: such a worker starts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def moments(_name: str, prompts: list[tuple[int, ...]], candidates: list[tuple[A
 
 def free(_device: str) -> float:
     return 1.0
+
+
+def load_nothing(_folders: Mapping[str, Path], _threshold: float) -> None: ...
+
+
+def same(_name: str, _question: str, text: str, others: list[str]) -> list[bool]:
+    """Equal texts are the same; a certain text ends the process."""
+    if text == str(KILLER):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [text == other for other in others]
