@@ -63,6 +63,7 @@ def test_without_samples_there_is_the_text_alone(service: Service, engine: fakes
 def test_answers_are_graded_by_rule_or_by_the_base(service: Service, engine: fakes.Engine) -> None:
     assert is_right(service, "match", "The Paris.", "paris") and not is_right(service, "match", "in Paris", "paris")
     assert is_right(service, "f1", "in Paris", "paris") and not is_right(service, "f1", "London", "paris")
+    engine.max_model_len = 400  # bytes
     yes, no = fakes.particle_logits(0, 2)  # means over the letters, as the base has no task
     assert is_right(service, "judge", "x", "y") is bool(yes > no)
     assert engine.scored == [(1, 1)], "once, by the base"

@@ -36,7 +36,7 @@ def test_text_is_by_the_mixture_and_says_so(client: TestClient, engine: fakes.En
     assert choice["message"]["content"] == "hello"
     record = choice["uncertainty"]
     assert (record["predictive"], record["mixing"], record["posterior"]) == ("mixture", "sequence", "mood@abcdef012345")
-    assert record["logprob"] == pytest.approx(math.log(0.5)) and record["confidence"] == pytest.approx(0.5)
+    assert record["logprob"] == pytest.approx(math.log(0.5)) and record["mean_token_probability"] == pytest.approx(0.5)
     assert record["entropy"] == {"total": 1.0, "aleatoric": 0.75, "epistemic": 0.25}
     assert record["calibrated"] is False and "tokens" not in record and "per_particle" not in record
     assert "uncertainty" not in engine.bodies[0]
@@ -47,7 +47,8 @@ def test_text_by_the_map_on_request(client: TestClient) -> None:
     for body in ({"model": "mood/map"}, {"uncertainty": {"predictive": "map"}}, {"uncertainty": {"particles": 1}}):
         record = chat(client, **body).json()["choices"][0]["uncertainty"]
         assert record == {
-            "predictive": "map", "posterior": "mood@abcdef012345", "calibrated": False, "calibration": None
+            "predictive": "map", "posterior": "mood@abcdef012345", "confidence": None, "calibrated": False,
+            "calibration": None,
         }  # fmt: skip
 
 
