@@ -1,7 +1,8 @@
 """Two texts mean the same if the cosine of their sentence embeddings is at least a threshold.
 
 The model is a folder of sentence-transformers: an encoder, whose vectors are averaged over the tokens or taken of the
-first one, as the folder says. The vectors are of the texts alone.
+first one, as the folder says. The vectors are of the texts alone: a question before them makes all cosines depend on
+its length, and after a long one those of other meanings reach .99 too (benchmarks/meaning.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.meaning import reader
 
-THRESHOLD = 0.7
+THRESHOLD = 0.7  # for all-MiniLM-L6-v2, by benchmarks/meaning.py
 KEPT = 2**12  # vectors that are remembered: a text is compared again and again
 
 Pooling = Literal["mean", "cls"]

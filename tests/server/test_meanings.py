@@ -101,7 +101,7 @@ def judged(server: Running, question: str) -> Comparison:
 
 @pytest.mark.parametrize("way", ["embedding", "nli", "judge"])
 def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
-    sent = body(server, ENDED_BY_THE_BASE)
+    sent = body(server, ENDED_BY_A_STOP_TOKEN)
     choices = sorted(drawn(server, sent), key=lambda choice: -choice["uncertainty"]["logprob"])
     compare: Comparison
     if way == "judge":

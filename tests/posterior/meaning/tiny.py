@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 LABELS = ("contradiction", "neutral", "ENTAILMENT")
-POSITIONS = 128
+POSITIONS = 256
 
 
 def config(**fields: Any) -> BertConfig:
