@@ -28,7 +28,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     observation.predictive = question.predictive
     answers = await service.answer(question)
     usage = Usage(sum(map(len, question.prompts)), 0)
-    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     return {
         "id": f"pred-{uuid.uuid4().hex}",
         "object": "predictive",

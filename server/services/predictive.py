@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -47,6 +48,12 @@ class Service:
     def base(self) -> Base:
         """The base of all that is served."""
         return self.registry.base
+
+    def only(self, names: Container[str]) -> Service:
+        """The same, for somebody to whom no other models are served."""
+        narrow = copy.copy(self)
+        narrow.registry = self.registry.only(names)
+        return narrow
 
     def find(self, name: object) -> Served:
         """The model of that name or id. Raises NotFound."""
