@@ -22,8 +22,8 @@ def url(server: Running) -> Iterator[str]:
 
 def renew(server: Running, **rights: str) -> None:
     """Change the file of keys, and wait until the server has read it."""
-    write_keys(server.cache.parent, **rights, **{f"at-{time.monotonic_ns()}": ""})
-    newest = list(rights)[-1]
+    newest = f"at-{time.monotonic_ns()}"
+    write_keys(server.cache.parent, **rights, **{newest: ""})
     server.process.send_signal(signal.SIGHUP)
     deadline = time.monotonic() + 10
     while get(server.url, newest, "/version").status_code != 200:

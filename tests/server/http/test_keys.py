@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from posterior_client import PosteriorClient, RateLimitError
 
 from server.access.keys import Key, Keys
 from server.http.app import create_app
@@ -280,6 +281,8 @@ def test_the_sdk_waits_as_long_as_it_is_told(app: Any, keys: Keys, service: Serv
         often.quota.spend("requests", 60)
         with pytest.raises(openai.RateLimitError, match="60 requests a minute") as caught:
             client.with_options(max_retries=0).chat.completions.create(model="mood", messages=MESSAGES)  # type: ignore[arg-type]
+        with PosteriorClient(url, "often", max_retries=0) as own, pytest.raises(RateLimitError, match="60 requests"):
+            own.predictive(model="mood", inputs=[{"text": "good"}])
     assert caught.value.code == "rate_limit_exceeded" and int(caught.value.response.headers["retry-after"]) > 1
 
 
