@@ -23,7 +23,7 @@ from tests.server.conftest import error_of
 from tests.server.http.asking import INPUT, LATE, QUESTIONS
 
 As = Callable[[str], TestClient]
-MESSAGES = [{"role": "user", "content": "good?"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "good?"}]
 NOUL = {"late": {"type": "noul", "instructions": "Was it late?"}}
 CHAT: tuple[str, dict[str, Any]] = ("/v1/chat/completions", {"messages": MESSAGES})
 ASKED: list[tuple[str, dict[str, Any]]] = [
@@ -244,7 +244,7 @@ async def test_a_stream_that_its_client_leaves_is_counted_by_its_events(app: Any
 
             return events()
 
-    service.engine = Endless()  # type: ignore[assignment]
+    service.engine = Endless()
     body = json.dumps({"model": "tiny-base", "messages": MESSAGES, "stream": True}).encode()
     sent: list[Any] = []
     arrived = [{"type": "http.request", "body": body, "more_body": False}]
@@ -275,12 +275,12 @@ def test_the_sdk_waits_as_long_as_it_is_told(app: Any, keys: Keys, service: Serv
     often = found(keys, "often")
     often.quota.spend("requests", 60)
     with serving(app) as url, openai.OpenAI(base_url=url, api_key="often", max_retries=1) as client:
-        reply = client.chat.completions.create(model="mood", messages=MESSAGES)  # type: ignore[arg-type]
+        reply = client.chat.completions.create(model="mood", messages=MESSAGES)
         assert reply.choices[0].message.content == "hello"
         assert counted(service, 'posterior_key_requests_total{key="often",status="429"}') == 1
         often.quota.spend("requests", 60)
         with pytest.raises(openai.RateLimitError, match="60 requests a minute") as caught:
-            client.with_options(max_retries=0).chat.completions.create(model="mood", messages=MESSAGES)  # type: ignore[arg-type]
+            client.with_options(max_retries=0).chat.completions.create(model="mood", messages=MESSAGES)
         with PosteriorClient(url, "often", max_retries=0) as own, pytest.raises(RateLimitError, match="60 requests"):
             own.predictive(model="mood", inputs=[{"text": "good"}])
     assert caught.value.code == "rate_limit_exceeded" and int(caught.value.response.headers["retry-after"]) > 1
