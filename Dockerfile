@@ -1,8 +1,9 @@
 # syntax=docker/dockerfile:1
 # docker build --target cpu -t posterior-server:cpu .    docker run -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cpu
 # docker build --target cuda -t posterior-server:cuda .  docker run --gpus all -p 8000:8000 -e POSTERIOR_API_KEY=... posterior-server:cuda
-# A container listens on every address, so the server starts only with POSTERIOR_API_KEY. Mount a volume at /cache to keep converted
-# models; mount your own base and posteriors anywhere and add: serve --host 0.0.0.0 --base ... --posteriors ...
+# A container listens on every address, so the server starts only with POSTERIOR_API_KEY or POSTERIOR_KEYS. Mount a volume
+# at /cache to keep converted models; mount your own base and posteriors anywhere and add: serve --host 0.0.0.0 --base ...
+# --posteriors ...
 ARG PYTHON=python:3.11.14-slim-bookworm
 # devel: vLLM compiles kernels with nvcc at run time
 ARG CUDA=nvidia/cuda:13.0.2-devel-ubuntu24.04

@@ -27,6 +27,7 @@ VERBS = {
     "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
+    "key": ("server.access.new", "make a key for `posterior serve --keys`"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),
 }
 TRACEBACK = "POSTERIOR_TRACEBACK"  # in the environment: print the traceback of what we did not foresee

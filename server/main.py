@@ -22,10 +22,11 @@ from posterior.files import objects
 from posterior.meaning.embedding import THRESHOLD
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.settings import Range
+from server.access.keys import Keys, secret
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.http import auth
+from server.http.auth import check_exposure
 from server.http.lobby import Lobby
 from server.metrics import Metrics
 from server.services import registry
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
     text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
     add("--api-key", type=str, default=os.environ.get("POSTERIOR_API_KEY"), help=text)  # an empty one is none
+    text = "TOML file of several keys, each with its rights (default: $POSTERIOR_KEYS); SIGHUP reads it again"
+    add("--keys", type=Path, default=os.environ.get("POSTERIOR_KEYS") or None, metavar="FILE", help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="precision of vLLM (default: auto, the base's own)")
@@ -92,11 +95,12 @@ def run(args: argparse.Namespace) -> None:
     contract.check_version()
     if args.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
-    args.api_key = auth.secret(args.api_key)
-    auth.check_exposure(args.host, args.api_key)
+    args.api_key = secret(args.api_key)
+    keys = Keys(args.api_key, args.keys)
+    check_exposure(args.host, keys)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
     with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _quiet(args, lobby):
-        asyncio.run(_serve(args, lobby))
+        asyncio.run(_serve(args, keys, lobby))
 
 
 def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
@@ -108,12 +112,14 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
+async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
     from server.http.app import create_app
     from server.http.listening import listen
     from server.services.predictive import Service
 
     start = time.monotonic()
+    if args.keys is not None:
+        follow(keys)
     with contextlib.ExitStack() as stack:
         device = checked_device(args.device)
         set_environment(device, cache_folder() / "compiled" if args.compile else None)
@@ -141,8 +147,24 @@ async def _serve(args: argparse.Namespace, lobby: Lobby) -> None:
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer)
         for line in service.unapplied():
             say(line)
-        app = create_app(service, args.api_key)
+        for line in keys.warnings(served.served):
+            say(f"warning: {line}")
+        app = create_app(service, keys)
         await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
+
+
+def follow(keys: Keys) -> None:
+    """From now on, SIGHUP reads the file of the keys again. One that comes while the loop is busy is not lost."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_again, keys)
+
+
+def _read_again(keys: Keys) -> None:
+    try:
+        keys.reload()
+    except PosteriorError as error:
+        say(f"warning: the keys stay as they were: {error}")
+    else:
+        say(f"the keys were read again; there are {len(keys)}")
 
 
 async def start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
@@ -207,7 +229,7 @@ def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: flo
 def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
     """A command that asks the first posterior."""
     item = served.posteriors[0]
-    key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key else ""
+    key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key or args.keys else ""
     fields = {field: "The food was good, the service was slow." for field in item.task.fields}
     body = {"model": item.name, "inputs": [fields]}
     if item.task.answers is None:

@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.mixture import Predictive
+from server.access.keys import Key
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -30,6 +31,7 @@ class Metrics:
             "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
         )
         self._of_requests(own)
+        self._of_keys(own)
         self._of_answers(own)
         self._of_texts(own)
         self._of_the_linearized_predictive(own)
@@ -42,6 +44,17 @@ class Metrics:
         )
         self.prompt_tokens = Counter("posterior_prompt_tokens", "Prompt tokens read.", ("posterior",), registry=own)
         self.generated_tokens = Counter("posterior_generated_tokens", "Tokens written.", ("posterior",), registry=own)
+
+    def _of_keys(self, own: CollectorRegistry) -> None:
+        self.key_requests = Counter(
+            "posterior_key_requests",
+            "Requests for answers by the name of their key and outcome, and refused requests of any kind.",
+            ("key", "status"),
+            registry=own,
+        )
+        self.key_tokens = Counter(
+            "posterior_key_tokens", "Tokens read and written, by the name of the key.", ("key",), registry=own
+        )
 
     def _of_answers(self, own: CollectorRegistry) -> None:
         answer = ("posterior", "predictive")
@@ -154,32 +167,41 @@ class Metrics:
         self.semantic.labels(posterior).observe(meanings.total)
         self.semantic_epistemic.labels(posterior).observe(meanings.epistemic)
 
-    def count_tokens(self, posterior: str, prompt: int, completion: int) -> None:
-        """Count what a request read and wrote."""
-        self.prompt_tokens.labels(posterior).inc(prompt)
-        self.generated_tokens.labels(posterior).inc(completion)
-
     def text(self) -> bytes:
         """Ours and vLLM's, in Prometheus' text format."""
         return generate_latest(self.registry) + generate_latest(REGISTRY)
 
 
 class Observation:
-    """One request on its way: its labels are filled in as they become known; `end` counts it once."""
+    """One request on its way: its labels are filled in as they become known; `end` counts it once. What it takes is
+    counted to its key, if it has one."""
 
-    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+    def __init__(self, metrics: Metrics, endpoint: str, key: Key | None = None) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
+        self._key = key
         self._start = time.monotonic()
         self._ended = False
         self.posterior = "none"  # never a name a client made up
         self.predictive = "none"
+        self.tokens = 0  # counted so far
+
+    def count_tokens(self, prompt: int, completion: int) -> None:
+        """Count what the request read and wrote."""
+        self._metrics.prompt_tokens.labels(self.posterior).inc(prompt)
+        self._metrics.generated_tokens.labels(self.posterior).inc(completion)
+        self.tokens += prompt + completion
+        if self._key is not None:
+            self._metrics.key_tokens.labels(self._key.name).inc(prompt + completion)
+            self._key.quota.spend("tokens", prompt + completion)
 
     def end(self, status: int) -> None:
         """Count the request, with the status that it ended with."""
         if self._ended:
             return
         self._ended = True
+        if self._key is not None:
+            self._metrics.key_requests.labels(self._key.name, str(status)).inc()
         labels = (self.posterior, self._endpoint, self.predictive)
         self._metrics.requests.labels(*labels, str(status)).inc()
         self._metrics.duration.labels(*labels).observe(time.monotonic() - self._start)

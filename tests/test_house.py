@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # nothing else of its package. Rooms in one line do not import each other.
 SERVER: Sequence[Sequence[str]] = (
     ("errors",),
+    ("access",),
     ("validation", "console", "metrics"),
     ("engine", "workers"),
     ("services",),

@@ -12,6 +12,7 @@ from posterior.data import tokens
 from posterior.data.graded import GradedRow
 from posterior.errors import PosteriorError
 from posterior.predictive.meanings import Meanings
+from server import metrics
 from server.calibrate.grading import graded
 from server.calibrate.settings import TextCalibration
 from server.engine.gang import Trace
@@ -103,7 +104,8 @@ async def write(service: Service, served: Served, row: GradedRow, settings: Text
     body = {"model": served.name, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
     if settings.stop:
         body["stop"] = list(settings.stop)
-    asked = Asked(writer, drawn, "completion", body, {})
+    observation = metrics.Observation(service.metrics, "calibrate")
+    asked = Asked(writer, drawn, "completion", body, {}, observation)
     if not settings.samples:
         return Written(_text(await asked.write()), greedy, drawn, None, writer)
     try:

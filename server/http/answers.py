@@ -53,7 +53,9 @@ async def _write(
     writer = _writer(service, served, checked)
     observation.predictive = writer.predictive
     if writer.drawn is not None:
-        return await samples.reply(samples.Asked(writer, writer.drawn, kind, body, request.headers), checked)
+        return await samples.reply(
+            samples.Asked(writer, writer.drawn, kind, body, request.headers, observation), checked
+        )
     generate = service.engine.chat if kind == "chat" else service.engine.complete
     call = Call(request.headers)
     result = await generate(body, call, writer.trace)
@@ -61,7 +63,7 @@ async def _write(
     def count() -> None:
         usage = service.engine.usage(call)
         if usage is not None:
-            service.metrics.count_tokens(observation.posterior, usage.prompt_tokens, usage.completion_tokens)
+            observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
 
     if not isinstance(result, dict):
         return annotated(result, writer, count)

@@ -17,9 +17,10 @@ from pydantic_core import from_json
 import posterior
 from posterior.data.reading import unique
 from posterior.errors import first_line
-from server.errors import EngineLost, Refused, Unavailable
+from server.access.keys import Key, Keys
+from server.errors import EngineLost, Refused, RequestError, Unavailable
 from server.http import answers, decisions, errors, openapi, predictive, systemone
-from server.http.auth import require_key
+from server.http.auth import enter, require_key
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
 from server.http.replies import (
@@ -50,29 +51,28 @@ T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
-PUBLIC = frozenset({"/health", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+ADMIN = frozenset({"/metrics"})  # those for admins: it names every model and every key
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
 
 
-def create_app(service: Service, key: str | None) -> FastAPI:
-    """The application over a running service. `app.state.ready` is False until its owner has warmed it up.
-
-    Raises PosteriorError for an empty key.
-    """
+def create_app(service: Service, keys: Keys | None) -> FastAPI:
+    """The application over a running service; without keys it answers everybody. `app.state.ready` is False until its
+    owner has warmed it up."""
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,  # a redirect would name the host that the client says, before the key is looked at
-        dependencies=[Depends(require_key(key, PUBLIC))],
+        dependencies=[Depends(require_key(keys, service.metrics, public=PUBLIC, admin=ADMIN))],
     )
     app.state.service = service
     app.state.ready = False
     errors.register(app)
     for path, handler, summary, reply, statuses in (
         ("/health", _health, "Whether the process lives", Status, (503,)),
-        ("/ready", _ready, "Whether requests are answered", Status, (401, 503)),
+        ("/ready", _ready, "Whether requests are answered", Status, (503,)),
         ("/version", _version, "The server's version", Version, (401,)),
         ("/v1/models", _models, "The models that are served", ModelList, (401,)),
         ("/v1/models/{name:path}", _model, "One of them", ModelCard, (401, 404)),
@@ -85,38 +85,49 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
         ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
     ):
-        responses = openapi.replies(answer, 400, 401, 404, 413, 503)
+        responses = openapi.replies(answer, 400, 401, 404, 413, 429, 503)
         if issubclass(body, TextRequest):
             responses[200]["content"] = STREAM
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
-    metrics = openapi.replies(None, 401)
+    metrics = openapi.replies(None, 401, 403)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
     html = openapi.replies(None)
     app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
     app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
-    app.state.description = functools.cache(partial(openapi.describe, app, key=key is not None, public=PUBLIC))
+    app.state.description = functools.cache(partial(openapi.describe, app, key=bool(keys), public=PUBLIC))
     return app
 
 
 def _service(request: Request) -> Service:
+    """The service as the request's key sees it: with the models that it may use."""
     service: Service = request.app.state.service
-    return service
+    key = _key(request)
+    return service if key is None or key.models is None else service.only(key.models)
+
+
+def _key(request: Request) -> Key | None:
+    key: Key | None = request.state.key
+    return key
 
 
 async def _health(request: Request) -> Response:
     if not _service(request).engine.alive():
-        raise EngineLost
+        raise Unavailable("the server does not work; its log says why")
     return JSONResponse({"status": "ok"})
 
 
 async def _ready(request: Request) -> Response:
-    """Whether every request can be answered. Those that need no worker are, even while one is loaded again."""
-    _check_ready(request)
-    service = _service(request)
-    for worker in (service.linearizer, service.comparer):
-        if worker is not None:
-            worker.check()
+    """Whether every request can be answered. Those that need no worker are, even while one is loaded again. Why not is
+    for the log, since nobody has to show a key here."""
+    try:
+        _check_ready(request)
+        service = _service(request)
+        for worker in (service.linearizer, service.comparer):
+            if worker is not None:
+                worker.check()
+    except RequestError as error:
+        raise Unavailable("the server is not ready; try again shortly") from error
     return JSONResponse({"status": "ready"})
 
 
@@ -187,36 +198,49 @@ async def _completions(request: Request) -> Response:
 
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
     """The answer of `handler` to the body, which runs as long as the client stays. The request is counted."""
-    observation = Observation(_service(request).metrics, endpoint)
+    key = _key(request)
+    observation = Observation(_service(request).metrics, endpoint, key)
     try:
         _check_ready(request)
+        enter(key)
         body = await _read_json(request)
         result = await _while_connected(request, handler(body, request, observation))
     except Exception as error:
         failure = as_api_error(error)
         observation.end(failure.status)
-        return failure.response()
+        return _with_quota(failure.response(), key)
     if result is None:
         observation.end(CLIENT_LEFT)
         return Response(status_code=CLIENT_LEFT)
     if isinstance(result, dict):
         observation.end(200)
-        return JSONResponse(result)
-    return StreamingResponse(_observed(result, observation), media_type="text/event-stream", headers=UNBUFFERED)
+        return _with_quota(JSONResponse(result), key)
+    events = _observed(result, observation)
+    return _with_quota(StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED), key)
+
+
+def _with_quota(response: Response, key: Key | None) -> Response:
+    """The response, which says what is left of the minute of its key."""
+    response.headers.update({} if key is None else key.quota.headers())
+    return response
 
 
 async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
-    """The same events; the request is counted at their end, and an error is the last of them."""
-    status = CLIENT_LEFT
+    """The same events; the request is counted at their end, and an error is the last of them. vLLM says nothing of the
+    tokens of a stream that its client has left: each event that was sent counts as one."""
+    status, sent = CLIENT_LEFT, 0
     try:
         async for line in events:
             yield line
+            sent += 1
         status = 200
     except Exception as error:  # too late for a status: the stream says it
         failure = as_api_error(error)
         status = failure.status
         yield f"data: {json.dumps(failure.body())}\n\n"
     finally:
+        if not observation.tokens:
+            observation.count_tokens(0, sent)
         observation.end(status)
 
 

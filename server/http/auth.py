@@ -1,50 +1,63 @@
-"""The API key: default-deny, compared in constant time."""
+"""The API keys: default-deny, compared in constant time."""
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
 
 from posterior.errors import PosteriorError
+from server.access.keys import NOBODY, Key, Keys
 from server.http.errors import ApiError
+from server.metrics import Metrics
 
 
-def secret(given: str | None) -> str | None:
-    """The key without the blanks around it; None where nothing is left, since an empty key is no key.
+def require_key(
+    keys: Keys | None, metrics: Metrics, *, public: frozenset[str], admin: frozenset[str]
+) -> Callable[[Request], Awaitable[None]]:
+    """A FastAPI dependency: only `Authorization: Bearer KEY` passes (anything if there are no keys), and leaves the key
+    in `request.state.key`, None where none is needed.
 
-    Raises PosteriorError for a key that clients cannot send in a header.
+    Args:
+        public: path templates of routes that need no key.
+        admin: path templates of routes that need the key of an admin.
     """
-    key = (given or "").strip()
-    if not key.isprintable():  # nor is what was no UTF-8
-        raise PosteriorError("the API key holds a character that no header can carry; use letters, digits and '-'")
-    return key or None
-
-
-def require_key(key: str | None, public: frozenset[str] = frozenset()) -> Callable[[Request], Awaitable[None]]:
-    """A FastAPI dependency: only `Authorization: Bearer <key>` passes (anything if `key` is None).
-
-    Routes whose path template is in `public` need no key. Raises PosteriorError for an empty key.
-    """
-    if key is not None and secret(key) != key:
-        raise PosteriorError("the API key is empty or has blanks around it; give a key, or None for no key")
 
     async def check(request: Request) -> None:
-        if key is None or request.scope["route"].path in public:
+        path = request.scope["route"].path
+        request.state.key = None
+        if not keys or path in public:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Starlette reads header bytes as Latin-1; the way back gives the client's bytes
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip(" \t").encode("latin-1"), key.encode()):
+        key = keys.find(given.strip(" \t").encode("latin-1"))
+        if key is None or scheme.lower() != "bearer":
+            metrics.key_requests.labels(NOBODY, "401").inc()
             raise ApiError(401, "missing or wrong API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+        if path in admin and not key.admin:
+            metrics.key_requests.labels(key.name, "403").inc()
+            raise ApiError(403, "this needs the key of an admin; ask whoever runs the server", code="admin_required")
+        request.state.key = key
 
     return check
 
 
-def check_exposure(host: str, key: str | None) -> None:
+def enter(key: Key | None) -> None:
+    """Count a request for an answer. Raises ApiError 429 for a key that has used up its minute."""
+    wait = None if key is None else key.quota.enter()
+    if wait is not None:
+        raise ApiError(
+            429,
+            f"this key may use {wait.limit} {wait.what} a minute; try again in {wait.seconds} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(wait.seconds)},
+        )
+
+
+def check_exposure(host: str, keys: Keys) -> None:
     """Raises PosteriorError if `host` is reachable from other machines and no key protects it."""
-    if secret(key) is not None or host == "localhost":
+    if keys or host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -52,5 +65,6 @@ def check_exposure(host: str, key: str | None) -> None:
         loopback = False
     if not loopback:
         raise PosteriorError(
-            f"refusing to listen on {host} without a key: set --api-key (or POSTERIOR_API_KEY), or use --host 127.0.0.1"
+            f"refusing to listen on {host} without a key: set --api-key (or POSTERIOR_API_KEY) or --keys, or use "
+            "--host 127.0.0.1"
         )

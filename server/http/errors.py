@@ -49,6 +49,8 @@ class ApiError(Exception):
         """OpenAI's kind of error."""
         if self.status in (401, 403):
             return "authentication_error"
+        if self.status == 429:
+            return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:

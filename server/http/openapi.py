@@ -33,8 +33,10 @@ HEADERS = {
 MEANINGS = {
     400: "The request is not valid",
     401: "The key is missing or wrong",
+    403: "The key is not that of an admin",
     404: "No such model",
     413: "The body is too large",
+    429: "The key has used up what it may use a minute",
     503: "Not ready, busy or stopping; try again later",
 }
 
@@ -43,9 +45,9 @@ def replies(reply: type[BaseModel] | None, *statuses: int) -> dict[int | str, di
     """The `responses` of a route: what it answers (None: no JSON), and the statuses with which it may fail."""
     described: dict[int | str, dict[str, Any]] = {} if reply is None else {200: {"model": reply}}
     described |= {status: {"model": Error, "description": MEANINGS[status]} for status in statuses}
-    if 503 in described:
+    for status in described.keys() & {429, 503}:
         schema = {"type": "integer", "example": RETRY_SECONDS}
-        described[503]["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": schema}}
+        described[status]["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": schema}}
     return described
 
 

@@ -49,7 +49,7 @@ async def _choices(
     observation.predictive = question.predictive
     answers = await service.answer(question)
     usage = Usage(sum(map(len, question.prompts)), 0)
-    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     records = [answer_record(service.judge(question, answer)) for answer in answers]
     particles = max(answer.predictive.particles for answer in answers)
     return _reply(served, question.predictive, particles, records, usage)
@@ -66,7 +66,7 @@ async def _texts(
     observation.predictive = asked.predictive
     scored = await given.score(service, asked)
     usage = Usage(asked.tokens, 0)
-    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     records = [{"text": text, **text_record(each)} for text, each in zip(texts, scored, strict=True)]
     return _reply(served, asked.predictive, len(asked.trace.adapters), records, usage)
 

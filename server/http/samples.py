@@ -20,6 +20,7 @@ from server.http.fields import NEUTRAL, READING, SENDING, STREAMING, not_honoure
 from server.http.records import Reply, attach, event, right_record, semantic_record
 from server.http.schemas import ChatRequest, CompletionRequest
 from server.http.streams import annotated, as_events
+from server.metrics import Observation
 from server.services.messages import question
 from server.services.options import TextUncertainty
 from server.services.semantics import Samples, Semantic, samples, semantic
@@ -61,14 +62,15 @@ def kind(request: ChatRequest | CompletionRequest, options: TextUncertainty) -> 
 
 @dataclass
 class Asked:
-    """A request with samples on its way: the trace of these, its body for vLLM, its headers, and the calls that have
-    been made for it."""
+    """A request with samples on its way: the trace of these, its body for vLLM, its headers, what counts it, and
+    the calls that have been made for it."""
 
     writer: Writer
     trace: Trace
     kind: Kind
     body: dict[str, Any]
     headers: Mapping[str, str]
+    observation: Observation
     calls: list[Call] = field(default_factory=list)
 
     @property
@@ -115,7 +117,7 @@ class Asked:
         usages = [usage for call in self.calls if (usage := self.writer.service.engine.usage(call)) is not None]
         if usages:
             written = sum(usage.completion_tokens for usage in usages)
-            self.writer.service.metrics.count_tokens(self.writer.served.owner, usages[0].prompt_tokens, written)
+            self.observation.count_tokens(usages[0].prompt_tokens, written)
 
 
 async def reply(asked: Asked, request: ChatRequest | CompletionRequest) -> Reply:

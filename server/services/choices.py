@@ -54,7 +54,7 @@ async def choose(
         for _ in range(draw.n)
     ]
     usage = Usage(sum(map(len, prompts)), sum(len(question.candidates[choice.best]) for choice in choices))
-    service.metrics.count_tokens(observation.posterior, usage.prompt_tokens, usage.completion_tokens)
+    observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     return choices, usage
 
 

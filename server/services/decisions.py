@@ -73,7 +73,7 @@ async def decide(
     judged = [service.judge(each[0], answer) for each, answer in zip(asked, found, strict=True)]
     read = sum(len(prompt) for each in asked for one in each for prompt in one.prompts)
     usage = Usage(read, 0, sum(answer.cached for answer in found))
-    service.metrics.count_tokens(served.owner, usage.prompt_tokens, usage.completion_tokens)
+    observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     return judged, usage
 
 

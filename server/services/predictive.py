@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -63,6 +64,12 @@ class Service:
             return bool(cast(Any, self.tokenizer).get_chat_template())
         except ValueError:
             return False
+
+    def only(self, names: Container[str]) -> Service:
+        """The same, for somebody to whom no other models are served."""
+        narrow = copy.copy(self)
+        narrow.registry = self.registry.only(names)
+        return narrow
 
     def find(self, name: object) -> Served:
         """The model of that name or id. Raises NotFound."""

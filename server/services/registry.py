@@ -108,6 +108,15 @@ class Registry:
         """The largest rank of all adapters."""
         return max(servable.rank(lora.read_config(posterior.map_dir)) for posterior in self.posteriors)
 
+    def only(self, names: Container[str]) -> Registry:
+        """The models of these names, where a posterior's name stands for its MAP too."""
+        kept = {
+            name: entry
+            for name, entry in self.served.items()
+            if name in names or (entry.posterior is not None and entry.posterior.name in names)
+        }
+        return Registry(self.base, kept)
+
     def describe(self, metrics: Metrics) -> None:
         """Set the gauges that say what is served."""
         metrics.refused.set(len(self.refused))

@@ -23,6 +23,7 @@ from posterior_client import (
     uncertainty_of,
 )
 
+from server.access.keys import Keys
 from server.http.app import create_app
 from server.metrics import Metrics
 from server.services.predictive import Service
@@ -37,7 +38,7 @@ ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
 @pytest.fixture(scope="module")
 def app() -> Any:
     parts: Any = (fakes.Engine(max_model_len=4096), fakes.Linearizer(), fakes.Tokenizer())
-    app = create_app(Service(fakes.registry(), *parts, Metrics()), "right")
+    app = create_app(Service(fakes.registry(), *parts, Metrics()), Keys("right"))
     app.state.ready = True
     return app
 

@@ -1,5 +1,5 @@
 """A real server for tests: vLLM in float32, the real base, two posteriors of random weights, two small random models
-that tell meanings apart, HTTP with a key.
+that tell meanings apart, HTTP with a key, and a file of more keys.
 
 `python -m tests.server.running` prints its URL and runs until standard input ends: for tests of another environment.
 """
@@ -7,6 +7,7 @@ that tell meanings apart, HTTP with a key.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -110,7 +111,9 @@ def started(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpro
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
     command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
+    write_keys(root, guest='models = ["mood"]')
     environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
+    environment["POSTERIOR_KEYS"] = str(root / "keys.toml")
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -119,6 +122,16 @@ def started(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpro
     finally:
         process.kill()
         process.wait()
+
+
+def write_keys(root: Path, **rights: str) -> None:
+    """The file of keys that a server of `root` reads; each key is its name."""
+    tables = [
+        f'[keys.{name}]\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n{each}\n'
+        for name, each in rights.items()
+    ]
+    (root / "keys.toml").write_text("".join(tables))
+    (root / "keys.toml").chmod(0o600)
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -56,7 +56,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_serve_refuses_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POSTERIOR_API_KEY", raising=False)
+    for name in ("POSTERIOR_API_KEY", "POSTERIOR_KEYS"):
+        monkeypatch.delenv(name, raising=False)
     assert "without a key" in refused(capsys, "--host", "0.0.0.0")
     assert "at least 2" in refused(capsys, "--particles", "1")
     with socket.socket() as taken:
@@ -199,6 +200,7 @@ EMPTY = [
     ("fit", "x", "--out=x", "--prior-precision="), ("fit", "x", "--out=x", "--heldout="), ("fit", "x", "--out", ""),
     ("fit", "x", "--out=x", "--answers", "a", ""), ("import", "x", "", "--out=x", "--template=y"),
     ("serve", "--posteriors="), ("serve", "--host="), ("serve", "--base="), ("ask", "x", "--model="),
+    ("serve", "--keys="), ("key", ""),
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ async def main(port, delay):
     engine = Engine(delay=delay) if DIES else fakes.Engine(delay=delay)
     signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "living", False))
     service = Service(fakes.registry(), engine, None, fakes.Tokenizer(), Metrics())
-    args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None)
+    args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None, keys=None)
     with Lobby("127.0.0.1", port) as lobby:
         ready = lambda: _say_ready(service.registry, port, args, 0.0)
         await listen(create_app(service, None), lobby.leave(), service, ready)

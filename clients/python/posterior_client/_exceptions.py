@@ -7,6 +7,7 @@ PosteriorClientError
 └── StatusError                 the server refused; the message is the server's own, unchanged
     ├── AuthenticationError     401: missing or wrong API key
     ├── ModelNotFoundError      404: no such model or posterior
+    ├── RateLimitError          429: the key has used up what it may use a minute, also after the SDK's retries
     ├── InvalidRequestError     any other 4xx: the request is wrong
     └── ServerError             5xx: the server failed, or is not ready yet
 """
@@ -52,6 +53,10 @@ class ModelNotFoundError(StatusError):
     """404: no such model or posterior."""
 
 
+class RateLimitError(StatusError):
+    """429: the key has used up what it may use a minute, also after the SDK's retries."""
+
+
 class InvalidRequestError(StatusError):
     """Any other 4xx: the request is wrong."""
 
@@ -91,7 +96,7 @@ def proxied() -> Iterator[None]:
 
 
 def _status_error(error: openai.APIStatusError) -> StatusError:
-    known = {401: AuthenticationError, 404: ModelNotFoundError}
+    known = {401: AuthenticationError, 404: ModelNotFoundError, 429: RateLimitError}
     kind = known.get(error.status_code, InvalidRequestError if error.status_code < 500 else ServerError)
     # The SDK prefixes "Error code: 400 - " to its message; the server's sentence is in the body.
     message = error.body.get("message") if isinstance(error.body, dict) else None

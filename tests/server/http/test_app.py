@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from posterior.errors import PosteriorError
+from server.access.keys import Keys
 from server.errors import Unavailable
 from server.http.app import create_app
 from server.http.auth import check_exposure
@@ -18,7 +19,7 @@ from tests.server import fakes
 from tests.server.conftest import error_of
 
 PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
-OPEN = {"/health", "/docs", "/docs/{name}"}
+OPEN = {"/health", "/ready", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
@@ -44,8 +45,8 @@ def test_models_name_their_base(client: TestClient) -> None:
     assert error_of(client.get("/v1/models/nobody"), 404)["code"] == "model_not_found"
 
 
-def test_without_the_key_only_health_answers(service: Service) -> None:
-    app = create_app(service, "s3cret-ключ")
+def test_without_the_key_only_what_holds_no_data_answers(service: Service) -> None:
+    app = create_app(service, Keys("s3cret-ключ"))
     app.state.ready = True
     with TestClient(app) as client:
         for method, path in ROUTES:
@@ -62,13 +63,13 @@ def test_without_the_key_only_health_answers(service: Service) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_no_key_no_exposure(host: str) -> None:
     with pytest.raises(PosteriorError, match="without a key"):
-        check_exposure(host, None)
-    check_exposure(host, "key")
+        check_exposure(host, Keys())
+    check_exposure(host, Keys("key"))
 
 
 def test_loopback_needs_no_key() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
-        check_exposure(host, None)
+        check_exposure(host, Keys())
 
 
 def test_not_ready_until_warm_and_not_healthy_without_an_engine(
@@ -83,7 +84,8 @@ def test_not_ready_until_warm_and_not_healthy_without_an_engine(
         assert client.get("/ready").status_code == 200
         linearizer.problem = Unavailable("the linearised predictive is starting again")
         response = client.get("/ready")
-        assert "starting again" in error_of(response, 503)["message"] and "retry-after" in response.headers
+        assert error_of(response, 503)["message"] == "the server is not ready; try again shortly"
+        assert "retry-after" in response.headers
         assert client.get("/health").status_code == 200
         assert client.post("/v1/predictive", json=PREDICT).status_code == 200, "the mixture is answered all the same"
         linearizer.problem = None

@@ -10,8 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from posterior.errors import PosteriorError
+from server.access.keys import Keys, secret
 from server.http.app import create_app
-from server.http.auth import check_exposure, secret
+from server.http.auth import check_exposure
 from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
@@ -32,21 +33,21 @@ def chat(client: TestClient, **body: Any) -> Any:
 def test_an_empty_key_protects_no_address(key: str | None) -> None:
     assert secret(key) is None
     with pytest.raises(PosteriorError, match="without a key"):
-        check_exposure("0.0.0.0", key)
+        check_exposure("0.0.0.0", Keys(secret(key)))
 
 
 @pytest.mark.parametrize("key", ["", " ", "key "])
-def test_an_application_takes_no_empty_key(service: Service, key: str) -> None:
+def test_no_server_takes_an_empty_key(key: str) -> None:
     with pytest.raises(PosteriorError, match="empty"):
-        create_app(service, key)
+        Keys(key)
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Bearer  ", "bearer\t"])
 def test_an_empty_token_opens_nothing(service: Service, header: str) -> None:
-    app = create_app(service, "s3cret")
+    app = create_app(service, Keys("s3cret"))
     app.state.ready = True
     with TestClient(app) as client:
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/ready"):
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/version"):
             assert client.get(path, headers={"Authorization": header}).status_code == 401
 
 
@@ -57,7 +58,7 @@ def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
 
 
 def test_nobody_is_sent_elsewhere_before_the_key(service: Service) -> None:
-    with TestClient(create_app(service, "s3cret")) as client:
+    with TestClient(create_app(service, Keys("s3cret"))) as client:
         for path in ("/v1/predictive/", "/metrics/", "/health/", "/docs//"):
             response = client.post(path, headers={"Host": "evil.example"}, follow_redirects=False)
             assert response.status_code in (404, 405) and "location" not in response.headers
@@ -242,20 +243,20 @@ def test_a_slash_at_the_end_changes_nothing(client: TestClient) -> None:
 
 
 def test_every_route_is_described_and_only_with_the_key(service: Service) -> None:
-    with TestClient(create_app(service, "s3cret")) as client:
+    with TestClient(create_app(service, Keys("s3cret"))) as client:
         assert error_of(client.get("/openapi.json"), 401)
         document = client.get("/openapi.json", headers={"Authorization": "Bearer s3cret"}).json()
         routes = {route.path.replace(":path", "") for route in client.app.routes}  # type: ignore[attr-defined]
         assert set(document["paths"]) == routes
         public = [p for p, item in document["paths"].items() if all(o.get("security") == [] for o in item.values())]
-        assert set(public) == {"/health", "/docs", "/docs/{name}"} and document["security"] == [{"key": []}]
+        assert set(public) == {"/health", "/ready", "/docs", "/docs/{name}"} and document["security"] == [{"key": []}]
         assert {"PredictiveRequest", "ChatRequest", "CompletionRequest", "PredictiveReply", "Error"} <= set(
             document["components"]["schemas"]
         )
 
 
 def test_the_page_brings_all_it_needs_and_no_other_file(service: Service) -> None:
-    with TestClient(create_app(service, "s3cret")) as client:
+    with TestClient(create_app(service, Keys("s3cret"))) as client:
         page = client.get("/docs")
         assert page.status_code == 200 and "script-src 'self'" in page.headers["content-security-policy"]
         for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js", "start.css"):

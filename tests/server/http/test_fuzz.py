@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 
+from server.access.keys import Keys
 from server.http.app import create_app
 from server.services.predictive import Service
 from tests.server import fuzzing
@@ -22,7 +23,7 @@ CASES = int(os.environ.get("CASES", "100"))
 
 @contextmanager
 def served(service: Service, key: str | None) -> Iterator[str]:
-    app = create_app(service, key)
+    app = create_app(service, Keys(key))
     app.state.ready = True
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
     thread = threading.Thread(target=server.run)

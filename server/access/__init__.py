@@ -1,0 +1,1 @@
+"""Who may ask, for which models, and how much a minute."""
