@@ -33,6 +33,7 @@ class Metrics:
         self._of_answers(own)
         self._of_texts(own)
         self._of_the_linearized_predictive(own)
+        self._of_outcomes(own)
 
     def _of_requests(self, own: CollectorRegistry) -> None:
         request = ("posterior", "endpoint", "predictive")
@@ -123,6 +124,15 @@ class Metrics:
             "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
         )
 
+    def _of_outcomes(self, own: CollectorRegistry) -> None:
+        self.outcomes = Counter(
+            "posterior_outcomes", "Outcomes that were reported, by what became of them.", ("posterior", "status"),
+            registry=own,
+        )  # fmt: skip
+        self.answers_dropped = Counter(
+            "posterior_answers_dropped", "Answers that could not be kept: no outcome can name them.", registry=own
+        )
+
     def count_answer(self, posterior: str, predictive: str, result: Predictive, confidence: float) -> None:
         """Count one answer with a distribution."""
         self.answers.labels(posterior, predictive).inc()
@@ -157,9 +167,11 @@ class Metrics:
 class Observation:
     """One request on its way: its labels are filled in as they become known; `end` counts it once."""
 
-    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+    def __init__(self, metrics: Metrics, endpoint: str, owner: str) -> None:
+        """owner: digest of the key that asks, which is no label."""
         self._metrics = metrics
         self._endpoint = endpoint
+        self.owner = owner
         self._start = time.monotonic()
         self._ended = False
         self.posterior = "none"  # never a name a client made up

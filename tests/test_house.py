@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SERVER: Sequence[Sequence[str]] = (
     ("errors",),
     ("validation", "console", "metrics"),
-    ("engine", "workers"),
+    ("engine", "workers", "store"),
     ("services",),
     ("http",),
     ("main",),
@@ -48,6 +48,8 @@ ONLY = {
     "fastapi": {"server.http"},
     "starlette": {"server.http"},
     "uvicorn": {"server.http"},
+    "sqlalchemy": {"server.store"},
+    "alembic": {"server.store"},
 }
 
 

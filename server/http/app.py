@@ -18,7 +18,7 @@ import posterior
 from posterior.data.reading import unique
 from posterior.errors import first_line
 from server.errors import EngineLost, Refused, Unavailable
-from server.http import answers, decisions, errors, openapi, predictive, systemone
+from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
 from server.http.auth import require_key
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
@@ -28,6 +28,8 @@ from server.http.replies import (
     DecisionReply,
     ModelCard,
     ModelList,
+    OutcomesDeleted,
+    OutcomesReply,
     PredictiveReply,
     Status,
     SystemOneReply,
@@ -38,6 +40,8 @@ from server.http.schemas import (
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
+    Outcome,
+    OutcomesRequest,
     PredictiveRequest,
     SystemOneRequest,
     TextRequest,
@@ -68,6 +72,7 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         dependencies=[Depends(require_key(key, PUBLIC))],
     )
     app.state.service = service
+    app.state.keyed = key is not None
     app.state.ready = False
     errors.register(app)
     for path, handler, summary, reply, statuses in (
@@ -89,6 +94,12 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         if issubclass(body, TextRequest):
             responses[200]["content"] = STREAM
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
+    responses = openapi.replies(OutcomesReply, 400, 401, 404, 409, 413, 503)
+    summary, extra = "What turned out to be true of answers", openapi.body(OutcomesRequest, Outcome)
+    app.post("/v1/outcomes", summary=summary, openapi_extra=extra, responses=responses)(_outcomes)
+    responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
+    summary = "Delete the answers of a reply, and their outcomes"
+    app.delete("/v1/outcomes/{id:path}", summary=summary, responses=responses)(_delete_outcomes)
     metrics = openapi.replies(None, 401)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
@@ -177,6 +188,16 @@ async def _systemone(request: Request) -> Response:
     )
 
 
+async def _outcomes(request: Request) -> Response:
+    return await _respond(
+        request, "outcomes", lambda body, _, observation: outcomes.reply(_service(request), body, observation.owner)
+    )
+
+
+async def _delete_outcomes(request: Request, id: str) -> Response:
+    return JSONResponse(await outcomes.delete(_service(request), id, outcomes.owner(request)))
+
+
 async def _chat(request: Request) -> Response:
     return await _respond(request, "chat", partial(answers.reply, _service(request), "chat"))
 
@@ -187,7 +208,7 @@ async def _completions(request: Request) -> Response:
 
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
     """The answer of `handler` to the body, which runs as long as the client stays. The request is counted."""
-    observation = Observation(_service(request).metrics, endpoint)
+    observation = Observation(_service(request).metrics, endpoint, outcomes.owner(request))
     try:
         _check_ready(request)
         body = await _read_json(request)

@@ -120,6 +120,7 @@ async def _most_probable(asked: Asked) -> dict[str, Any]:
         choice = {**choices[number], "index": prompt}
         attach(choice, writer.whole(number))
         chosen.append(_meaning(choice, found))
+        writer.keep(drawn["id"], choice, number, found.found, 0)
     return drawn | {"model": writer.served.id, "choices": chosen}
 
 
@@ -135,7 +136,8 @@ async def _greedy(asked: Asked) -> dict[str, Any]:
     each = asked.each(drawn.result())
     for choice in whole["choices"]:
         attach(choice, asked.writer.whole(choice["index"]))
-        _meaning(choice, semantic(asked.writer, each[choice["index"]], _said(choice)))
+        found = semantic(asked.writer, each[choice["index"]], _said(choice))
+        asked.writer.keep(whole["id"], _meaning(choice, found), None, found.found, found.own)
     _add_usage(whole["usage"], drawn.result())
     return whole | {"model": asked.writer.served.id}
 
@@ -161,7 +163,8 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
                 texts[index] = texts.get(index, "") + _said(choice)
                 if choice.get("finish_reason") is not None:
                     each = each or asked.each(await drawing)
-                    _meaning(choice, semantic(asked.writer, each[index], texts[index]))
+                    found = semantic(asked.writer, each[index], texts[index])
+                    asked.writer.keep(chunk["id"], _meaning(choice, found), None, found.found, found.own)
             if chunk.get("usage") and not chunk["choices"]:
                 _add_usage(chunk["usage"], await drawing)
             yield event(chunk)

@@ -25,7 +25,10 @@ async def annotated(events: AsyncIterator[str], writer: Writer, count: Callable[
             elif writer.annotates and line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 for choice in chunk["choices"]:
-                    attach(choice, writer.part(choice["index"], last=choice.get("finish_reason") is not None))
+                    last = choice.get("finish_reason") is not None
+                    attach(choice, writer.part(choice["index"], last=last))
+                    if last and writer.options.samples is None:  # whoever has the samples keeps it with them
+                        writer.keep(chunk["id"], choice)
                 yield event(chunk | {"model": writer.served.id})
             else:
                 yield line

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from posterior.predictive.decoding import Mixing, TextPredictive, text_predictive
+from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
 from server.errors import Refused
+from server.services.keeping import Keeper
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -49,6 +53,7 @@ class Writer:
 
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
     None for the MAP and the base without samples. drawn: of the samples; the same one if a sample is returned.
+    keeper: of finished texts.
     """
 
     service: Service
@@ -57,6 +62,7 @@ class Writer:
     predictive: PredictiveName
     trace: Trace | None
     drawn: Trace | None = None
+    keeper: Keeper | None = None
     counted_resumes: int = 0
 
     @property
@@ -91,6 +97,30 @@ class Writer:
             return None if tokens is None else self._written(tokens=tokens)
         whole = self.whole(choice)
         return whole and replace(whole, tokens=tokens)
+
+    def keep(
+        self,
+        id: str,
+        choice: Mapping[str, Any],
+        number: int | None = None,
+        meanings: Meanings | None = None,
+        own: int | None = None,
+    ) -> None:
+        """Keeps a finished element of `choices`, if there is anything known of it, so that an outcome can name it.
+
+        Args:
+            id: of the reply.
+            number: of the text in the trace, where it is not the choice's index.
+            meanings, own: of its samples, and its own meaning.
+        """
+        record = choice.get("uncertainty")
+        if self.keeper is None or record is None or self.service.store is None:
+            return
+        written = None
+        if self.trace is not None:
+            text = self.trace.text(choice["index"] if number is None else number)
+            written = predictive_of(self.trace, text.rows[: text.delivered])
+        self.keeper.text(id, choice["index"], self.served, record, written, meanings, own)
 
     def new_resumes(self) -> int:
         """How often siblings began again since this was last asked."""

@@ -31,6 +31,8 @@ METRICS = {
     "posterior_generated_tokens_total",
     "posterior_answers_total",
     "posterior_gang_resumes_total",
+    "posterior_outcomes_total",
+    "posterior_answers_dropped_total",
     "posterior_ready",
     "posterior_info",
     "vllm:num_requests_running",

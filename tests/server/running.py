@@ -101,7 +101,8 @@ def started(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpro
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
     command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
-    environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
+    own = {"CACHE": str(root / "cache"), "API_KEY": KEY, "OUTCOMES": f"sqlite:///{root}/outcomes.db"}
+    environment = {**os.environ, **{f"POSTERIOR_{name}": value for name, value in own.items()}}
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -17,6 +17,7 @@ from posterior_client._decisions import (
     UncertaintyOptions,
 )
 from posterior_client._exceptions import (
+    AnswerNotFoundError,
     AuthenticationError,
     InputError,
     InvalidRequestError,
@@ -27,6 +28,7 @@ from posterior_client._exceptions import (
     StatusError,
     UnreachableError,
 )
+from posterior_client._outcomes import AsyncOutcomes, Outcome, OutcomeResult, Outcomes, OutcomesResponse
 from posterior_client._types import (
     Answer,
     Entropy,
@@ -51,6 +53,8 @@ from posterior_client._uncertainty import uncertainty_of
 
 __all__ = [
     "Answer",
+    "AnswerNotFoundError",
+    "AsyncOutcomes",
     "AsyncPosteriorClient",
     "AuthenticationError",
     "ChoiceAnswer",
@@ -69,6 +73,10 @@ __all__ = [
     "Option",
     "Orders",
     "OtherMeanings",
+    "Outcome",
+    "OutcomeResult",
+    "Outcomes",
+    "OutcomesResponse",
     "Particles",
     "PosteriorClient",
     "PosteriorClientError",
