@@ -52,9 +52,7 @@ def read_url(given: str) -> URL:
 def connect(url: URL) -> Engine:
     """An engine for the database, whose schema is the newest. Raises PosteriorError."""
     try:
-        engine = _sqlite(Path(url.database or "")) if url.drivername == SQLITE else _postgresql(url)
-        with engine.begin() as connection:
-            _upgrade(connection)
+        return _upgraded(_sqlite(Path(url.database or "")) if url.drivername == SQLITE else _postgresql(url))
     except CommandError as error:
         raise PosteriorError(
             f"the database {_named(url)} was written by a later version of this server ({first_line(error)}); use "
@@ -62,18 +60,23 @@ def connect(url: URL) -> Engine:
         ) from error
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise PosteriorError(f"the database {_named(url)} cannot be opened: {reason(error)}") from error
-    return engine
 
 
-def _upgrade(connection: Connection) -> None:
-    """Applies the migrations that are still to come, all or none. Another server that starts waits."""
-    if connection.dialect.name == POSTGRESQL:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+def _upgraded(engine: Engine) -> Engine:
+    """The engine, after the migrations that were still to come: all or none. Another server that starts waits."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        with engine.begin() as connection:
+            if connection.dialect.name == POSTGRESQL:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except Exception:
+        engine.dispose()
+        raise
+    return engine
 
 
 def _sqlite(file: Path) -> Engine:

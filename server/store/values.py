@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,7 +66,8 @@ class Reply:
     @property
     def size(self) -> int:
         """About how many values it holds."""
-        return sum(32 + 2 * len(answer.options or ()) for answer in self.answers.values())
+        body = 0 if self.request is None else len(json.dumps(self.request)) // 8
+        return body + sum(32 + 2 * len(answer.options or ()) for answer in self.answers.values())
 
 
 @dataclass(frozen=True)
