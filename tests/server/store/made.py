@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from server.store.values import Answer, Reply
-from tests.server.running import free_port
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian has them
 OWNER, OTHER = "a" * 64, "b" * 64
@@ -39,6 +38,8 @@ class Cluster:
     """A PostgreSQL server in a folder."""
 
     def __init__(self, folder: Path) -> None:
+        from tests.server.running import free_port  # seconds, which not every program has
+
         self.folder, self.port = folder, free_port()
         self.url = f"postgresql://outcomes:secret@127.0.0.1:{self.port}"
         self.databases = 0
@@ -49,11 +50,11 @@ class Cluster:
         self._run("initdb", "-U", "outcomes", "--pwfile", str(password), "-A", "scram-sha-256", "--no-sync")
 
     def start(self) -> None:
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
         self._run("pg_ctl", "-w", "-l", str(self.folder / "log"), "-o", options, "start")
 
     def stop(self) -> None:
-        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+        self._run("pg_ctl", "-w", "-m", "fast", "stop")
 
     def database(self) -> str:
         """The URL of a new one."""

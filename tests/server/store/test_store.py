@@ -171,21 +171,19 @@ def test_what_is_too_much_is_dropped_and_counted(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stores, "MAX_WAITING", 80)
-    store._changed.acquire()  # the thread does not get to write
-    for number in range(4):
-        store.keep(reply(f"r{number}"))
-    store._changed.release()
+    with store._changed:  # the thread does not get to write
+        for number in range(4):
+            store.keep(reply(f"r{number}"))
     results = report(store, *(Report(f"r{number}", correct=True) for number in range(4)))
     assert statuses(results) == ["stored", "stored", "unknown", "unknown"]
     assert dropped(store) == 2 and [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_one_that_is_refused_does_not_fail_the_others(store: Store) -> None:
-    store._changed.acquire()
-    store.keep(reply("good"))
-    store.keep(reply("bad", answer(kind=cast(Any, None))))
-    store.keep(reply("also good"))
-    store._changed.release()
+    with store._changed:  # the thread writes all three together
+        store.keep(reply("good"))
+        store.keep(reply("bad", replace(answer(), kind=cast(Any, None))))
+        store.keep(reply("also good"))
     results = report(store, *(Report(id, correct=True) for id in ("good", "bad", "also good")))
     assert statuses(results) == ["stored", "unknown", "stored"] and dropped(store) == 1
 
