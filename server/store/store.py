@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
@@ -24,9 +24,8 @@ from server.store import database, work
 from server.store.values import Reply, Report, Result
 
 logger = logging.getLogger("posterior.server")
-T = TypeVar("T")
 
-MAX_WAITING = 2**20  # values of all replies that wait to be written: some tens of MB
+MAX_WAITING = 2**20  # values of all that waits to be written: some tens of MB
 TOGETHER = 64  # jobs of one transaction
 DAY = 86400.0  # seconds
 EXPIRE_SECONDS = 3600.0  # between looks for answers whose time is over
@@ -83,14 +82,16 @@ class Store:
 
         Raises Unavailable. A report may be stored all the same then, and can be sent again.
         """
-        results = await self._do(partial(work.report, owner=owner, reports=reports))
+        job = _Job(partial(work.report, owner=owner, reports=reports), size=8 * len(reports))
+        results: list[Result] = await self._done(job)
         for each in results:
             self._metrics.outcomes.labels(each.posterior or "none", each.status).inc()
         return results
 
     async def forget(self, owner: str, id: str) -> bool:
         """Deletes a reply with its answers and their outcomes; whether there was one. Raises Unavailable."""
-        return await self._do(partial(work.forget, owner=owner, id=id))
+        found: bool = await self._done(_Job(partial(work.forget, owner=owner, id=id)))
+        return found
 
     def close(self) -> None:
         """Writes what waits, as far as that is quick, and closes the database."""
@@ -98,22 +99,23 @@ class Store:
             self._closed = True
             self._changed.notify()
         self._thread.join(CLOSE_SECONDS)
+        if lost := sum(job.answers for job in self._jobs):
+            self._warn(f"{lost} answers could not be kept before the end")
         self._engine.dispose()
 
-    async def _do(self, task: Callable[[Connection], T]) -> T:
-        job = _Job(task)
+    async def _done(self, job: _Job) -> Any:
+        """The job's result, once it is on the disk. Raises Unavailable."""
         if not self._add(job):
-            raise Unavailable("the server is stopping; try again shortly")
+            raise Unavailable("the server is stopping, or its database of outcomes is too slow; try again shortly")
         try:
-            result: T = await asyncio.wait_for(asyncio.wrap_future(job.done), ANSWER_SECONDS)
+            return await asyncio.wait_for(asyncio.wrap_future(job.done), ANSWER_SECONDS)
         except (SQLAlchemyError, OSError) as error:  # a TimeoutError among them
             raise Unavailable("the database of outcomes cannot be reached now; try again shortly") from error
-        return result
 
     def _add(self, job: _Job) -> bool:
         """Puts a job at the end of the queue, if there is room."""
         with self._changed:
-            if self._closed or (job.answers and self._waiting + job.size > MAX_WAITING):
+            if self._closed or self._waiting + job.size > MAX_WAITING:
                 return False
             self._waiting += job.size
             self._jobs.append(job)
@@ -130,11 +132,13 @@ class Store:
                 self._waiting -= sum(job.size for job in jobs)
                 if self._closed and not jobs:
                     return
-            if time.monotonic() >= expire_at:
-                jobs.append(_Job(partial(work.expire, before=time.time() - DAY * self._days)))
-                expire_at = time.monotonic() + EXPIRE_SECONDS
             if jobs := [job for job in jobs if job.done.set_running_or_notify_cancel()]:
                 self._settle(jobs)
+            if time.monotonic() >= expire_at:
+                expire = _Job(partial(work.expire, before=time.time() - DAY * self._days))
+                self._settle([expire])
+                more = expire.done.exception() is None and expire.done.result() == work.EXPIRED_TOGETHER
+                expire_at = time.monotonic() + (0.0 if more else EXPIRE_SECONDS)
 
     def _settle(self, jobs: Sequence[_Job], *, again: bool = True) -> None:
         """Does the jobs in one transaction. One that the database refuses for its values, or because another server

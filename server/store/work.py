@@ -14,6 +14,7 @@ from server.store.tables import ID, answers, outcomes, replies
 from server.store.values import Reply, Report, Result
 
 SHOWN = 10  # options that a message lists
+EXPIRED_TOGETHER = 1000  # replies: others must not wait for long
 
 
 def storable(id: str) -> bool:
@@ -82,9 +83,11 @@ def forget(connection: Connection, owner: str, id: str) -> bool:
 
 
 def expire(connection: Connection, before: float) -> int:
-    """Deletes the replies that are older and of whose answers nobody has said what was true; how many they were."""
+    """Deletes EXPIRED_TOGETHER of the replies that are older and of whose answers nobody has said what was true, or as
+    many as there are; how many they were."""
     named = exists().where(outcomes.c.owner == replies.c.owner, outcomes.c.id == replies.c.id)
-    return connection.execute(delete(replies).where(replies.c.created < before, ~named)).rowcount
+    old = select(replies.c.owner, replies.c.id).where(replies.c.created < before, ~named).limit(EXPIRED_TOGETHER)
+    return connection.execute(delete(replies).where(tuple_(replies.c.owner, replies.c.id).in_(old))).rowcount
 
 
 def _known(connection: Connection, owner: str, reports: Sequence[Report]) -> dict[tuple[str, int], _Known]:

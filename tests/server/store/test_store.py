@@ -12,7 +12,7 @@ from sqlalchemy import Table, func, select
 
 from server.errors import Unavailable
 from server.store import store as stores
-from server.store import tables
+from server.store import tables, work
 from server.store.store import DAY, Store
 from server.store.values import Answer, Report, Result
 from tests.server.store.conftest import Opened
@@ -118,15 +118,19 @@ def test_a_deleted_reply_takes_everything_with_it(store: Store) -> None:
     assert counted(store) == [1, 1, 1]
 
 
-def test_answers_wait_for_so_many_days(opened: Opened) -> None:
+def test_answers_wait_for_so_many_days(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     store, now = opened(), time.time()
-    for id, age in (("old", 3), ("old and known", 3), ("new", 1)):
+    for id, age in (("old", 3), ("older", 4), ("oldest", 5), ("old and known", 3), ("new", 1)):
         store.keep(reply(id, created=now - age * DAY))
     report(store, Report("old and known", correct=True))
+    assert counted(store) == [5, 5, 1]
     store.close()
-    later = opened(days=2)
+    monkeypatch.setattr(work, "EXPIRED_TOGETHER", 2)
+    later, deadline = opened(days=2), time.monotonic() + 10
+    while counted(later) != [2, 2, 1] and time.monotonic() < deadline:
+        time.sleep(0.01)
     results = report(later, Report("old", correct=True), Report("old and known", correct=True), Report("new", 0, " no"))
-    assert statuses(results) == ["unknown", "known", "stored"]
+    assert statuses(results) == ["unknown", "known", "stored"] and counted(later) == [2, 2, 2]
 
 
 def test_every_field_comes_back(opened: Opened) -> None:
@@ -206,3 +210,10 @@ def test_what_waits_is_written_before_the_end(opened: Opened) -> None:
     assert dropped(store) == 1
     with pytest.raises(Unavailable, match="stopping"):
         report(store, Report("r0", correct=True))
+
+
+def test_reports_that_are_too_many_to_wait_may_come_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "MAX_WAITING", 8)
+    with pytest.raises(Unavailable, match="too slow"):
+        report(store, Report("r", correct=True), Report("r", correct=True))
+    assert statuses(report(store, Report("r", correct=True))) == ["unknown"]
