@@ -43,7 +43,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     parts: Any = (fakes.Engine(max_model_len=4096), fakes.Linearizer(), fakes.Tokenizer())
     folder, metrics = tmp_path_factory.mktemp("outcomes"), Metrics()
     store = Store(f"sqlite:///{folder}/outcomes.db", metrics)
-    app = create_app(Service(fakes.registry(), *parts, metrics, store), "right")
+    app = create_app(Service(fakes.registry(), *parts, metrics, store=store), "right")
     app.state.ready = True
     yield app
     store.close()
@@ -201,7 +201,7 @@ def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:
 
 
 def test_outcomes(url: str, client: PosteriorClient) -> None:
-    id = client.predictive(model="gang", inputs=[{"text": "good"}, {"text": "bad"}]).id
+    id = client.predictive(model="mood", inputs=[{"text": "good"}, {"text": "bad"}]).id
     outcomes: list[Outcome] = [{"id": id, "answer": " positive"}, {"id": id, "index": 1, "correct": False}]
     first = client.outcomes.report([*outcomes, {"id": "pred-other", "correct": True}])
     assert [each.status for each in first.data] == ["stored", "stored", "unknown"]

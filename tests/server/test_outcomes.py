@@ -10,17 +10,16 @@ import pytest
 
 from tests.server.running import KEY, Running
 
-CHAT = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4}
-PROMPTS = {"prompt": ["The food was", "The soup was"], "max_tokens": 3, "n": 2}
+CHAT = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 2}
+PROMPTS = {"prompt": ["The food was", "The soup was"], "max_tokens": 2, "n": 2}
 QUESTION = {"type": "choice", "instructions": "How?", "choices": [{"value": "glad"}, {"value": "cross"}]}
 REQUESTS: list[tuple[str, dict[str, Any], int]] = [
     ("predictive", {"inputs": [{"text": "good"}, {"text": "bad"}]}, 2),
     ("decisions", {"input": "It was good.", "questions": [QUESTION]}, 1),
-    ("systemone", {"state": "good", "questions": {"late": {"type": "noul", "instructions": "Late?"}}}, 1),
     ("chat/completions", CHAT, 1),
     ("chat/completions", {**CHAT, "uncertainty": {"answers": [" no", " yes"]}}, 1),
-    ("chat/completions", {**CHAT, "uncertainty": {"samples": 3}}, 1),
-    ("chat/completions", {**CHAT, "uncertainty": {"samples": 3, "return": "greedy"}}, 1),
+    ("chat/completions", {**CHAT, "uncertainty": {"samples": 2}}, 1),
+    ("chat/completions", {**CHAT, "uncertainty": {"samples": 2, "return": "greedy"}}, 1),
     ("completions", PROMPTS, 4),
     ("completions", {**PROMPTS, "uncertainty": {"predictive": "map"}}, 4),
 ]

@@ -178,6 +178,7 @@ def test_what_is_too_much_is_dropped_and_counted(
     with store._changed:  # the thread does not get to write
         for number in range(4):
             store.keep(reply(f"r{number}"))
+    monkeypatch.undo()
     results = report(store, *(Report(f"r{number}", correct=True) for number in range(4)))
     assert statuses(results) == ["stored", "stored", "unknown", "unknown"]
     assert dropped(store) == 2 and [record.levelname for record in caplog.records] == ["WARNING"]
