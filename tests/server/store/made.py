@@ -73,10 +73,15 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def available() -> bool:
+    """Whether there is a PostgreSQL."""
+    return bool(PROGRAMS) and shutil.which("setpriv") is not None
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
     """A running PostgreSQL. The test is skipped where there is none."""
-    if not PROGRAMS or shutil.which("setpriv") is None:
+    if not available():
         pytest.skip("no PostgreSQL here: apt-get install --no-install-recommends postgresql")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own can be entered by this user alone
         running = Cluster(Path(folder))
