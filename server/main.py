@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import posterior
 from posterior.cli.arguments import check_numbers
@@ -34,6 +34,9 @@ from server.services.registry import Registry
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
+if TYPE_CHECKING:
+    from server.store.store import Store
+
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 NUMBERS = {
     "port": Range(0, 65535),
@@ -43,6 +46,7 @@ NUMBERS = {
     "kv_cache_gib": Range(0, 2**20, above=True),
     "gpu_memory_utilization": Range(0, 1, above=True),
     "meaning_threshold": Range(-1, 1),
+    "answers_days": Range(0, 36500, above=True),
 }
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
@@ -85,6 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--meaning-threshold", type=float, metavar="COSINE", default=THRESHOLD, help=text)
     text = "let samples be told apart by entailment: a folder with a sequence classifier for it (default: none)"
     add("--meaning-nli", type=Path, metavar="FOLDER", help=text)
+    text = (
+        "keep answers, so that POST /v1/outcomes can say what turned out to be true of them: in a file "
+        "(sqlite:///FILE), in PostgreSQL (postgresql://USER:PASSWORD@HOST/DATABASE), or without a URL in "
+        "~/.local/state/posterior-server/outcomes.db (default: $POSTERIOR_OUTCOMES, which other users of the machine "
+        "cannot see; else nothing is kept)"
+    )
+    outcomes = os.environ.get("POSTERIOR_OUTCOMES") or None
+    add("--outcomes", metavar="URL", nargs="?", const="", type=str, default=outcomes, help=text)
+    text = "with --outcomes, days that an answer waits for its outcome before it is deleted (default: 30)"
+    add("--answers-days", type=float, metavar="N", default=30.0, help=text)
+    add("--keep-requests", action="store_true", help="with --outcomes, keep the bodies of requests too: the prompts")
     text = "on a terminal, show what vLLM and torch say; else it goes to a log file there, and is shown elsewhere"
     add("--verbose", action="store_true", help=text)
 
@@ -98,6 +113,8 @@ def run(args: argparse.Namespace) -> None:
     args.api_key = secret(args.api_key)
     keys = Keys(args.api_key, args.keys)
     check_exposure(args.host, keys)
+    if args.keep_requests and args.outcomes is None:
+        raise PosteriorError("--keep-requests keeps them beside answers; give --outcomes too, or leave it out")
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
     with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _quiet(args, lobby):
         asyncio.run(_serve(args, keys, lobby))
@@ -129,6 +146,9 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
+        store = _store(args, metrics)
+        if store is not None:
+            stack.callback(store.close)
         laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
@@ -144,7 +164,7 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
         served.check(args.posteriors)
         served.describe(metrics)
-        service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer)
+        service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
         for line in service.unapplied():
             say(line)
         for line in keys.warnings(served.served):
@@ -203,6 +223,17 @@ def comparers(args: argparse.Namespace) -> dict[str, Path]:
         if not folder.is_dir():
             raise PosteriorError(f"--meaning-{name} {folder} is no folder; name the folder of a model")
     return folders
+
+
+def _store(args: argparse.Namespace, metrics: Metrics) -> Store | None:
+    """Where answers and outcomes are kept, if they are. Raises PosteriorError for a database that cannot be opened."""
+    if args.outcomes is None:
+        return None
+    from server.store.store import Store
+
+    store = Store(args.outcomes, metrics, days=args.answers_days, requests=args.keep_requests)
+    say(f"answers and outcomes are kept in {store.name}")
+    return store
 
 
 def checked_device(wanted: str) -> str:

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.mixture import Predictive
-from server.access.keys import Key
+from server.access.keys import Key, owner
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -35,6 +35,7 @@ class Metrics:
         self._of_answers(own)
         self._of_texts(own)
         self._of_the_linearized_predictive(own)
+        self._of_outcomes(own)
 
     def _of_requests(self, own: CollectorRegistry) -> None:
         request = ("posterior", "endpoint", "predictive")
@@ -146,6 +147,15 @@ class Metrics:
             "posterior_linearized_restarts", "Times the linearised predictive's worker was lost.", registry=own
         )
 
+    def _of_outcomes(self, own: CollectorRegistry) -> None:
+        self.outcomes = Counter(
+            "posterior_outcomes", "Outcomes that were reported, by what became of them.", ("posterior", "status"),
+            registry=own,
+        )  # fmt: skip
+        self.answers_dropped = Counter(
+            "posterior_answers_dropped", "Answers that could not be kept: no outcome can name them.", registry=own
+        )
+
     def count_answer(self, posterior: str, predictive: str, result: Predictive, confidence: float) -> None:
         """Count one answer with a distribution."""
         self.answers.labels(posterior, predictive).inc()
@@ -180,6 +190,7 @@ class Observation:
         self._metrics = metrics
         self._endpoint = endpoint
         self._key = key
+        self.owner = owner(key)
         self._start = time.monotonic()
         self._ended = False
         self.posterior = "none"  # never a name a client made up

@@ -18,7 +18,7 @@ SERVER: Sequence[Sequence[str]] = (
     ("errors",),
     ("access",),
     ("validation", "console", "metrics"),
-    ("engine", "workers"),
+    ("engine", "workers", "store"),
     ("services",),
     ("http",),
     ("main",),
@@ -50,6 +50,8 @@ ONLY = {
     "fastapi": {"server.http"},
     "starlette": {"server.http"},
     "uvicorn": {"server.http"},
+    "sqlalchemy": {"server.store"},
+    "alembic": {"server.store"},
 }
 
 

@@ -58,6 +58,12 @@ def secret(given: str | None) -> str | None:
     return key or None
 
 
+def owner(key: Key | None) -> str:
+    """Whose the answers are that a key gets, where they are kept: its hash, which no new name changes, and which is
+    the same on every server. Without keys they are nobody's."""
+    return "nobody" if key is None else key.digest.hex()
+
+
 class Keys:
     """The keys of a server: one of its command line, and those of a file, which can be read again."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -14,6 +15,7 @@ from server.http.schemas import BODIES, ChatRequest, CompletionRequest
 from server.http.streams import annotated
 from server.metrics import Observation
 from server.services import texts
+from server.services.keeping import Keeper
 from server.services.messages import check_messages
 from server.services.options import TextUncertainty
 from server.services.predictive import Service
@@ -32,12 +34,13 @@ async def reply(
     observation.posterior = served.owner
     checked = validated(BODIES[kind], body)
     check_messages(body.get("messages"))
+    keeper = Keeper(service, observation.owner, body)
     body = {name: value for name, value in body.items() if name != "uncertainty"} | {"model": served.name}
     if checked.stream_options is not None and not checked.stream:
         raise Refused("'stream_options' belong to streams; set 'stream' or leave them out", "stream_options")
     if checked.uncertainty is not None and checked.uncertainty.answers is not None:
-        return await choices.reply(service, kind, served, checked, body, observation)
-    return await _write(service, kind, served, checked, body, request, observation)
+        return await choices.reply(service, kind, served, checked, body, observation, keeper)
+    return await _write(service, kind, served, checked, body, request, observation, keeper)
 
 
 async def _write(
@@ -48,9 +51,10 @@ async def _write(
     body: dict[str, Any],
     request: Request,
     observation: Observation,
+    keeper: Keeper,
 ) -> Reply:
     """The answer in text, under the mixture of the posterior's particles, or by the MAP or the base alone."""
-    writer = _writer(service, served, checked)
+    writer = _writer(service, served, checked, keeper)
     observation.predictive = writer.predictive
     if writer.drawn is not None:
         return await samples.reply(
@@ -71,10 +75,11 @@ async def _write(
     for choice in result["choices"]:
         attach(choice, writer.whole(choice["index"]))
         await structured.attach_fields(choice, writer)
+        writer.keep(result["id"], choice)
     return result | {"model": served.id}
 
 
-def _writer(service: Service, served: Served, checked: ChatRequest | CompletionRequest) -> texts.Writer:
+def _writer(service: Service, served: Served, checked: ChatRequest | CompletionRequest, keeper: Keeper) -> texts.Writer:
     """The writer of a request for text. Raises Refused for what cannot be given together."""
     options, n = checked.uncertainty or TextUncertainty(), checked.n or 1
     form = structured.form(checked, options)
@@ -86,4 +91,4 @@ def _writer(service: Service, served: Served, checked: ChatRequest | CompletionR
     longest = min(checked.longest or service.engine.max_model_len, service.engine.max_model_len)
     kind = samples.kind(checked, options)
     wanted = texts.Wanted(checked.prompts, n, explicit=bool(checked.limits), longest=longest, kind=kind, form=form)
-    return texts.writer(service, served, options, wanted)
+    return replace(texts.writer(service, served, options, wanted), keeper=keeper)

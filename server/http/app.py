@@ -17,9 +17,9 @@ from pydantic_core import from_json
 import posterior
 from posterior.data.reading import unique
 from posterior.errors import first_line
-from server.access.keys import Key, Keys
+from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, Refused, RequestError, Unavailable
-from server.http import answers, decisions, errors, openapi, predictive, systemone
+from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
@@ -29,6 +29,8 @@ from server.http.replies import (
     DecisionReply,
     ModelCard,
     ModelList,
+    OutcomesDeleted,
+    OutcomesReply,
     PredictiveReply,
     Status,
     SystemOneReply,
@@ -39,6 +41,8 @@ from server.http.schemas import (
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
+    Outcome,
+    OutcomesRequest,
     PredictiveRequest,
     SystemOneRequest,
     TextRequest,
@@ -89,6 +93,12 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
         if issubclass(body, TextRequest):
             responses[200]["content"] = STREAM
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
+    responses = openapi.replies(OutcomesReply, 400, 401, 404, 409, 413, 429, 503)
+    summary, extra = "What turned out to be true of answers", openapi.body(OutcomesRequest, Outcome)
+    app.post("/v1/outcomes", summary=summary, openapi_extra=extra, responses=responses)(_outcomes)
+    responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
+    summary = "Delete the answers of a reply, and their outcomes"
+    app.delete("/v1/outcomes/{id:path}", summary=summary, responses=responses)(_delete_outcomes)
     metrics = openapi.replies(None, 401, 403)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
@@ -186,6 +196,16 @@ async def _systemone(request: Request) -> Response:
     return await _respond(
         request, "systemone", lambda body, _, observation: systemone.reply(_service(request), body, observation)
     )
+
+
+async def _outcomes(request: Request) -> Response:
+    return await _respond(
+        request, "outcomes", lambda body, _, observation: outcomes.reply(_service(request), body, observation.owner)
+    )
+
+
+async def _delete_outcomes(request: Request, id: str) -> Response:
+    return JSONResponse(await outcomes.delete(_service(request), id, owner(_key(request))))
 
 
 async def _chat(request: Request) -> Response:

@@ -14,6 +14,7 @@ from server.http.schemas import ChatRequest, CompletionRequest
 from server.http.streams import as_events
 from server.metrics import Observation
 from server.services.choices import Draw, choose
+from server.services.keeping import Keeper
 from server.services.options import TextUncertainty
 from server.services.predictive import Service
 from server.services.questions import Judged
@@ -31,6 +32,7 @@ async def reply(
     request: ChatRequest | CompletionRequest,
     body: dict[str, Any],
     observation: Observation,
+    keeper: Keeper,
 ) -> Reply:
     """The answer to a request with candidate answers: a JSON object, or server-sent events.
 
@@ -41,8 +43,10 @@ async def reply(
     draw = Draw(request.n or 1, request.temperature or 0.0, request.seed, request.limits)
     read = {name: value for name, value in body.items() if name not in DRAWING | STREAMING}
     choices, usage = await choose(service, served, kind, read, options, draw, observation)
+    id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+    keeper.choices(id, choices)
     whole = {
-        "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}",
+        "id": id,
         "object": "chat.completion" if kind == "chat" else "text_completion",
         "created": int(time.time()),
         "model": served.id,

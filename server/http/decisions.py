@@ -12,6 +12,7 @@ from server.http.records import decision_record
 from server.http.schemas import DecisionRequest
 from server.metrics import Observation
 from server.services.decisions import decide, within_risk
+from server.services.keeping import Keeper
 from server.services.options import DecisionUncertainty
 from server.services.predictive import Service
 from server.services.questions import Judged
@@ -31,8 +32,10 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     judged, usage = await decide(service, served, request.input, questions, options, observation, orders=options.orders)
     if options.max_risk is not None:
         judged = [within_risk(name, each, options.max_risk) for name, each in zip(questions, judged, strict=True)]
+    id = f"decision-{uuid.uuid4().hex}"
+    Keeper(service, observation.owner, body).choices(id, judged, request.questions, options.max_risk)
     return {
-        "id": f"decision-{uuid.uuid4().hex}",
+        "id": id,
         "object": "decision",
         "created": int(time.time()),
         "model": served.id,

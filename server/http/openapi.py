@@ -14,9 +14,19 @@ from pydantic.json_schema import models_json_schema
 import posterior
 from server.http.errors import RETRY_SECONDS, ApiError
 from server.http.replies import Error
-from server.http.schemas import ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest
+from server.http.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DecisionRequest,
+    Outcome,
+    OutcomesRequest,
+    PredictiveRequest,
+    SystemOneRequest,
+)
 
-BODIES = (ChatRequest, CompletionRequest, DecisionRequest, PredictiveRequest, SystemOneRequest)
+BODIES = (
+    ChatRequest, CompletionRequest, DecisionRequest, Outcome, OutcomesRequest, PredictiveRequest, SystemOneRequest,
+)  # fmt: skip
 REFERENCE = "#/components/schemas/{model}"
 PARTS = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -34,7 +44,8 @@ MEANINGS = {
     400: "The request is not valid",
     401: "The key is missing or wrong",
     403: "The key is not that of an admin",
-    404: "No such model",
+    404: "No such model or answer",
+    409: "Another outcome of this answer is stored",
     413: "The body is too large",
     429: "The key has used up what it may use a minute",
     503: "Not ready, busy or stopping; try again later",
@@ -51,9 +62,10 @@ def replies(reply: type[BaseModel] | None, *statuses: int) -> dict[int | str, di
     return described
 
 
-def body(model: type[BaseModel]) -> dict[str, Any]:
-    """The `openapi_extra` of a route that reads `model` itself."""
-    schema = {"$ref": REFERENCE.format(model=model.__name__)}
+def body(*models: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads one of the `models` itself."""
+    forms: list[dict[str, Any]] = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
+    schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -13,6 +13,7 @@ from server.http.records import answer_record, text_record, usage_record
 from server.http.schemas import PredictiveRequest
 from server.metrics import Observation
 from server.services import given
+from server.services.keeping import Keeper
 from server.services.options import PredictiveName
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -30,7 +31,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     served = service.find(request.model)
     observation.posterior = served.owner
     if request.texts is None:
-        return await _choices(service, served, request, observation)
+        return await _choices(service, served, request, body, observation)
     try:
         return await _texts(service, served, request, request.texts, observation)
     except Refused as error:  # the options of a text stand in `uncertainty` elsewhere
@@ -40,7 +41,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
 
 
 async def _choices(
-    service: Service, served: Served, request: PredictiveRequest, observation: Observation
+    service: Service, served: Served, request: PredictiveRequest, body: dict[str, Any], observation: Observation
 ) -> dict[str, Any]:
     """The answers that each prompt chooses from."""
     question = await service.read(
@@ -50,9 +51,11 @@ async def _choices(
     answers = await service.answer(question)
     usage = Usage(sum(map(len, question.prompts)), 0)
     observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
-    records = [answer_record(service.judge(question, answer)) for answer in answers]
+    judged = [service.judge(question, answer) for answer in answers]
     particles = max(answer.predictive.particles for answer in answers)
-    return _reply(served, question.predictive, particles, records, usage)
+    whole = _reply(served, question.predictive, particles, [answer_record(each) for each in judged], usage)
+    Keeper(service, observation.owner, body).choices(whole["id"], judged)
+    return whole
 
 
 async def _texts(

@@ -422,3 +422,29 @@ class SystemOneReply(BaseModel):
     ]
     usage: SystemOneUsage
     diagnostics: dict[str, SystemOneDiagnostics]
+
+
+class OutcomeResult(BaseModel):
+    """What became of an outcome. `correct`: whether the answer was right, by the outcome that is stored; null where
+    none is. `message`: why it was not stored."""
+
+    id: str
+    index: int
+    status: Literal["stored", "known", "unknown", "conflict", "invalid"]
+    correct: bool | None
+    message: str | None = None
+
+
+class OutcomesReply(BaseModel):
+    """What became of each outcome, in order."""
+
+    object: Literal["outcomes"]
+    data: list[OutcomeResult]
+
+
+class OutcomesDeleted(BaseModel):
+    """The answers of the reply `id`, and their outcomes, are deleted."""
+
+    id: str
+    object: Literal["outcomes.deleted"]
+    deleted: bool

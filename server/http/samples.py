@@ -143,6 +143,7 @@ async def _most_probable(asked: Asked) -> dict[str, Any]:
         choice = {**choices[number], "index": prompt}
         attach(choice, writer.whole(number))
         chosen.append(_meaning(choice, found, writer, number))
+        writer.keep(drawn["id"], choice, number, found.found, 0)
     return drawn | {"model": writer.served.id, "choices": chosen}
 
 
@@ -159,7 +160,8 @@ async def _greedy(asked: Asked) -> dict[str, Any]:
     for choice in whole["choices"]:
         index = choice["index"]
         attach(choice, asked.writer.whole(index))
-        _meaning(choice, await semantic(asked.writer, each[index], _said(choice)), asked.writer, index)
+        found = await semantic(asked.writer, each[index], _said(choice))
+        asked.writer.keep(whole["id"], _meaning(choice, found, asked.writer, index), None, found.found, found.own)
     _add_usage(whole["usage"], drawn.result())
     return whole | {"model": asked.writer.served.id}
 
@@ -185,7 +187,9 @@ async def _with_meanings(events: AsyncIterator[str], asked: Asked) -> AsyncItera
                 texts[index] = texts.get(index, "") + _said(choice)
                 if choice.get("finish_reason") is not None:
                     each = each or asked.each(await drawing)
-                    _meaning(choice, await semantic(asked.writer, each[index], texts[index]), asked.writer, index)
+                    found = await semantic(asked.writer, each[index], texts[index])
+                    said = _meaning(choice, found, asked.writer, index)
+                    asked.writer.keep(chunk["id"], said, None, found.found, found.own)
             if chunk.get("usage") and not chunk["choices"]:
                 _add_usage(chunk["usage"], await drawing)
             yield event(chunk)

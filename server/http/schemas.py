@@ -1,9 +1,9 @@
 """What clients may send, with its limits: the bodies of our routes.
 
-Inside `uncertainty`, in the questions of decisions and in POST /v1/predictive an unknown field is an error. Decision,
-chat and completion requests are OpenAI's: at their top level a field that nobody knows is ignored. In those for text
-one of vLLM's that is not listed here is refused unless it only spells out vLLM's default (server/engine/fields.py).
-vLLM checks their fields again, with the model at hand.
+Inside `uncertainty`, in the questions of decisions, in POST /v1/predictive and in POST /v1/outcomes an unknown field is
+an error. Decision, chat and completion requests are OpenAI's: at their top level a field that nobody knows is ignored.
+In those for text one of vLLM's that is not listed here is refused unless it only spells out vLLM's default
+(server/engine/fields.py). vLLM checks their fields again, with the model at hand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from posterior.data.decisions import MAX_CHOICES as MAX_OPTIONS
 from posterior.data.decisions import MAX_LEVELS, MAX_QUESTIONS, Input, Question
@@ -22,6 +32,8 @@ MAX_PROMPTS = 256  # per request
 MAX_CHOICES = 128  # `n`, as OpenAI has it
 MAX_BODY_BYTES = 4 * 2**20
 MAX_TEMPERATURE = 100.0
+MAX_OUTCOMES = 1000  # per request
+MAX_ID = 256  # characters of a reply's id
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI and vLLM have it
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -132,6 +144,35 @@ class SystemOneRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="not served")
     cache_salt: str | None = Field(default=None, description="not served")
     priority: int = Field(default=0, description="not served")
+
+
+class Outcome(BaseModel):
+    """What turned out to be true of an earlier answer: its true option, or whether it was right."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ID)] = Field(description="of the reply")
+    index: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=0, description="of the answer in the reply: its place in 'data', 'answers' or 'choices'"
+    )
+    answer: StrictStr | StrictBool | StrictInt | None = Field(
+        default=None, description="the true option of the question"
+    )
+    correct: bool | None = Field(default=None, description="whether the answer was right")
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Outcome:
+        if (self.answer is None) == (self.correct is None):
+            raise ValueError("give exactly one of 'answer', the true option, and 'correct', true or false")
+        return self
+
+
+class OutcomesRequest(BaseModel):
+    """The body of POST /v1/outcomes with several outcomes; one alone is sent as it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    outcomes: Annotated[list[Outcome], Field(min_length=1, max_length=MAX_OUTCOMES)]
 
 
 class StreamOptions(BaseModel):

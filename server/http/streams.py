@@ -30,6 +30,8 @@ async def annotated(events: AsyncIterator[str], writer: Writer, count: Callable[
                     attach(choice, writer.part(choice["index"], last=last))
                     if last:
                         await attach_fields(choice, writer)
+                    if last and writer.options.samples is None:  # whoever has the samples keeps it with them
+                        writer.keep(chunk["id"], choice)
                 yield event(chunk | {"model": writer.served.id})
             else:
                 yield line

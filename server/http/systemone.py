@@ -14,6 +14,7 @@ from server.http.records import decision_record
 from server.http.schemas import SystemOneChoice, SystemOneNoul, SystemOneRequest, SystemOneScore
 from server.metrics import Observation
 from server.services.decisions import decide
+from server.services.keeping import Keeper
 from server.services.options import Uncertainty
 from server.services.predictive import Service
 from server.services.questions import Judged
@@ -46,8 +47,10 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
             raise RuntimeError(f"nothing is known of what {served.name} would write")
         answers[name] = _answer(question, each, free.mass)
         diagnostics[name] = {"label_mass": free.mass, "argmax_is_label": free.likeliest}
+    id = f"decision-{request.request_id or uuid.uuid4().hex}"
+    Keeper(service, observation.owner, body).choices(id, judged, list(questions.values()))
     return {
-        "id": f"decision-{request.request_id or uuid.uuid4().hex}",
+        "id": id,
         "object": "structured_decision",
         "created": int(time.time()),
         "model": served.id,

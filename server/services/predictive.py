@@ -29,6 +29,7 @@ from server.services.messages import check_messages
 from server.services.options import MAX_NUMBERS, MAX_SEQUENCES, PredictiveName, Uncertainty
 from server.services.questions import Answer, Judged, Question, Unprompted
 from server.services.registry import Registry, Served
+from server.store.store import Store
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
@@ -44,6 +45,7 @@ class Service:
         tokenizer: Tokenizer,
         metrics: Metrics,
         comparer: Comparer | None = None,
+        store: Store | None = None,
     ) -> None:
         self.registry = registry
         self.engine = engine
@@ -51,6 +53,7 @@ class Service:
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.comparer = comparer
+        self.store = store
 
     @property
     def base(self) -> Base:
@@ -185,23 +188,27 @@ class Service:
         return judged
 
     def _calibration(self, question: Question, p: Predictive) -> Record | None:
-        """The record made for exactly this base, posterior, template, predictive, number of particles and dtype, and
-        for so many answers where each question brings its own. None is of as many particles as needed: prompts that
-        stop at one number are not like all prompts."""
+        """The record made for exactly this key."""
+        key, posterior = self.key(question, p), question.served.posterior
+        return None if key is None or posterior is None else records.find(posterior.calibration, key)
+
+    def key(self, question: Question, p: Predictive) -> Key | None:
+        """What a calibration of such answers belongs to: this base, posterior, template, predictive, number of
+        particles and dtype, and so many answers where each question brings its own. None is of as many particles as
+        needed: prompts that stop at one number are not like all prompts."""
         posterior = question.served.posterior
         if posterior is None or question.template is None or question.auto:
             return None
-        key = Key(
+        return Key(
             base=self.base.hash,
             posterior=posterior.hash,
             template=question.template,
             predictive=question.predictive,
             particles=p.particles,
-            dtype=self._dtype(question.predictive),
+            dtype=self.dtype(question.predictive),
             answers=None if posterior.task.answers or question.kind else len(question.answers),
             question=question.kind,
         )
-        return records.find(posterior.calibration, key)
 
     def _compared(self, question: Question) -> Familiarity | None:
         """What tells how familiar the question is: of this posterior, the adapter that the engine asks first, and the
@@ -211,7 +218,7 @@ class Service:
             return None
         return posterior.familiarity.get((adapter_of(question.predictive), cast(Dtype, self.engine.dtype)))
 
-    def _dtype(self, predictive: PredictiveName) -> Dtype:
+    def dtype(self, predictive: PredictiveName) -> Dtype:
         """What the base's weights are where this predictive is computed."""
         if predictive == "linearized" and self.linearizer is not None:
             return self.linearizer.dtype
@@ -222,7 +229,7 @@ class Service:
         lines = []
         for posterior in self.registry.posteriors:
             for key in posterior.calibration:
-                dtype = self._dtype(key.predictive)
+                dtype = self.dtype(key.predictive)
                 if key.dtype == dtype or key.model_copy(update={"dtype": dtype}) in posterior.calibration:
                     continue
                 particles = f" --particles {key.particles}" if key.predictive == "mixture" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
 from server.errors import Refused
 from server.services import meanings
+from server.services.keeping import Keeper
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty, Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -60,7 +62,7 @@ class Writer:
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
     None for the MAP and the base where nothing is said of it. drawn: of the samples; the same one if a sample is
     returned. judge: of whether texts are right, if a calibration tells. form: the JSON schema of the texts, if their
-    fields are asked for.
+    fields are asked for. keeper: of finished texts.
     """
 
     service: Service
@@ -71,6 +73,7 @@ class Writer:
     drawn: Trace | None = None
     judge: Judge | None = None
     form: Any = None
+    keeper: Keeper | None = None
     counted_resumes: int = 0
 
     @property
@@ -121,6 +124,30 @@ class Writer:
             return None if tokens is None else self._written(tokens=tokens)
         whole = self.whole(choice)
         return whole and replace(whole, tokens=tokens)
+
+    def keep(
+        self,
+        id: str,
+        choice: Mapping[str, Any],
+        number: int | None = None,
+        meanings: Meanings | None = None,
+        own: int | None = None,
+    ) -> None:
+        """Keeps a finished element of `choices`, if there is anything known of it, so that an outcome can name it.
+
+        Args:
+            id: of the reply.
+            number: of the text in the trace, where it is not the choice's index.
+            meanings, own: of its samples, and its own meaning.
+        """
+        record = choice.get("uncertainty")
+        if self.keeper is None or record is None or self.service.store is None:
+            return
+        written = None
+        if self.trace is not None:
+            text = self.trace.text(choice["index"] if number is None else number)
+            written = predictive_of(self.trace, text.rows[: text.delivered])
+        self.keeper.text(id, choice["index"], self.served, record, written, meanings, own)
 
     def new_resumes(self) -> int:
         """How often siblings began again since this was last asked."""

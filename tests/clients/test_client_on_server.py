@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 from posterior_client import (
+    AnswerNotFoundError,
     AsyncPosteriorClient,
     AuthenticationError,
     ChoiceAnswer,
     InvalidRequestError,
     ModelNotFoundError,
+    Outcome,
+    OutcomesResponse,
     PosteriorClient,
     PredicateAnswer,
     Prediction,
@@ -27,6 +30,7 @@ from server.access.keys import Keys
 from server.http.app import create_app
 from server.metrics import Metrics
 from server.services.predictive import Service
+from server.store.store import Store
 from tests.clients.conftest import serving
 from tests.server import fakes
 from tests.server.http.test_refusals import with_risk
@@ -36,11 +40,14 @@ ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
 
 
 @pytest.fixture(scope="module")
-def app() -> Any:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     parts: Any = (fakes.Engine(max_model_len=4096), fakes.Linearizer(), fakes.Tokenizer())
-    app = create_app(Service(fakes.registry(), *parts, Metrics()), Keys("right"))
+    folder, metrics = tmp_path_factory.mktemp("outcomes"), Metrics()
+    store = Store(f"sqlite:///{folder}/outcomes.db", metrics)
+    app = create_app(Service(fakes.registry(), *parts, metrics, store=store), Keys("right"))
     app.state.ready = True
-    return app
+    yield app
+    store.close()
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +235,24 @@ def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:
     with pytest.raises(ServerError, match="warming up"):
         client.predictive(model="mood", prompts=["a"])
     app.state.ready = True
+
+
+def test_outcomes(url: str, client: PosteriorClient) -> None:
+    id = client.predictive(model="mood", inputs=[{"text": "good"}, {"text": "bad"}]).id
+    outcomes: list[Outcome] = [{"id": id, "answer": " positive"}, {"id": id, "index": 1, "correct": False}]
+    first = client.outcomes.report([*outcomes, {"id": "pred-other", "correct": True}])
+    assert [each.status for each in first.data] == ["stored", "stored", "unknown"]
+    assert [(each.id, each.index) for each in first.data] == [(id, 0), (id, 1), ("pred-other", 0)]
+    assert first.data[1].correct is False and first.data[2].message is not None
+
+    async def again() -> OutcomesResponse:
+        async with AsyncPosteriorClient(url, "right", max_retries=0) as other:
+            response = await other.outcomes.report(outcomes)
+            await other.outcomes.delete(id)
+            return response
+
+    assert [each.status for each in asyncio.run(again()).data] == ["known", "known"]
+    with pytest.raises(AnswerNotFoundError, match="no answers of this id"):
+        client.outcomes.delete(id)
+    with pytest.raises(InvalidRequestError, match="exactly one of 'answer'"):
+        client.outcomes.report([{"id": id}])

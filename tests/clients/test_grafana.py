@@ -34,6 +34,8 @@ METRICS = {
     "posterior_gang_resumes_total",
     "posterior_key_requests_total",
     "posterior_key_tokens_total",
+    "posterior_outcomes_total",
+    "posterior_answers_dropped_total",
     "posterior_ready",
     "posterior_info",
     "vllm:num_requests_running",

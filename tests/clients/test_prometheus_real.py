@@ -76,7 +76,7 @@ def has_data(prometheus: str, target: dict[str, Any]) -> bool:
 
 def traffic(server: Running) -> None:
     """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text,
-    samples, a question with rows to compare it with, and a refusal."""
+    samples, a question with rows to compare it with and its outcome, and a refusal."""
     with PosteriorClient(f"{server.url}/v1", KEY) as client:
         posteriors = [model for model in client.openai.models.list() if "mixture" in getattr(model, "predictives", ())]
         for model in posteriors:
@@ -89,7 +89,8 @@ def traffic(server: Running) -> None:
             client.openai.completions.create(
                 model=model.id, prompt="It was", max_tokens=2, extra_body={"uncertainty": {"samples": 2}}
             )
-        client.predictive(model="mood", inputs=[{"text": "It was"}])
+        asked = client.predictive(model="mood", inputs=[{"text": "It was"}])
+        client.outcomes.report([{"id": asked.id, "correct": True}])
         with pytest.raises(InvalidRequestError):
             client.predictive(model=posteriors[0].id, prompts=["It was"], answers=[" same", " same"])
 

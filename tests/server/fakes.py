@@ -219,9 +219,9 @@ class Engine:
 
         for text, finish in ((draft.text, None), ("", draft.finish)):
             part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
-            yield line({"choices": [{"index": 0, **part, "finish_reason": finish}]})
+            yield line({"id": "x", "choices": [{"index": 0, **part, "finish_reason": finish}]})
         if usage is not None:
-            yield line({"choices": [], "usage": usage})
+            yield line({"id": "x", "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
     async def warm_up(self, prompt: list[int]) -> None: ...

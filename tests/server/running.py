@@ -112,8 +112,9 @@ def started(root: Path, base: Base, *options: str) -> Iterator[tuple[str, subpro
     command = [sys.executable, "-m", "server.cli", "serve", "--base", str(base.path), "--port", str(port)]
     command += ["--posteriors", str(root / "posteriors"), "--particles", str(PARTICLES), "--max-model-len", "1024"]
     write_keys(root, guest='models = ["mood"]')
-    environment = {**os.environ, "POSTERIOR_CACHE": str(root / "cache"), "POSTERIOR_API_KEY": KEY}
-    environment["POSTERIOR_KEYS"] = str(root / "keys.toml")
+    own = {"CACHE": root / "cache", "API_KEY": KEY, "KEYS": root / "keys.toml"}
+    own["OUTCOMES"] = f"sqlite:///{root}/outcomes.db"
+    environment = {**os.environ, **{f"POSTERIOR_{name}": str(value) for name, value in own.items()}}
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

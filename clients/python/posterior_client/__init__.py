@@ -17,6 +17,7 @@ from posterior_client._decisions import (
     UncertaintyOptions,
 )
 from posterior_client._exceptions import (
+    AnswerNotFoundError,
     AuthenticationError,
     InputError,
     InvalidRequestError,
@@ -28,6 +29,7 @@ from posterior_client._exceptions import (
     StatusError,
     UnreachableError,
 )
+from posterior_client._outcomes import AsyncOutcomes, Outcome, OutcomeResult, Outcomes, OutcomesResponse
 from posterior_client._types import (
     Alternative,
     Answer,
@@ -57,6 +59,8 @@ from posterior_client._uncertainty import uncertainty_of
 __all__ = [
     "Alternative",
     "Answer",
+    "AnswerNotFoundError",
+    "AsyncOutcomes",
     "AsyncPosteriorClient",
     "AuthenticationError",
     "ChoiceAnswer",
@@ -76,6 +80,10 @@ __all__ = [
     "Option",
     "Orders",
     "OtherMeanings",
+    "Outcome",
+    "OutcomeResult",
+    "Outcomes",
+    "OutcomesResponse",
     "Particles",
     "PosteriorClient",
     "PosteriorClientError",

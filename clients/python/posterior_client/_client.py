@@ -10,6 +10,7 @@ from openai.types.decision_create_params import InputUnionMember1, Question
 
 from posterior_client._decisions import DecisionResponse, UncertaintyOptions
 from posterior_client._exceptions import proxied, translated
+from posterior_client._outcomes import AsyncOutcomes, Outcomes
 from posterior_client._request import body, settings
 from posterior_client._types import PredictiveName, PredictiveResponse, ScoredTexts
 from posterior_client._uncertainty import decision_response, predictive_response, scored_texts
@@ -18,7 +19,8 @@ DecisionInput = str | Sequence[InputUnionMember1]
 
 
 class PosteriorClient:
-    """A Posterior Server, with `.openai` as the stock SDK client for all of OpenAI's routes.
+    """A Posterior Server, with `.openai` as the stock SDK client for all of OpenAI's routes, and `.outcomes` to report
+    what turned out to be true of answers.
 
     Args:
         base_url: default $POSTERIOR_BASE_URL, else http://127.0.0.1:8000/v1.
@@ -41,6 +43,7 @@ class PosteriorClient:
         self.base_url, key = settings(base_url, api_key)
         with proxied():
             self.openai = OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
+        self.outcomes = Outcomes(self.openai, self.base_url)
 
     def predictive(
         self,
@@ -158,6 +161,7 @@ class AsyncPosteriorClient:
         self.base_url, key = settings(base_url, api_key)
         with proxied():
             self.openai = AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=max_retries)
+        self.outcomes = AsyncOutcomes(self.openai, self.base_url)
 
     async def predictive(
         self,

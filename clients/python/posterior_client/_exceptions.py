@@ -8,6 +8,7 @@ PosteriorClientError
     ├── AuthenticationError     401: missing or wrong API key
     ├── ModelNotFoundError      404: no such model or posterior
     ├── RateLimitError          429: the key has used up what it may use a minute, also after the SDK's retries
+    ├── AnswerNotFoundError     404: no such answer, of those that the server keeps for this key
     ├── InvalidRequestError     any other 4xx: the request is wrong
     └── ServerError             5xx: the server failed, or is not ready yet
 """
@@ -57,6 +58,10 @@ class RateLimitError(StatusError):
     """429: the key has used up what it may use a minute, also after the SDK's retries."""
 
 
+class AnswerNotFoundError(StatusError):
+    """404: no such answer, of those that the server keeps for this key."""
+
+
 class InvalidRequestError(StatusError):
     """Any other 4xx: the request is wrong."""
 
@@ -97,6 +102,8 @@ def proxied() -> Iterator[None]:
 
 def _status_error(error: openai.APIStatusError) -> StatusError:
     known = {401: AuthenticationError, 404: ModelNotFoundError, 429: RateLimitError}
+    if error.code == "answer_not_found":
+        known[404] = AnswerNotFoundError
     kind = known.get(error.status_code, InvalidRequestError if error.status_code < 500 else ServerError)
     # The SDK prefixes "Error code: 400 - " to its message; the server's sentence is in the body.
     message = error.body.get("message") if isinstance(error.body, dict) else None

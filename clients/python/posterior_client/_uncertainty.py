@@ -52,14 +52,14 @@ def uncertainty_of(
         ResponseError: there is no `uncertainty`, or one this client cannot read.
     """
     if isinstance(response, Decision):
-        return [_read(DecisionUncertainty, _record(answer)) for answer in response.answers]
+        return [read(DecisionUncertainty, _record(answer)) for answer in response.answers]
     if isinstance(response, AnyDecided):
-        return _read(DecisionUncertainty, _record(response))
+        return read(DecisionUncertainty, _record(response))
     if isinstance(response, AnyResponse):
         return [uncertainty_of(choice) for choice in response.choices if _given(choice) is not None]
     record = _record(response)
     kinds = {"answers": Prediction, "mixing": Text, "tokens": TextPart}
-    return _read(next((kind for field, kind in kinds.items() if field in record), Uncertainty), record)
+    return read(next((kind for field, kind in kinds.items() if field in record), Uncertainty), record)
 
 
 def _given(part: AnyChoice | AnyDecided) -> dict[str, Any] | None:
@@ -92,7 +92,7 @@ def _predictive(kind: type[T], body: object) -> T:
         raise ResponseError("the answer is not a predictive response: is the base URL a Posterior Server's?")
     # What holds for all rows is said once on the wire; each row also stands alone.
     shared = {key: body.get(key) for key in ("posterior", "predictive", "particles")}
-    return _read(kind, {**body, "data": [{**shared, **row} for row in body["data"]]})
+    return read(kind, {**body, "data": [{**shared, **row} for row in body["data"]]})
 
 
 def decision_response(body: object, asked: int) -> DecisionResponse:
@@ -102,10 +102,11 @@ def decision_response(body: object, asked: int) -> DecisionResponse:
         raise ResponseError("the answer is no decision: is the base URL a Posterior Server's?")
     if len(body["answers"]) != asked:
         raise ResponseError(f"{asked} questions were asked, and {len(body['answers'])} answers came")
-    return _read(DecisionResponse, body)
+    return read(DecisionResponse, body)
 
 
-def _read(kind: type[T], record: object) -> T:
+def read(kind: type[T], record: object) -> T:
+    """The record as the type has it. Raises ResponseError when a field is missing or wrong."""
     try:
         return TypeAdapter(kind).validate_python(record)
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ OPEN = {"/health", "/ready", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
-    ("POST", "/v1/systemone"),
+    ("POST", "/v1/systemone"), ("POST", "/v1/outcomes"), ("DELETE", "/v1/outcomes/{id:path}"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
     ("GET", "/docs/{name}"),
 }  # fmt: skip
@@ -51,7 +52,7 @@ def test_without_the_key_only_what_holds_no_data_answers(service: Service) -> No
     with TestClient(app) as client:
         for method, path in ROUTES:
             response = client.request(
-                method, path.replace("{name:path}", "mood").replace("{name}", "start.js"), content=b"{"
+                method, re.sub(r"{\w+:path}", "mood", path).replace("{name}", "start.js"), content=b"{"
             )
             assert response.status_code == (200 if path in OPEN else 401), path
         assert error_of(response if path not in OPEN else client.get("/metrics"), 401)["type"] == "authentication_error"
