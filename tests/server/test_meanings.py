@@ -88,10 +88,10 @@ def test_meanings_equal_those_of_transformers(server: Running, reference: Refere
     assert len(first) == found["meanings"][0]["samples"] and found["meanings"][0]["text"] == answer["text"]
 
 
-def judged(server: Running, question: str) -> Comparison:
+def judged(server: Running) -> Comparison:
     """What the base says to each pair alone."""
 
-    def compare(_: str, text: str, others: Sequence[str]) -> list[bool]:
+    def compare(question: str, text: str, others: Sequence[str]) -> list[bool]:
         prompts = [judge.asked(question, text, other) for other in others]
         items = server.predict(model=server.base_name, prompts=prompts, answers=[" yes", " no"])["data"]
         return [item["answer"] == " yes" for item in items]
@@ -105,7 +105,7 @@ def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
     choices = sorted(drawn(server, sent), key=lambda choice: -choice["uncertainty"]["logprob"])
     compare: Comparison
     if way == "judge":
-        compare = judged(server, sent["prompt"])
+        compare = judged(server)
     else:
         compare = Nli(server.meaning / "nli") if way == "nli" else Embedding(server.meaning / "embedding")
     groups = grouped(sent["prompt"], [choice["text"] for choice in choices], compare)

@@ -21,9 +21,15 @@ POSITIONS = 256
 
 def config(**fields: Any) -> BertConfig:
     """Of a model whose weights are large enough to tell texts apart."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     return BertConfig(
-        **sizes, vocab_size=200, max_position_embeddings=POSITIONS, initializer_range=0.5, pad_token_id=0, **fields
+        **sizes,
+        num_attention_heads=2,
+        vocab_size=200,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.5,
+        pad_token_id=0,
+        **fields,
     )
 
 
