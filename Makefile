@@ -9,8 +9,9 @@
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
+# make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test oracles clients docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -24,6 +25,9 @@ serve: setup
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(TESTS)
+
+test-long: setup
+	$(BIN)/python -m pytest -m long $(TESTS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -61,7 +65,10 @@ fit: setup
 	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
 	$(BIN)/posterior calibrate posterior/shipped/support benchmarks/data/support.calibration.jsonl
 
-fit-check: setup
+fit-test-long: setup
+	$(BIN)/python -m pytest -m long $(TESTS)
+
+check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
 	    $(BIN)/posterior fit $(SENTIMENT) --out "$$again/sentiment" && \
 	    $(BIN)/python -m benchmarks.fit_check posterior/shipped/sentiment "$$again/sentiment"

@@ -70,6 +70,7 @@ def total(logs: list[float]) -> float:
     return float(torch.tensor(logs, dtype=torch.float64).logsumexp(0))
 
 
+@pytest.mark.long
 def test_a_values_probability_is_that_of_an_enumeration(server: Running, reference: Reference, tokenizer: Any) -> None:
     """Each alternative by transformers + peft, under each particle, from the prompt on: within 1e-3."""
     sent = {"model": "gang", **SENT, "temperature": 0, "uncertainty": {"fields": True}}
@@ -116,6 +117,7 @@ def test_a_values_probability_is_that_of_an_enumeration(server: Running, referen
         assert field["information"] == pytest.approx(logprob - mean, abs=3e-3)
 
 
+@pytest.mark.long
 def test_the_numbers_are_the_same_however_the_text_is_sent(server: Running) -> None:
     """The text is cut, and has the numbers of its whole values."""
     sent = {"model": "gang", **SENT, "max_tokens": 40, "temperature": 0, "uncertainty": {"fields": True}}

@@ -108,6 +108,7 @@ def test_a_chat_and_its_end(server: Running, tokenizer: Any) -> None:
     assert raw["logprob"] == pytest.approx(said["logprob"], abs=1e-4)
 
 
+@pytest.mark.long
 def test_the_whole_context_is_read(server: Running) -> None:
     """Up to the place that vLLM keeps for a token of its own; and a text of several chunks of the prompt."""
     text = " a" * (LENGTH - 2)
@@ -122,6 +123,7 @@ def test_the_whole_context_is_read(server: Running) -> None:
     assert said == f"prompt 1 has 1 tokens; with a text of {LENGTH - 1} the limit is {LENGTH - 1}"
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_frees_every_gang(server: Running) -> None:
     body = {"model": "gang", "prompts": ["x"] * 4, "texts": [" a" * 300] * 4}
     headers = {"Authorization": f"Bearer {KEY}"}

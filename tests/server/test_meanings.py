@@ -99,7 +99,7 @@ def judged(server: Running) -> Comparison:
     return compare
 
 
-@pytest.mark.parametrize("way", ["embedding", "nli", "judge"])
+@pytest.mark.parametrize("way", ["embedding", *(pytest.param(way, marks=pytest.mark.long) for way in ("nli", "judge"))])
 def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
     sent = body(server, ENDED_BY_A_STOP_TOKEN)
     choices = sorted(drawn(server, sent), key=lambda choice: -choice["uncertainty"]["logprob"])

@@ -119,6 +119,7 @@ def run(folder: Path, rows: Path, base: Base, *options: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.long
 def test_the_command_writes_a_record_for_each_way_that_texts_come_about(
     folder: Path, base: Base, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_the_command_writes_a_record_for_each_way_that_texts_come_about(
     assert len(artefact.load(folder).texts) == 3
 
 
+@pytest.mark.long
 def test_given_answers_are_scored(folder: Path, base: Base, tmp_path: Path) -> None:
     """With vLLM, against transformers and peft."""
     reference, tokenizer = Reference(base, [folder / "map"]), load_tokenizer(base)
