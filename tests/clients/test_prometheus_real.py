@@ -75,8 +75,9 @@ def has_data(prometheus: str, target: dict[str, Any]) -> bool:
 
 
 def traffic(server: Running) -> None:
-    """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text,
-    samples, a question with rows to compare it with and its outcome, and a refusal."""
+    """One of everything the dashboard counts: every predictive of every posterior, as many particles as needed, text
+    whose record says how probably it is right, samples, a question with rows to compare it with and its outcome, and a
+    refusal."""
     with PosteriorClient(f"{server.url}/v1", KEY) as client:
         posteriors = [model for model in client.openai.models.list() if "mixture" in getattr(model, "predictives", ())]
         for model in posteriors:
@@ -85,7 +86,7 @@ def traffic(server: Running) -> None:
             client.predictive(
                 model=model.id, prompts=["It was"], answers=ANSWERS, predictive="mixture", particles="auto"
             )
-            client.openai.completions.create(model=model.id, prompt="It was", max_tokens=2)
+            client.openai.completions.create(model=model.id, prompt="It was", max_tokens=2, temperature=0)
             client.openai.completions.create(
                 model=model.id, prompt="It was", max_tokens=2, extra_body={"uncertainty": {"samples": 2}}
             )

@@ -86,7 +86,10 @@ def serving(root: Path, *options: str) -> Iterator[Running]:
     (root / "posteriors").mkdir()
     gang, mood = folders.particles(root / "posteriors", base), folders.laplace(root / "posteriors", base)
     mood, gang = folders.compare(mood, base), folders.grade(gang, base)
-    models = {"embedding": tiny.encoder(root / "meaning/embedding"), "nli": tiny.classifier(root / "meaning/nli")}
+    models = {
+        "embedding": tiny.encoder(root / "meaning/embedding"),
+        "nli": tiny.classifier(root / "meaning/nli"),
+    }
     meaning = [word for name, folder in models.items() for word in (f"--meaning-{name}", str(folder))]
     with launched(root, base, *meaning, *options) as (url, process):
         yield Running(url, base, base.path.name, mood, gang, root / "cache", process)

@@ -52,9 +52,9 @@ def test_the_question_counts(folder: Path) -> None:
 def test_a_pair_that_is_longer_than_the_model_reads_is_refused(folder: Path) -> None:
     nli = Nli(folder)
     room = tiny.POSITIONS - 3  # [CLS] and two [SEP]
-    assert len(nli("", "a" * (room - 60), ["b" * 60])) == 1
+    assert len(nli("", "a " * (room - 60), ["b " * 60])) == 1
     with pytest.raises(PosteriorError, match=r"a pair of texts, .* has 257 tokens; .* reads 256 tokens: .* shorter"):
-        nli("", "a" * (room - 60), ["b" * 61])
+        nli("", "a " * (room - 60), ["b " * 61])
     with pytest.raises(PosteriorError, match="has 100002 characters"):
         nli("a" * 50_000, "", [""])
 

@@ -50,7 +50,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def classifier(folder: Path, labels: tuple[str, ...] = LABELS) -> Path:
     """A sequence classifier."""
-    torch.manual_seed(0)
+    torch.manual_seed(19)  # one that says yes to some texts, and no to others
     names = dict(enumerate(labels))
     BertForSequenceClassification(config(num_labels=len(labels), id2label=names)).save_pretrained(folder)
     save_tokenizer(folder)

@@ -17,7 +17,7 @@ from tests.posterior.meaning import tiny
 from tests.server.workers import weightless
 
 TEXTS = [f"{word} {number}" for word in ("in Paris", "London", "a town") for number in range(14)]
-QUESTION, THRESHOLD = "Where is it?", 0.9
+QUESTION, THRESHOLD = "Where is it?", 0.99  # random vectors are near each other
 
 
 @pytest.fixture
