@@ -65,10 +65,7 @@ fit: setup
 	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
 	$(BIN)/posterior calibrate posterior/shipped/support benchmarks/data/support.calibration.jsonl
 
-fit-test-long: setup
-	$(BIN)/python -m pytest -m long $(TESTS)
-
-check: setup
+fit-check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
 	    $(BIN)/posterior fit $(SENTIMENT) --out "$$again/sentiment" && \
 	    $(BIN)/python -m benchmarks.fit_check posterior/shipped/sentiment "$$again/sentiment"

@@ -63,6 +63,7 @@ def test_texts_are_scored_as_by_transformers(server: Running, tokenizer: Any) ->
         assert item["information"] == pytest.approx(item["logprob"] - item["expected_logprob"], abs=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["gang", "gang/map", "base"])
 def test_the_numbers_are_those_of_echo(server: Running, model: str) -> None:
     """One adapter and the base are scored by vLLM itself there. The mixture's weights start at the prompt there and at
@@ -83,6 +84,7 @@ def test_the_numbers_are_those_of_echo(server: Running, model: str) -> None:
             assert item[field] == pytest.approx(value, abs=1e-3), field
 
 
+@pytest.mark.long
 def test_answers_are_scored_alike_as_texts(server: Running) -> None:
     """A choice compares the means of the answers' tokens: particle by particle, the softmax of the texts' means."""
     answers = [" negative", " positive", " New York City", " the very small town of Ely"]

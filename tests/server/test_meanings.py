@@ -47,7 +47,13 @@ def drawn(server: Running, sent: dict[str, Any]) -> list[dict[str, Any]]:
     return list(server.post("/v1/completions", **plain, uncertainty=options)["choices"])
 
 
-@pytest.mark.parametrize("case", [ENDED_BY_A_STOP_TOKEN, ENDED_BY_THE_BASE], ids=["stop token", "end of sequence"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ENDED_BY_A_STOP_TOKEN, id="stop token"),
+        pytest.param(ENDED_BY_THE_BASE, id="end of sequence", marks=pytest.mark.long),
+    ],
+)
 def test_meanings_equal_those_of_transformers(server: Running, reference: Reference, case: dict[str, Any]) -> None:
     sent = body(server, case)
     tokenizer = base_models.load_tokenizer(server.base)
@@ -99,7 +105,8 @@ def judged(server: Running) -> Comparison:
     return compare
 
 
-@pytest.mark.parametrize("way", ["embedding", *(pytest.param(way, marks=pytest.mark.long) for way in ("nli", "judge"))])
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["embedding", "nli", "judge"])
 def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
     sent = body(server, ENDED_BY_A_STOP_TOKEN)
     choices = sorted(drawn(server, sent), key=lambda choice: -choice["uncertainty"]["logprob"])
@@ -117,6 +124,7 @@ def test_a_model_tells_meanings_apart(server: Running, way: str) -> None:
         assert [each["samples"] for each in record["meanings"]] == sorted(map(groups.count, set(groups)), reverse=True)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_answer_however_it_is_sent(server: Running) -> None:
     for returned in ("meaning", "greedy"):
         sent = body(server, ENDED_BY_A_STOP_TOKEN) | {"uncertainty": {"samples": N, "return": returned}}

@@ -36,7 +36,10 @@ def ask(server: Running, path: str, body: dict[str, Any]) -> str:
     return str(id)
 
 
-@pytest.mark.parametrize(("path", "body", "answers"), REQUESTS, ids=[f"{n}" for n in range(len(REQUESTS))])
+@pytest.mark.parametrize(
+    ("path", "body", "answers"),
+    [pytest.param(*each, id=f"{n}", marks=[pytest.mark.long] * (n > 1)) for n, each in enumerate(REQUESTS)],
+)
 def test_every_answer_can_get_its_outcome_at_once(
     server: Running, path: str, body: dict[str, Any], answers: int
 ) -> None:
