@@ -234,11 +234,16 @@ def halves(right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
             return own, held
 
 
+def check_count(answers: int) -> None:
+    """Raises PosteriorError for too few answers to calibrate with."""
+    if answers < MIN_ROWS:
+        raise PosteriorError(f"{answers} graded answers are too few to calibrate with; give at least {MIN_ROWS}")
+
+
 def _check(right: Tensor) -> None:
     """Raises PosteriorError for answers that cannot calibrate."""
     count, good = len(right), int(right.sum())
-    if count < MIN_ROWS:
-        raise PosteriorError(f"{count} graded answers are too few to calibrate with; give at least {MIN_ROWS}")
+    check_count(count)
     fewer = min(good, count - good)
     if fewer < FOLDS:
         kind = "right" if good < FOLDS else "wrong"

@@ -51,7 +51,12 @@ class TextCalibration(Settings):
         super().__post_init__()
         if self.samples == 1:
             raise SettingError("{samples} is 1; give at least 2, or 0 for none")
+        if self.device not in (None, "cpu", "cuda"):
+            raise SettingError("{device} is {value}; text is written on cpu or cuda", value=self.device)
         devices.check(self.device)
+        model = f"meaning_{self.meaning}"
+        if self.meaning in ("embedding", "nli") and getattr(self, model) is None:
+            raise SettingError("{meaning} is {value}; give its model's folder, {" + model + "}", value=self.meaning)
 
     def ignored(self) -> dict[str, str]:
         if self.predictive == "map":

@@ -12,7 +12,7 @@ from typing import TypeVar, cast, get_args
 
 from tqdm import tqdm
 
-from posterior.calibration.rightness import Graded, TextKey, TextRecord, measure
+from posterior.calibration.rightness import Graded, TextKey, TextRecord, check_count, measure
 from posterior.cli import arguments, options
 from posterior.cli import calibrate as choices
 from posterior.data.examples import Example, data_hash
@@ -96,14 +96,16 @@ def calibrate(
     tokenizer = load_tokenizer(base)
     rows = read_rows(args.data)
     graded = encode(posterior.task, tokenizer, rows, source=args.data)
+    check_count(len(graded))
     _check_unseen(posterior, tokenizer, graded)
+    particles = _particles(posterior, settings)
     with quiet(cache_folder() / "logs" / "calibrate.log", args.verbose):
         observed, dtype = asyncio.run(_observed(posterior, args.base, graded, settings))
     key = TextKey(
         base=base.hash,
         posterior=posterior.hash,
         predictive=settings.predictive,
-        particles=_particles(posterior, settings),
+        particles=particles,
         dtype=dtype,
         text="greedy",
     )

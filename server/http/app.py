@@ -21,19 +21,18 @@ from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, Refused, RequestError, Unavailable
 from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
+from server.http.decision_replies import DecisionReply, SystemOneReply
 from server.http.errors import ApiError, as_api_error
 from server.http.records import Reply
 from server.http.replies import (
     ChatReply,
     CompletionReply,
-    DecisionReply,
     ModelCard,
     ModelList,
     OutcomesDeleted,
     OutcomesReply,
     PredictiveReply,
     Status,
-    SystemOneReply,
     Version,
 )
 from server.http.schemas import (

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from posterior.calibration.records import template_hash
-from posterior.calibration.risk import needed
 from posterior.data import decisions
 from posterior.data.decisions import Choice, Predicate, Score
 from posterior.data.task import Task
@@ -26,6 +25,7 @@ from server.services.options import MAX_BACKWARD, MAX_OPTIONS, MAX_ORDERS, MAX_S
 from server.services.predictive import Service, predictive_name
 from server.services.questions import Answer, Judged, Orders, Question
 from server.services.registry import Served
+from server.services.risk import PLACE, threshold
 
 STRANGE = 0.05  # of held-out rows, at most, are as strange as a question that is called unfamiliar
 FOREIGN = ("answers", "mixing", "tokens")  # of `uncertainty`: the questions bring their options, and nothing is written
@@ -81,34 +81,25 @@ def within_risk(name: str, judged: Judged, allowed: float) -> Judged:
     """The answer, or its refusal where the model is less confident than the error that is allowed asks for. Raises
     Refused where no record can tell."""
     record, p = judged.calibration, judged.answer.predictive
-    place = "uncertainty.max_risk"
     if record is None and judged.question.auto:
         raise Refused(
             f"question {name}: 'max_risk' needs a calibration, which belongs to a number of particles; give that "
             "number instead of 'auto', or leave out 'max_risk'",
-            place,
+            PLACE,
         )
     if record is None:
         raise Refused(
             f"question {name}: no calibration tells how often such answers are wrong; make one of held-out rows with "
             "`posterior calibrate`, for this predictive and dtype, or leave out 'max_risk'",
-            place,
+            PLACE,
         )
     if record.risk is None:
         raise Refused(
             f"question {name}: its calibration ({record.calibrator.method}) does not tell how often answers are wrong; "
             "calibrate again with temperature, platt or isotonic",
-            place,
+            PLACE,
         )
-    threshold = record.risk.threshold(allowed)
-    if threshold is None:
-        raise Refused(
-            f"question {name}: the {record.n} rows of its calibration do not prove an error of at most {allowed:g} at "
-            f"any confidence (that takes at least {needed(allowed)} rows, all of them right); calibrate with more "
-            "rows, or allow more",
-            place,
-        )
-    if float(p.probability.max()) >= threshold:
+    if float(p.probability.max()) >= threshold(record.risk, allowed, f"question {name}: "):
         return judged
     return replace(judged, refusal="unfamiliar" if _unfamiliar(judged.answer) else "ambiguous")
 

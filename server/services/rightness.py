@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from posterior.calibration.rightness import TextKey, TextKind, TextRecord, features
-from posterior.calibration.risk import needed
 from posterior.models.devices import Dtype
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.meanings import Meanings
@@ -14,8 +13,7 @@ from server.errors import Refused
 from server.services.options import PredictiveName, Reason, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
-
-PLACE = "uncertainty.max_risk"
+from server.services.risk import PLACE, threshold
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,7 @@ def judge(
             "'max_risk'",
             PLACE,
         )
-    threshold = record.risk.threshold(allowed)
-    if threshold is None:
-        raise Refused(
-            f"the {len(record.risk.right)} answers that this calibration keeps for it do not prove an error of at most "
-            f"{allowed:g} at any confidence (that takes at least {needed(allowed)} answers, all of them right); "
-            "calibrate with more rows, or allow more",
-            PLACE,
-        )
-    return Judge(record, threshold)
+    return Judge(record, threshold(record.risk, allowed, "'max_risk' of this text: "))
 
 
 def _find(

@@ -182,7 +182,8 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
     _check_samples(served, options)
     if options.samples is not None:
         meanings.check(service, options.meaning or "exact", wanted.prompts, wanted.n)
-    _check_fields(served, options)
+    if options.fields:
+        _check_weighed(served, options, "fields", "the text before them")
     predictive, trace = mixture_of(served, options, explicit=wanted.explicit)
     k = len(trace.adapters)
     _check_size(wanted, k, options)
@@ -242,26 +243,17 @@ def _check_samples(served: Served, options: TextUncertainty) -> None:
             if value is not None:
                 raise Refused(f"{name!r} belongs to 'samples'; give these too, or leave it out", f"uncertainty.{name}")
         return
-    if served.posterior is None:
-        raise Refused(f"'samples' need a posterior, and {served.name!r} is the base alone", "uncertainty.samples")
-    if options.mixing == "token":
-        raise Refused(
-            "'samples' are weighed by what each particle gives to the whole text, which is 'sequence' mixing; leave "
-            "'mixing' out",
-            "uncertainty.mixing",
-        )
+    _check_weighed(served, options, "samples", "the whole text")
 
 
-def _check_fields(served: Served, options: TextUncertainty) -> None:
-    """Raises Refused for options that fields cannot honour."""
-    if not options.fields:
-        return
+def _check_weighed(served: Served, options: TextUncertainty, name: str, text: str) -> None:
+    """Raises Refused where `name` cannot be weighed by what each particle gives to the `text`."""
     if served.posterior is None:
-        raise Refused(f"'fields' need a posterior, and {served.name!r} is the base alone", "uncertainty.fields")
+        raise Refused(f"{name!r} need a posterior, and {served.name!r} is the base alone", f"uncertainty.{name}")
     if options.mixing == "token":
         raise Refused(
-            "'fields' are weighed by what each particle gives to the text before them, which is 'sequence' mixing; "
-            "leave 'mixing' out",
+            f"{name!r} are weighed by what each particle gives to {text}, which is 'sequence' mixing; leave 'mixing' "
+            "out",
             "uncertainty.mixing",
         )
 

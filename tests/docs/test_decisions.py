@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from posterior.data.decisions import Choice, ChoiceOption, Level, Predicate, Score
+from server.http import decision_replies as decided
 from server.http import replies
 from server.http.schemas import DecisionRequest, NoulCriteria, SystemOneChoice, SystemOneRequest, SystemOneScore
 from server.services.options import MAX_BACKWARD, MAX_SEQUENCES, DecisionUncertainty, Uncertainty
@@ -66,14 +67,14 @@ def test_what_is_bounded_is_what_the_code_bounds() -> None:
 
 def test_every_field_of_a_reply_has_a_row() -> None:
     answers = fields(
-        replies.DecisionReply, replies.PredicateAnswer, replies.ChoiceAnswer, replies.ScoreAnswer,
-        replies.ChoiceProbability, replies.ScoreProbability, replies.DecisionUsage, replies.InputDetails,
-        replies.OutputDetails,
+        decided.DecisionReply, decided.PredicateAnswer, decided.ChoiceAnswer, decided.ScoreAnswer,
+        decided.ChoiceProbability, decided.ScoreProbability, decided.DecisionUsage, decided.InputDetails,
+        decided.OutputDetails,
     )  # fmt: skip
     assert answers <= rows(OWN.partition("## Fields of a decision\n")[2], "Field")
     vllms = fields(
-        replies.SystemOneReply, replies.SystemOneChoiceAnswer, replies.SystemOneNoulAnswer,
-        replies.SystemOneScoreAnswer, replies.SystemOneDiagnostics, replies.SystemOneUsage,
+        decided.SystemOneReply, decided.SystemOneChoiceAnswer, decided.SystemOneNoulAnswer,
+        decided.SystemOneScoreAnswer, decided.SystemOneDiagnostics, decided.SystemOneUsage,
     )  # fmt: skip
     assert vllms <= spans(VLLMS)
 
@@ -82,4 +83,4 @@ def test_the_record_is_that_of_a_choice() -> None:
     asked = rows(page("answers.md").partition("## Fields of a reply")[2], "Field")
     own = rows(OWN, "Field")
     assert fields(replies.DecisionRecord, replies.OptionCandidate) <= asked | own
-    assert fields(replies.RefusedRecord, replies.OrdersRecord) <= asked | own
+    assert fields(decided.RefusedRecord, replies.OrdersRecord) <= asked | own

@@ -87,16 +87,28 @@ def rows(tmp_path: Path) -> Path:
         (["--predictive", "map", "--particles", "3"], "--particles belongs to the mixture; --predictive map has none"),
         (["--coverage", ".5"], "--coverage belongs to --task choice; text does not use it"),
         (["--predictive", "linearized"], "linearized"),
+        (["--meaning", "nli"], "--meaning is nli; give its model's folder, --meaning-nli"),
+        (["--device", "cuda:7"], "text is written on cpu or cuda"),
+        (["--particles", "9"], "9 were asked for"),
         (["--task", "decision"], "a posterior of a choice; leave --task out"),
         (["--task", "choice", "--max-tokens", "3"], "--max-tokens belongs to --task text; choice does not use it"),
     ],
 )
 def test_options_that_do_not_belong_are_refused(
-    folder: Path, rows: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, base: Base, rows: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = [] if "--task" in options else ["--task", "text"]
-    assert main(["calibrate", str(folder), str(rows), *named, *options]) == 2
+    assert main(["calibrate", str(folder), str(rows), "--base", str(base.path), *named, *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_can_be_known_before_is_said_before_the_engine_starts(
+    folder: Path, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    assert main(["calibrate", str(folder), str(path), "--task", "text", "--base", str(base.path)]) == 2
+    assert "3 graded answers are too few" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

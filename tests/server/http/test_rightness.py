@@ -188,7 +188,7 @@ def test_a_text_that_is_sure_enough_does_not(client: TestClient, service: Servic
     ("body", "said"),
     [
         ({"uncertainty": {"max_risk": 0.4, "particles": 2}}, "no calibration tells"),
-        ({"uncertainty": {"max_risk": 0.01}}, "the 40 answers .* do not prove an error of at most 0.01"),
+        ({"uncertainty": {"max_risk": 0.01}}, "the 40 rows .* do not prove an error of at most 0.01"),
         ({"uncertainty": {"max_risk": 0.4}, "temperature": 1}, "give 'temperature' 0 or 'samples'"),
         ({"uncertainty": {"max_risk": 0.4}, "model": fakes.BASE.id}, "no calibration tells"),
         ({"uncertainty": {"max_risk": 0}}, "max_risk"),

@@ -62,11 +62,15 @@ def engine() -> Engine:
     return Engine(drafts=DRAFTS)
 
 
+def have(service: Any, comparer: Any) -> Any:
+    """Lets the service have this comparer."""
+    service.comparer = comparer
+    return comparer
+
+
 @pytest.fixture
 def comparer(service: Service) -> Iterator[fakes.Comparer]:
-    fake = fakes.Comparer()
-    service.comparer = fake  # type: ignore[assignment]
-    yield fake
+    yield have(service, fakes.Comparer())
 
 
 def semantic(body: Any) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def test_a_way_that_the_server_does_not_have_names_the_option(
     client: TestClient, engine: Engine, service: Service, way: str
 ) -> None:
     for names in (None, {"embedding", "nli"} - {way}):
-        service.comparer = names and fakes.Comparer(frozenset(names))  # type: ignore[assignment]
+        have(service, names and fakes.Comparer(frozenset(names)))
         error = error_of(ask(client, uncertainty={"meaning": way}), 400)
         assert f"--meaning-{way} FOLDER" in error["message"] and error["param"] == "uncertainty.meaning"
     assert engine.bodies == []

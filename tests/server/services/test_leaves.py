@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posterior.models.base import load_tokenizer, resolve
 from server.services.leaves import HALF, leaves, spelled
 from tests.posterior.tokenizers_of_kinds import KINDS, make
+from tests.server import fakes
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
@@ -87,13 +88,13 @@ def test_leaves_within_very_many_others_are_left_out() -> None:
 # Tokens
 
 
-class Pieces:
+class Pieces(fakes.Tokenizer):
     """A tokenizer whose tokens are the bytes that a text is cut into; one without bytes is special."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.pieces = pieces
 
-    def decode(self, token_ids: Any, **_: Any) -> str:
+    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
         return b"".join(self.pieces[token] for token in token_ids).decode(errors="replace")
 
 
@@ -112,7 +113,7 @@ def test_each_token_holds_the_characters_of_its_bytes(number: int) -> None:
     text = MIXED + "ﬁ日本語é😀x😀é"
     pieces = cut(text, random.Random(number))
     character = [i for i, each in enumerate(text) for _ in each.encode()]  # of each byte
-    found = spelled(Pieces(pieces), range(len(pieces)))  # type: ignore[arg-type]
+    found = spelled(Pieces(pieces), range(len(pieces)))
     assert found.text == text
     begin = 0
     for piece, start, end in zip(pieces, found.starts, found.ends, strict=True):
@@ -125,14 +126,14 @@ def test_each_token_holds_the_characters_of_its_bytes(number: int) -> None:
 
 def test_a_text_that_breaks_off_within_a_character() -> None:
     pieces = ['{"a": "é'.encode(), "日".encode()[:2]]
-    found = spelled(Pieces(pieces), [0, 1])  # type: ignore[arg-type]
+    found = spelled(Pieces(pieces), [0, 1])
     assert (found.text, found.starts, found.ends) == ('{"a": "é', [0, 8], [8, 9])
 
 
 def test_the_sign_for_broken_bytes_may_stand_in_a_text() -> None:
     text = f'["{HALF}", "{HALF}{HALF}a"]'
     pieces = [each.encode() for each in text]
-    found = spelled(Pieces(pieces), range(len(pieces)))  # type: ignore[arg-type]
+    found = spelled(Pieces(pieces), range(len(pieces)))
     assert found.text == text and found.ends == sorted(found.ends)
     assert [leaf.value for leaf in leaves(found.text)] == [HALF, HALF + HALF + "a"]
     assert found.holding(len(text) - 1, len(text)) == (len(text) - 1, len(text))
@@ -158,6 +159,6 @@ def test_tokenizers_of_every_habit(kind: str) -> None:
 
 
 def test_the_end_of_a_number_that_ends_the_text_is_a_special_token() -> None:
-    ended = spelled(Pieces([b"1", b"2", b""]), [0, 1, 2])  # type: ignore[arg-type]
+    ended = spelled(Pieces([b"1", b"2", b""]), [0, 1, 2])
     assert ended.holding(0, 3) == (0, 3) and ended.holding(0, 2) == (0, 2)
-    assert spelled(Pieces([b"1", b"2"]), [0, 1]).holding(0, 3) is None  # type: ignore[arg-type]
+    assert spelled(Pieces([b"1", b"2"]), [0, 1]).holding(0, 3) is None
