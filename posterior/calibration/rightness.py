@@ -118,7 +118,7 @@ class Model(Part):
 class TextKey(Part):
     """What a record belongs to. text: how its answers came about: "greedy" at temperature 0, "meaning" as the sample
     that stands for the most probable meaning, "given" by others. samples, meaning: how many were drawn for each prompt
-    and what told their meanings apart; None without."""
+    and what told their meanings apart, with a digest of its model if it has one; None without."""
 
     base: str
     posterior: str

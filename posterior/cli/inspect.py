@@ -41,7 +41,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
     """What a person asks first, in order."""
     theta = lora.read_adapter(posterior.map_dir)
     parameters, base = sum(value.numel() for value in theta.values()), posterior.base
-    records = len(posterior.calibration)
+    records = len(posterior.calibration) + len(posterior.texts)
     facts: dict[str, object] = {
         "posterior": f"{posterior.name}@{posterior.hash[:12]} (verified)",
         "family": posterior.family,

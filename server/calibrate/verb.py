@@ -100,7 +100,7 @@ def calibrate(
     _check_unseen(posterior, tokenizer, graded)
     particles = _particles(posterior, settings)
     with quiet(cache_folder() / "logs" / "calibrate.log", args.verbose):
-        observed, dtype = asyncio.run(_observed(posterior, args.base, graded, settings))
+        observed, dtype, meaning = asyncio.run(_observed(posterior, args.base, graded, settings))
     key = TextKey(
         base=base.hash,
         posterior=posterior.hash,
@@ -110,20 +110,26 @@ def calibrate(
         text="greedy",
     )
     return [
-        (record, posterior.add_text(record)) for record in records(key, observed, data_hash(rows), settings, graded)
+        (record, posterior.add_text(record))
+        for record in records(key, observed, data_hash(rows), settings, graded, meaning)
     ]
 
 
 def records(
-    key: TextKey, observed: Sequence[Observation], data: str, settings: TextCalibration, rows: Sequence[GradedRow]
+    key: TextKey,
+    observed: Sequence[Observation],
+    data: str,
+    settings: TextCalibration,
+    rows: Sequence[GradedRow],
+    meaning: str,
 ) -> list[TextRecord]:
     """Of the texts as they are and, where there are samples, of the same with these, and of the samples that stand for
-    the most probable meanings."""
+    the most probable meanings. `meaning`: what tells these apart."""
     given = rows[0].given is not None
     parts: list[tuple[TextKey, list[Observed]]] = [
         (key.model_copy(update={"text": "given" if given else "greedy"}), [each.greedy for each in observed])
     ]
-    sampled = {"samples": settings.samples, "meaning": settings.meaning}
+    sampled = {"samples": settings.samples, "meaning": meaning}
     for text in ("sampled", "meaning"):
         found = [one for each in observed if (one := getattr(each, text)) is not None]
         if found:
@@ -177,14 +183,14 @@ def _check_unseen(posterior: Posterior, tokenizer: Tokenizer, rows: Sequence[Gra
 
 async def _observed(
     posterior: Posterior, base: str | None, rows: Sequence[GradedRow], settings: TextCalibration
-) -> tuple[list[Observation], Dtype]:
-    """What the engine makes of the rows, and the dtype it computes in."""
+) -> tuple[list[Observation], Dtype, str]:
+    """What the engine makes of the rows, the dtype it computes in, and what tells meanings apart."""
     with contextlib.ExitStack() as stack:
         service = await started(posterior, base, settings, stack)
         served = service.find(posterior.name)
         with tqdm(total=len(rows), desc="answers", unit="row") as progress:
             found = await observe(service, served, rows, settings, lambda: progress.update())
-        return found, cast(Dtype, service.engine.dtype)
+        return found, cast(Dtype, service.engine.dtype), meanings.identity(service, settings.meaning)
 
 
 async def started(

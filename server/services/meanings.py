@@ -33,6 +33,11 @@ def check(service: Service, name: MeaningName, prompts: int, texts: int) -> None
         )
 
 
+def identity(service: Service, name: MeaningName) -> str:
+    """What a calibration calls the way: by its model too, if it has one of its own."""
+    return name if service.comparer is None or name not in service.comparer.names else service.comparer.identity(name)
+
+
 async def grouped(service: Service, name: MeaningName, question: str, texts: Sequence[str]) -> list[int]:
     """The number of each text's meaning, from 0 in the order in which they first appear.
 

@@ -228,6 +228,13 @@ class Service:
         """A line for each calibration that is of another dtype than its predictive is computed in here."""
         lines = []
         for posterior in self.registry.posteriors:
+            for text in posterior.texts:
+                if text.dtype != self.engine.dtype:
+                    lines.append(
+                        f"a calibration of {posterior.name}'s texts was made in {text.dtype} and is not applied to "
+                        f"texts in {self.engine.dtype}; run `posterior calibrate {posterior.path} ROWS --task text "
+                        f"--dtype {self.engine.dtype}`"
+                    )
             for key in posterior.calibration:
                 dtype = self.dtype(key.predictive)
                 if key.dtype == dtype or key.model_copy(update={"dtype": dtype}) in posterior.calibration:

@@ -10,6 +10,7 @@ from posterior.models.devices import Dtype
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.meanings import Meanings
 from server.errors import Refused
+from server.services.meanings import identity
 from server.services.options import PredictiveName, Reason, TextUncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -101,7 +102,8 @@ def _find(
         dtype=cast(Dtype, service.engine.dtype),
         text=text,
     )
-    sampled = own.model_copy(update={"samples": options.samples, "meaning": options.meaning or "exact"})
+    meaning = identity(service, options.meaning or "exact")
+    sampled = own.model_copy(update={"samples": options.samples, "meaning": meaning})
     given = own.model_copy(update={"text": "given"})
     keys = (*((sampled,) if options.samples is not None else ()), own, given)
     return next((found for key in keys if (found := served.posterior.texts.get(key)) is not None), None)

@@ -6,15 +6,18 @@ left asks no more.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posterior.errors import PosteriorError
+from posterior.storage.record import file_hash
 from server.errors import Refused, Unavailable
 from server.metrics import Metrics
 from server.workers import comparing
 from server.workers.process import Worker
 
+DIGITS = 12  # of a model's digest
 MAX_WAITING = 256  # rounds; each request has one at a time
 
 
@@ -23,6 +26,8 @@ class Comparer:
 
     def __init__(self, folders: Mapping[str, Path], threshold: float, metrics: Metrics) -> None:
         self.names = frozenset(folders)
+        own = {"embedding": f"{threshold:g}"}  # what else changes who means the same
+        self._identities = {name: identified(name, folder, own.get(name, "")) for name, folder in folders.items()}
         self._waiting = 0
         self._worker = Worker(
             "the comparison of meanings",
@@ -36,6 +41,10 @@ class Comparer:
     async def start(self) -> None:
         """Wait until the worker holds its models; raises what kept it from loading."""
         await self._worker.start()
+
+    def identity(self, name: str) -> str:
+        """The name with a digest of its model, and of the threshold of embeddings."""
+        return self._identities[name]
 
     def check(self) -> None:
         """Raises Unavailable while no worker holds the models."""
@@ -62,6 +71,13 @@ class Comparer:
     def stop(self) -> None:
         """End the worker, whatever it is doing."""
         self._worker.stop()
+
+
+def identified(name: str, folder: Path, more: str) -> str:
+    """The name with a digest of the folder's model, and of what else changes who means the same."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.is_file())
+    parts = [f"{path.relative_to(folder)} {file_hash(path)}" for path in files]
+    return f"{name}-{hashlib.sha256(' '.join([*parts, more]).encode()).hexdigest()[:DIGITS]}"
 
 
 async def _ready(_: None) -> None:

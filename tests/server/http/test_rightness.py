@@ -137,6 +137,24 @@ def test_a_request_with_samples_uses_the_record_with_as_many(client: TestClient,
         assert told(send(client, samples=4))["confidence"] is None
 
 
+def test_a_record_of_one_model_of_meanings_is_not_applied_to_those_of_another(
+    client: TestClient, service: Service
+) -> None:
+    target: Any = service
+    target.comparer = fakes.Comparer()
+    for meaning, applied in (("embedding-0123", True), ("embedding-4567", False), ("embedding", False)):
+        give(service, record(text="meaning", samples=N, meaning=meaning))
+        assert told(ask(client, uncertainty={"meaning": "embedding"}))["calibrated"] is applied
+
+
+def test_records_of_another_dtype_are_named_at_the_start(service: Service) -> None:
+    give(service, record(dtype="float32"))
+    target: Any = service.registry.served["gang"].posterior
+    target.path = "/posteriors/gang"
+    (line,) = service.unapplied()
+    assert "gang's texts was made in float32" in line and line.endswith("--task text --dtype bfloat16`")
+
+
 def test_a_record_of_given_answers_is_the_last_resort(client: TestClient, service: Service) -> None:
     given = record(text="given")
     give(service, given)

@@ -12,7 +12,7 @@ from posterior.meaning.embedding import Embedding
 from posterior.meaning.nli import Nli
 from server.errors import Refused, Unavailable
 from server.metrics import Metrics
-from server.workers.comparer import Comparer
+from server.workers.comparer import Comparer, identified
 from tests.posterior.meaning import tiny
 from tests.server.workers import weightless
 
@@ -77,3 +77,10 @@ async def test_a_full_queue_refuses_at_once(light: Comparer, monkeypatch: pytest
     found = await asyncio.gather(*(light.same("nli", "", "a", ["a"]) for _ in range(3)), return_exceptions=True)
     assert found[:2] == [[True], [True]] and isinstance(found[2], Unavailable) and "already wait" in str(found[2])
     assert await light.same("nli", "", "a", ["a"]) == [True]
+
+
+def test_a_model_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    one, other = tiny.classifier(tmp_path / "one"), tiny.classifier(tmp_path / "other")
+    assert identified("nli", one, "") == identified("nli", other, "") != identified("nli", one, "0.7")
+    (other / "model.safetensors").write_bytes((one / "model.safetensors").read_bytes()[:-1] + b"\1")
+    assert identified("nli", one, "") != identified("nli", other, "")
