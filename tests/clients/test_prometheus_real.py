@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -27,11 +28,12 @@ def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "key").write_text(KEY)
     config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
-    config["global"]["scrape_interval"] = "1s"
+    config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
     [job] = config["scrape_configs"]
     job["authorization"]["credentials_file"] = str(folder / "key")
     job["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    shutil.copytree(GRAFANA / "rules", folder / "rules")
     promtool("check", "config", folder / "prometheus.yml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,3 +118,16 @@ def test_the_numbers_are_the_server_s(prometheus: str, server: Running) -> None:
         time.sleep(0.2)
     assert seen == counted
     assert [value for _, value in query(prometheus, "up")] == [1.0]
+
+
+def test_every_rule_is_evaluated_without_error(prometheus: str) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        with urllib.request.urlopen(f"{prometheus}/api/v1/rules", timeout=5) as response:
+            rules = [rule for group in json.load(response)["data"]["groups"] for rule in group["rules"]]
+        if rules and all(rule["health"] == "ok" for rule in rules):
+            break
+        assert time.monotonic() < deadline, rules
+        time.sleep(1)
+    recorded = {rule["name"] for rule in rules if rule["type"] == "recording"}
+    assert recorded and all(query(prometheus, name) for name in recorded)
