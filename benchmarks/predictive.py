@@ -203,15 +203,21 @@ def stock(
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], ready: str, environment: dict[str, str]) -> Iterator[str]:
-    """A server on a free loopback port, up to the end of the block. Yields its URL."""
+def running(
+    command: Sequence[str], ready: str, environment: dict[str, str], folder: Path | None = None
+) -> Iterator[str]:
+    """A server on a free loopback port, started in a folder, up to the end of the block. Yields its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     arguments = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
-        arguments, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments,
+        env={**os.environ, **environment},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(START_SECONDS):
