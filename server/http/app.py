@@ -12,17 +12,15 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic_core import from_json
 
 import posterior
-from posterior.data.reading import unique
-from posterior.errors import first_line
 from server.access.keys import Key, Keys, owner
-from server.errors import EngineLost, Refused, RequestError, Unavailable
+from server.errors import EngineLost, RequestError, Unavailable
 from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
+from server.http.body import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
-from server.http.errors import ApiError, as_api_error
+from server.http.errors import as_api_error
 from server.http.records import Reply
 from server.http.replies import (
     ChatReply,
@@ -36,7 +34,6 @@ from server.http.replies import (
     Version,
 )
 from server.http.schemas import (
-    MAX_BODY_BYTES,
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
@@ -88,11 +85,11 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
         ("/v1/chat/completions", _chat, "OpenAI's chat completions", ChatRequest, ChatReply),
         ("/v1/completions", _completions, "OpenAI's completions", CompletionRequest, CompletionReply),
     ):
-        responses = openapi.replies(answer, 400, 401, 404, 413, 429, 503)
+        responses = openapi.replies(answer, 400, 401, 404, 408, 413, 429, 503)
         if issubclass(body, TextRequest):
             responses[200]["content"] = STREAM
         app.post(path, summary=summary, openapi_extra=openapi.body(body), responses=responses)(handler)
-    responses = openapi.replies(OutcomesReply, 400, 401, 404, 409, 413, 429, 503)
+    responses = openapi.replies(OutcomesReply, 400, 401, 404, 408, 409, 413, 429, 503)
     summary, extra = "What turned out to be true of answers", openapi.body(OutcomesRequest, Outcome)
     app.post("/v1/outcomes", summary=summary, openapi_extra=extra, responses=responses)(_outcomes)
     responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
@@ -222,7 +219,7 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     try:
         _check_ready(request)
         enter(key)
-        body = await _read_json(request)
+        body = await read_json(request)
         result = await _while_connected(request, handler(body, request, observation))
     except Exception as error:
         failure = as_api_error(error)
@@ -268,31 +265,6 @@ def _check_ready(request: Request) -> None:
         raise Unavailable("the server is warming up; try again shortly")
     if not _service(request).engine.alive():
         raise EngineLost
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object of at most MAX_BODY_BYTES.
-
-    Raises Refused, and ApiError 413.
-    """
-    chunks = bytearray()
-    async for chunk in request.stream():
-        chunks += chunk
-        if len(chunks) > MAX_BODY_BYTES:
-            raise ApiError(
-                413,
-                f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer prompts a request",
-                code="body_too_large",
-            )
-    try:
-        from_json(bytes(chunks), allow_inf_nan=False)  # stricter than Python's reader, which takes half of a character
-        body = json.loads(chunks, object_pairs_hook=unique)
-        json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not valid JSON in UTF-8: {first_line(error)}") from error
-    if not isinstance(body, dict):
-        raise Refused("the body must be a JSON object")
-    return body
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:

@@ -46,6 +46,7 @@ MEANINGS = {
     403: "The key is not that of an admin",
     404: "No such model or answer",
     409: "Another outcome of this answer is stored",
+    408: "The body did not come in time",
     413: "The body is too large",
     429: "The key has used up what it may use a minute",
     503: "Not ready, busy or stopping; try again later",

@@ -1,0 +1,57 @@
+"""The body of a request: a JSON object, of bounded size, that arrives in bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request
+from pydantic_core import from_json
+
+from posterior.data.reading import unique
+from posterior.errors import first_line
+from server.errors import Refused
+from server.http.errors import ApiError
+from server.http.schemas import MAX_BODY_BYTES
+
+BODY_SECONDS = 60  # for all of it, as nginx gives by default between two parts
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object of at most MAX_BODY_BYTES, which has come within BODY_SECONDS.
+
+    Raises Refused, and ApiError 408 and 413.
+    """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            content = await _content(request)
+    except TimeoutError:  # the connection is closed, since the rest of the body may still come
+        raise ApiError(
+            408,
+            f"the body did not come within {BODY_SECONDS} seconds; send it again",
+            code="body_timeout",
+            headers={"Connection": "close"},
+        ) from None
+    try:
+        from_json(content, allow_inf_nan=False)  # stricter than Python's reader, which takes half of a character
+        body = json.loads(content, object_pairs_hook=unique)
+        json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is not valid JSON in UTF-8: {first_line(error)}") from error
+    if not isinstance(body, dict):
+        raise Refused("the body must be a JSON object")
+    return body
+
+
+async def _content(request: Request) -> bytes:
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > MAX_BODY_BYTES:
+            raise ApiError(
+                413,
+                f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer prompts a request",
+                code="body_too_large",
+            )
+    return bytes(chunks)
