@@ -56,6 +56,11 @@ class Running:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def get(self, path: str) -> Any:
+        response = httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        assert response.status_code == 200, response.text
+        return response.json()
+
     def predict(self, **body: Any) -> Any:
         return self.post("/v1/predictive", **body)
 

@@ -279,6 +279,24 @@ def test_a_chat_is_read_the_same_way_whatever_is_asked_about_it(server: Running,
     assert confidence == pytest.approx(known, abs=1e-5)
 
 
+@pytest.mark.parametrize("model", ["mood", "mood/map"])
+def test_prompts_at_the_limit(server: Running, model: str) -> None:
+    """A prompt and the tokens that follow it fill the context, or are one token too many."""
+    (card,) = [card for card in server.get("/v1/models")["data"] if card["id"] == model]
+    longest = card["max_model_len"]
+    written = server.post("/v1/completions", model=model, prompt=[5] * (longest - 1), max_tokens=1)
+    assert written["usage"]["total_tokens"] == longest
+    asked = {"model": model, "answers": [" a", " b"], "predictive": "map"}
+    assert server.predict(prompts=[[5] * (longest - 1)], **asked)["usage"]["prompt_tokens"] == longest - 1
+    for path, body in (
+        ("/v1/completions", {"model": model, "prompt": [5] * longest, "max_tokens": 1}),
+        ("/v1/completions", {"model": model, "prompt": [5] * (longest - 1), "max_tokens": 2}),
+        ("/v1/predictive", {"prompts": [[5] * longest], **asked}),
+    ):
+        response = httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"})
+        assert response.status_code == 400 and str(longest) in response.json()["error"]["message"], response.text
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context length"),
     ({"messages": "hi"}, "messages"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +15,6 @@ from posterior.laplace import blockwise
 from posterior.models import lora
 from posterior.storage import artefact
 from tests.sealed import edit, rehash
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("original") / "tiny"
-
-
-@pytest.fixture
-def folder(run_fit, original, tmp_path) -> Path:
-    """A posterior that was fitted once."""
-    if not original.exists():
-        run_fit(original)
-    return shutil.copytree(original, tmp_path / "tiny")
 
 
 def test_round_trip(folder):

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("original") / "tiny"
+
+
+@pytest.fixture
+def folder(run_fit, original, tmp_path) -> Path:
+    """A posterior that was fitted once."""
+    if not original.exists():
+        run_fit(original)
+    return shutil.copytree(original, tmp_path / "tiny")
