@@ -1,7 +1,8 @@
 """Does P(right) tell right answers from wrong ones? Open questions, answered by a posterior and by its MAP alone.
 
     python -m benchmarks.answers --posterior posteriors/answers --minutes 60  writes cells that are missing, then tables
-    python -m benchmarks.answers --posterior posteriors/answers --minutes 0   only the tables
+    python -m benchmarks.answers --posterior posteriors/answers --minutes 0   only the tables; with --embedding FOLDER,
+                                                                              also by that model's meanings
 
 `make answers` makes the posterior; benchmarks/questions.py says which rows it, the calibration and the test have. A
 row's cell is a line in benchmarks/results/answers-{mixture,map}.jsonl: the
@@ -39,8 +40,10 @@ from posterior.data.graded import GradedRow, encode
 from posterior.data.reading import read_rows
 from posterior.evaluation.report import markdown_rows
 from posterior.meaning import Grouping
+from posterior.meaning.embedding import Embedding
 from posterior.meaning.exact import exact
 from posterior.meaning.grades import match
+from posterior.meaning.greedy import grouped
 from posterior.models.base import load_tokenizer, resolve
 from posterior.predictive.meanings import meanings
 from posterior.storage import artefact
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--rows", type=int, help="of each part, at most")
     parser.add_argument("--minutes", type=float, default=60, help="for cells that are missing")
+    parser.add_argument("--embedding", type=Path, help="a folder of sentence-transformers that tells meanings apart")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wait_passively("benchmarks.answers")
@@ -75,8 +79,13 @@ def main() -> None:
             predictive=law, samples=args.samples, max_tokens=args.max_tokens, stop=("\n",), seed=args.seed
         )
         cells[law] = collect(posterior, law, graded, settings, deadline)
-    print(f"{posterior.name}@{posterior.hash[:12]}, {args.samples} samples, seed {args.seed}\n")
-    report(cells)
+    groupings: dict[str, Grouping] = {"exact": exact}
+    if args.embedding is not None:
+        compare = Embedding(args.embedding)
+        groupings["embedding"] = lambda texts: grouped("", texts, compare)
+    for name, grouping in groupings.items():
+        print(f"{posterior.name}@{posterior.hash[:12]}, {args.samples} samples, meaning {name}, seed {args.seed}\n")
+        report(cells, grouping)
 
 
 # Cells
@@ -226,8 +235,8 @@ EPISTEMIC: Mapping[str, Callable[[Features], float]] = {
 }
 
 
-def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping = exact) -> None:
-    """Print the tables."""
+def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping) -> None:
+    """Print the tables, with meanings told apart by the grouping."""
     found: dict[str, Judged] = {}
     for law in LAWS:
         test, held = cells[law]["test"], cells[law]["calibration"]
@@ -243,7 +252,7 @@ def report(cells: Mapping[Law, Mapping[str, Sequence[Cell]]], grouping: Grouping
             found[f"{law}: {called}"] = Judged(_p_right(names, held, full, grouping), right)
     singles = [name for name in found if name.startswith("map: ") and "P(right)" not in name]
     best = max(singles, key=lambda name: right_auroc(*found[name]))
-    print(f"\n{ranking(found, best)}\n\n{calibration(found)}\n\n{enough(cells['mixture'], grouping)}")
+    print(f"\n{ranking(found, best)}\n\n{calibration(found)}\n\n{enough(cells['mixture'], grouping)}\n")
 
 
 def _p_right(names: Sequence[Feature], held: Sequence[Cell], test: Sequence[Features], grouping: Grouping) -> Tensor:
