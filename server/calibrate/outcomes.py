@@ -150,8 +150,8 @@ def _enough(name: str, rows: Sequence[Given], notes: list[str]) -> bool:
         return False
     if missing:
         notes.append(
-            f"{name}: {missing} of {len(rows)} outcomes that were asked for have not come; what is promised counts them "
-            "as wrong answers"
+            f"{name}: {missing} of {len(rows)} outcomes that were asked for have not come; what is promised counts "
+            "them as wrong answers"
         )
     return True
 

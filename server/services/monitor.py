@@ -1,5 +1,5 @@
-"""What is learnt from outcomes, kept up to date beside the requests: computed by a thread of its own at the start, after
-outcomes have come, and every minute, since answers come without them, and other servers may use the same database.
+"""What is learnt from outcomes, kept up to date beside the requests: computed by a thread of its own at the start,
+after outcomes have come, and every minute, since answers come without them, and other servers may use the database.
 """
 
 from __future__ import annotations
