@@ -33,7 +33,7 @@ from posterior.evaluation.choosing import Predicted, compare
 from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage.artefact import Posterior
 from server.store import database
-from server.store.reading import Given, collected
+from server.store.reading import Stored, collected
 from server.store.window import DAY
 
 K = TypeVar("K", Key, TextKey)
@@ -76,7 +76,7 @@ class Made(NamedTuple):
     notes: Sequence[str]
 
 
-def read(source: str, posterior: Posterior, settings: OutcomeCalibration) -> list[Given]:
+def read(source: str, posterior: Posterior, settings: OutcomeCalibration) -> list[Stored]:
     """The answers that count, the oldest first, from a database or a SQLite file. Raises PosteriorError."""
     since = 0.0 if settings.days is None else time.time() - DAY * settings.days
     engine = database.connect(_url(source))
@@ -96,7 +96,7 @@ def _url(source: str) -> URL:
 
 
 def made(
-    posterior: Posterior, rows: Sequence[Given], settings: OutcomeCalibration, kind: Literal["choice", "text"]
+    posterior: Posterior, rows: Sequence[Stored], settings: OutcomeCalibration, kind: Literal["choice", "text"]
 ) -> Made:
     """The records that the rows make of choices, or of texts. Raises PosteriorError where they make none."""
     until = time.time()
@@ -117,9 +117,9 @@ def made(
     return Made(choices, texts, notes)
 
 
-def _grouped(kind: type[K], rows: Sequence[Given]) -> Iterator[tuple[K, list[Given]]]:
+def _grouped(kind: type[K], rows: Sequence[Stored]) -> Iterator[tuple[K, list[Stored]]]:
     """The rows that a calibration can be of, by what it belongs to: of decisions without the kind of question."""
-    found: dict[K, list[Given]] = {}
+    found: dict[K, list[Stored]] = {}
     for row in rows:
         try:
             key = kind.model_validate(row.key)
@@ -131,7 +131,7 @@ def _grouped(kind: type[K], rows: Sequence[Given]) -> Iterator[tuple[K, list[Giv
     yield from found.items()
 
 
-def _kinds(key: Key, rows: Sequence[Given]) -> Iterator[tuple[Key, list[Given]]]:
+def _kinds(key: Key, rows: Sequence[Stored]) -> Iterator[tuple[Key, list[Stored]]]:
     """The rows of each record: of decisions by the kind of question, as `posterior calibrate` has it."""
     asked = [cast(QuestionKind | None, (row.key or {}).get("question")) for row in rows]
     if any(question is None for question in asked):
@@ -141,7 +141,7 @@ def _kinds(key: Key, rows: Sequence[Given]) -> Iterator[tuple[Key, list[Given]]]
         yield key.model_copy(update={"question": kind}), [rows[index] for index in part]
 
 
-def _enough(name: str, rows: Sequence[Given], notes: list[str]) -> bool:
+def _enough(name: str, rows: Sequence[Stored], notes: list[str]) -> bool:
     """Whether the rows are enough for a record; notes what is to be said."""
     came = sum(row.correct is not None for row in rows)
     missing = len(rows) - came
@@ -165,7 +165,7 @@ def _nothing(notes: Sequence[str], settings: OutcomeCalibration) -> str:
 
 
 def _choice(
-    posterior: Posterior, key: Key, rows: Sequence[Given], settings: OutcomeCalibration, until: float
+    posterior: Posterior, key: Key, rows: Sequence[Stored], settings: OutcomeCalibration, until: float
 ) -> Record:
     """The record of rows of options. Raises PosteriorError."""
     known = [row for row in rows if row.correct is not None]
@@ -202,7 +202,7 @@ def _choice(
 
 
 def _text(
-    posterior: Posterior, key: TextKey, rows: Sequence[Given], settings: OutcomeCalibration, until: float
+    posterior: Posterior, key: TextKey, rows: Sequence[Stored], settings: OutcomeCalibration, until: float
 ) -> TextRecord:
     """The record of texts. Raises PosteriorError."""
     known = [row for row in rows if row.correct is not None and row.features is not None]

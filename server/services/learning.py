@@ -26,7 +26,7 @@ from posterior.calibration.rightness import Features, TextKey, TextRecord
 from posterior.calibration.rolling import Labelled, figures, promised
 from posterior.models.devices import Dtype
 from posterior.storage.artefact import Posterior
-from server.store.reading import Given, Newest
+from server.store.reading import Newest, Stored
 
 Sample = Literal["all", "requested"]
 Of = Literal["confidence", "entropy", "familiarity"]
@@ -75,8 +75,8 @@ def learnt(posterior: Posterior, newest: Newest, dtype: Dtype) -> list[Learnt]:
     ]
 
 
-def _placed(rows: Sequence[Given]) -> dict[Place, list[Given]]:
-    found: dict[Place, list[Given]] = {}
+def _placed(rows: Sequence[Stored]) -> dict[Place, list[Stored]]:
+    found: dict[Place, list[Stored]] = {}
     for row in rows:
         found.setdefault((row.predictive, row.kind), []).append(row)
     return found
@@ -85,12 +85,12 @@ def _placed(rows: Sequence[Given]) -> dict[Place, list[Given]]:
 def _learnt(
     posterior: Posterior,
     place: Place,
-    seen: Sequence[Given],
-    known: Sequence[Given],
-    asked: Sequence[Given],
+    seen: Sequence[Stored],
+    known: Sequence[Stored],
+    asked: Sequence[Stored],
     dtype: Dtype,
 ) -> Learnt:
-    parts: dict[Sample, Sequence[Given]] = {"all": known, "requested": [row for row in known if row.requested]}
+    parts: dict[Sample, Sequence[Stored]] = {"all": known, "requested": [row for row in known if row.requested]}
     missing: dict[Literal["drift", "exchangeability"], str] = {}
     moved = _drift(posterior, seen, dtype)
     if isinstance(moved, str):
@@ -109,12 +109,12 @@ def _learnt(
     )
 
 
-def _figures(rows: Sequence[Given]) -> Figures:
+def _figures(rows: Sequence[Stored]) -> Figures:
     labelled = [_labelled(row) for row in rows]
     return Figures(len(rows), figures(labelled), promised(labelled))
 
 
-def _labelled(row: Given) -> Labelled:
+def _labelled(row: Stored) -> Labelled:
     """An outcome. One that only says that the answer was wrong, of three options or more, counts as one that the
     prediction set did not hold: the worst that it can mean."""
     covered = None if row.prediction_set is None else row.truth is not None and row.truth in row.prediction_set
@@ -139,11 +139,11 @@ def record_of(posterior: Posterior, key: Mapping[str, object] | None) -> Record 
         return None
 
 
-def _most(posterior: Posterior, rows: Sequence[Given], at: str) -> tuple[Record | TextRecord, list[Given]] | None:
+def _most(posterior: Posterior, rows: Sequence[Stored], at: str) -> tuple[Record | TextRecord, list[Stored]] | None:
     """The record to which most of the rows belong, with those; of a record of outcomes those alone that came after it.
     None where none belongs to any. at: the row's time."""
     found: dict[str, Record | TextRecord] = {}
-    own: dict[str, list[Given]] = {}
+    own: dict[str, list[Stored]] = {}
     for row in rows:
         record = record_of(posterior, row.key)
         if record is None:
@@ -159,7 +159,7 @@ def _most(posterior: Posterior, rows: Sequence[Given], at: str) -> tuple[Record 
     return found[name], own[name]
 
 
-def _drift(posterior: Posterior, seen: Sequence[Given], dtype: Dtype) -> dict[Of, Drift] | str:
+def _drift(posterior: Posterior, seen: Sequence[Stored], dtype: Dtype) -> dict[Of, Drift] | str:
     """How far the answers have moved from the rows of their record, or why that cannot be said."""
     found = _most(posterior, seen, "created")
     if found is None:
@@ -176,7 +176,7 @@ def _drift(posterior: Posterior, seen: Sequence[Given], dtype: Dtype) -> dict[Of
     return {name: each for name, each in moved.items() if each is not None} | _familiar(posterior, rows, dtype)
 
 
-def look_of(row: Given) -> tuple[float, float] | None:
+def look_of(row: Stored) -> tuple[float, float] | None:
     """The confidence and the entropy of an answer, as a `Reference` has them."""
     if row.features is not None:
         return math.exp(row.features["mean_logprob"]), row.features["entropy"]
@@ -185,7 +185,7 @@ def look_of(row: Given) -> tuple[float, float] | None:
     return max(row.probability), row.total
 
 
-def _familiar(posterior: Posterior, seen: Sequence[Given], dtype: Dtype) -> dict[Of, Drift]:
+def _familiar(posterior: Posterior, seen: Sequence[Stored], dtype: Dtype) -> dict[Of, Drift]:
     """How far the familiarity of the answers has moved from that of held-out rows, where these tell it."""
     rows = [row for row in seen if row.familiarity is not None]
     if not rows:
@@ -198,7 +198,7 @@ def _familiar(posterior: Posterior, seen: Sequence[Given], dtype: Dtype) -> dict
     return {} if found is None else {"familiarity": found}
 
 
-def _evidence(posterior: Posterior, asked: Sequence[Given]) -> Evidence | str:
+def _evidence(posterior: Posterior, asked: Sequence[Stored]) -> Evidence | str:
     """Against the exchangeability of labelled answers with the rows of their record, or why there is none."""
     if not asked:
         return NO_LABELS
@@ -214,7 +214,7 @@ def _evidence(posterior: Posterior, asked: Sequence[Given]) -> Evidence | str:
     return NO_LABELS if against is None else against
 
 
-def graded(record: Record | TextRecord, row: Given) -> tuple[float, bool] | None:
+def graded(record: Record | TextRecord, row: Stored) -> tuple[float, bool] | None:
     """The confidence of an answer by which the record's `risk` ranks its rows, and whether what it is about was right;
     None where that is not known."""
     if isinstance(record, TextRecord):

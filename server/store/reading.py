@@ -14,7 +14,7 @@ from server.store.window import MOST, Window
 
 
 @dataclass(frozen=True)
-class Given:
+class Stored:
     """An answer as it is stored (server/store/values.py), and its outcome: reported, correct and truth are None where
     there is none."""
 
@@ -47,9 +47,9 @@ class Newest:
     """Of one posterior, the newest first: the answers of a window, its outcomes, and of those whose labels were asked
     for the newest MOST, within the window or not."""
 
-    answers: Sequence[Given]
-    outcomes: Sequence[Given]
-    requested: Sequence[Given]
+    answers: Sequence[Stored]
+    outcomes: Sequence[Stored]
+    requested: Sequence[Stored]
 
 
 def newest(connection: Connection, hash: str, window: Window, owner: str | None = None) -> Newest:
@@ -66,7 +66,7 @@ def newest(connection: Connection, hash: str, window: Window, owner: str | None 
     return Newest(seen, known[:limit], requested)
 
 
-def collected(connection: Connection, hash: str, since: float, *, requested: bool) -> list[Given]:
+def collected(connection: Connection, hash: str, since: float, *, requested: bool) -> list[Stored]:
     """All answers of the posterior since then, the oldest first: those whose labels were asked for, whether these came
     or not, or those with an outcome."""
     which = answers.c.requested if requested else outcomes.c.reported.is_not(None)
@@ -83,13 +83,13 @@ def _rows(
     *conditions: ColumnElement[bool],
     limit: int | None = None,
     order: ColumnElement[float] = replies.c.created,
-) -> list[Given]:
+) -> list[Stored]:
     """The newest answers for which all of this holds, with their outcomes."""
     outcome = and_(
         answers.c.owner == outcomes.c.owner, answers.c.id == outcomes.c.id, answers.c.item == outcomes.c.item
     )
     reply = and_(answers.c.owner == replies.c.owner, answers.c.id == replies.c.id)
-    names = Given.__dataclass_fields__.keys() - {"created", "reported", "correct", "truth", "requested"}
+    names = Stored.__dataclass_fields__.keys() - {"created", "reported", "correct", "truth", "requested"}
     query = (
         select(
             *(answers.c[name] for name in sorted(names)), answers.c.requested, replies.c.created,
@@ -100,8 +100,8 @@ def _rows(
         .order_by(order.desc(), answers.c.id.desc(), answers.c.item.desc())
         .limit(limit)
     )  # fmt: skip
-    return [_given(row) for row in connection.execute(query)]
+    return [_stored(row) for row in connection.execute(query)]
 
 
-def _given(row: Row[Any]) -> Given:
-    return Given(**row._mapping)
+def _stored(row: Row[Any]) -> Stored:
+    return Stored(**row._mapping)

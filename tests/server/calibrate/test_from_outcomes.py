@@ -29,7 +29,7 @@ from server.cli import main
 from server.metrics import Metrics
 from server.services import renewing
 from server.services.registry import Registry, Served
-from server.store.reading import Given
+from server.store.reading import Stored
 from server.store.store import DAY, Store
 from server.store.values import Answer, Reply, Report, Reporter
 from tests.server import fakes, folders
@@ -45,7 +45,7 @@ def key(posterior: Posterior, **changes: Any) -> Key:
     return Key(**{**own, "predictive": "mixture", "particles": 3, "dtype": "bfloat16", **changes})
 
 
-def rows(key: Key | TextKey, n: int, *, came: int | None = None, wrong: float = 0.2, seed: int = 0) -> list[Given]:
+def rows(key: Key | TextKey, n: int, *, came: int | None = None, wrong: float = 0.2, seed: int = 0) -> list[Stored]:
     """n answers to a choice between two, or texts, of which the first `came` have an outcome."""
     draw = random.Random(seed)
     found = []
@@ -55,7 +55,7 @@ def rows(key: Key | TextKey, n: int, *, came: int | None = None, wrong: float = 
         text = isinstance(key, TextKey)
         features = {name: draw.random() - (name == "mean_logprob") for name in PLAIN} if text else None
         found.append(
-            Given(
+            Stored(
                 "o", f"r{number}", 0, float(number), "text" if text else "answers", "mixture", key.model_dump(), None,
                 None if text else (1 - p, p), 1, p, None, None, None, 0.5, None, None, features, True, *outcome,
             )
@@ -107,7 +107,7 @@ def test_outcomes_that_never_came_are_the_worst_that_they_can_be(posterior: Any)
     assert sorted(record.risk.confidence) == pytest.approx(sorted(max(row.probability or ()) for row in given))
     note = "30 of 200 outcomes that were asked for have not come; what is promised counts them as wrong answers"
     assert found.notes == [f"{own.file_name}: {note}"]
-    worst = [row if row.correct is not None else Given(**{**vars(row), "correct": False, "truth": 0}) for row in given]
+    worst = [row if row.correct is not None else Stored(**{**vars(row), "correct": False, "truth": 0}) for row in given]
     (as_wrong,) = made(posterior, worst, SETTINGS, "choice").choices
     assert record.risk == as_wrong.risk
 
@@ -119,11 +119,11 @@ def test_what_is_promised_holds_whatever_keeps_outcomes_away(posterior: Any) -> 
     for seed in range(40):
         draw = random.Random(1000 + seed)
         every = [
-            Given(**{**vars(row), "correct": (good := draw.random() < c), "truth": int(good)})
+            Stored(**{**vars(row), "correct": (good := draw.random() < c), "truth": int(good)})
             for row, c in ((row, max(row.probability or ())) for row in rows(own, 400, seed=seed))
         ]
         silent = {"reported": None, "correct": None, "truth": None}
-        heard = [Given(**{**vars(row), **silent}) if not row.correct and draw.random() < 0.5 else row for row in every]
+        heard = [Stored(**{**vars(row), **silent}) if not row.correct and draw.random() < 0.5 else row for row in every]
         (record,) = made(posterior, heard, SETTINGS, "choice").choices
         assert record.risk is not None
         threshold = record.risk.threshold(0.2)
@@ -155,7 +155,7 @@ def test_without_enough_labels_that_chance_chose_nothing_is_promised(posterior: 
 
 
 def test_outcomes_that_do_not_say_what_was_true_are_refused(posterior: Any) -> None:
-    given = [Given(**{**vars(row), "truth": row.truth if row.correct else None}) for row in rows(key(posterior), 80)]
+    given = [Stored(**{**vars(row), "truth": row.truth if row.correct else None}) for row in rows(key(posterior), 80)]
     with pytest.raises(PosteriorError, match="outcomes say that the answer was wrong and not what was true"):
         made(posterior, given, SETTINGS, "choice")
 
@@ -187,7 +187,7 @@ def test_texts_are_graded_by_their_outcomes(posterior: Any) -> None:
     assert made_nothing(posterior, given)
 
 
-def made_nothing(posterior: Any, given: Sequence[Given]) -> bool:
+def made_nothing(posterior: Any, given: Sequence[Stored]) -> bool:
     """Whether texts make no record of choices."""
     with pytest.raises(PosteriorError, match="asked for no outcome"):
         made(posterior, given, SETTINGS, "choice")
