@@ -31,6 +31,7 @@ from server.http.lobby import Lobby
 from server.metrics import Metrics
 from server.services import registry
 from server.services.registry import Registry
+from server.store.window import COUNT, WINDOW, Window
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
@@ -47,6 +48,7 @@ NUMBERS = {
     "gpu_memory_utilization": Range(0, 1, above=True),
     "meaning_threshold": Range(-1, 1),
     "answers_days": Range(0, 36500, above=True),
+    "label_share": Range(0, 1),
 }
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
 
@@ -100,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "with --outcomes, days that an answer waits for its outcome before it is deleted (default: 30)"
     add("--answers-days", type=float, metavar="N", default=30.0, help=text)
     add("--keep-requests", action="store_true", help="with --outcomes, keep the bodies of requests too: the prompts")
+    text = (
+        "with --outcomes, share of answers whose outcome is asked for, with `label: requested` in the answer. Chance "
+        "chooses them: only their outcomes show how all answers are (default: 0)"
+    )
+    add("--label-share", type=float, metavar="SHARE", default=0.0, help=text)
+    text = f"with --outcomes, which answers and outcomes the metrics are of, for each posterior the newest: {WINDOW}"
+    add("--outcomes-window", metavar="N|Nd", help=f"{text} (default: {COUNT})")
     text = "on a terminal, show what vLLM and torch say; else it goes to a log file there, and is shown elsewhere"
     add("--verbose", action="store_true", help=text)
 
@@ -113,8 +122,10 @@ def run(args: argparse.Namespace) -> None:
     args.api_key = secret(args.api_key)
     keys = Keys(args.api_key, args.keys)
     check_exposure(args.host, keys)
-    if args.keep_requests and args.outcomes is None:
-        raise PosteriorError("--keep-requests keeps them beside answers; give --outcomes too, or leave it out")
+    for option in ("keep_requests", "label_share", "outcomes_window"):
+        if getattr(args, option) and args.outcomes is None:
+            name = f"--{option.replace('_', '-')}"
+            raise PosteriorError(f"{name} belongs to answers that are kept; give --outcomes too, or leave it out")
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
     with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _quiet(args, lobby):
         asyncio.run(_serve(args, keys, lobby))
@@ -132,9 +143,12 @@ def _interrupt(*_: object) -> None:
 async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
     from server.http.app import create_app
     from server.http.listening import listen
+    from server.services import renewing
+    from server.services.monitor import Monitor
     from server.services.predictive import Service
 
     start = time.monotonic()
+    window = Window() if args.outcomes_window is None else Window.parsed(args.outcomes_window)
     if args.keys is not None:
         follow(keys)
     with contextlib.ExitStack() as stack:
@@ -143,6 +157,7 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         base = resolve(args.base)
         say(f"base {base.id} on {device}")
         served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
+        calibrations = renewing.looks(served)
         _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
@@ -165,11 +180,17 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         served.check(args.posteriors)
         served.describe(metrics)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
+        if store is not None:
+            service.monitor = Monitor(service, store, window)
+            service.monitor.start()
+            stack.callback(service.monitor.close)
         for line in service.unapplied():
             say(line)
         for line in keys.warnings(served.served):
             say(f"warning: {line}")
         app = create_app(service, keys)
+        watching = asyncio.create_task(renewing.watch(service, calibrations))
+        stack.callback(watching.cancel)
         await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
 
 
@@ -231,7 +252,9 @@ def _store(args: argparse.Namespace, metrics: Metrics) -> Store | None:
         return None
     from server.store.store import Store
 
-    store = Store(args.outcomes, metrics, days=args.answers_days, requests=args.keep_requests)
+    store = Store(
+        args.outcomes, metrics, days=args.answers_days, requests=args.keep_requests, share=args.label_share
+    )  # fmt: skip
     say(f"answers and outcomes are kept in {store.name}")
     return store
 

@@ -41,9 +41,10 @@ class Conformal(Part):
         return self
 
     @classmethod
-    def fit(cls, score: Score, p: Tensor, y: Tensor, seed: int = 0) -> Self:
-        """Of more than MAX_NUMBERS rows a random part is kept: the guarantee is that part's own."""
-        scores = _scores(score, p).gather(1, y[:, None])[:, 0]
+    def fit(cls, score: Score, p: Tensor, y: Tensor, seed: int = 0, missing: int = 0) -> Self:
+        """Of more than MAX_NUMBERS rows a random part is kept: the guarantee is that part's own. Of `missing` more rows
+        the label never came: each counts as one whose true answer has the largest score."""
+        scores = torch.cat([_scores(score, p).gather(1, y[:, None])[:, 0], p.new_ones(missing)])
         keep = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))[: scalers.MAX_NUMBERS]
         return cls(score=score, scores=tuple(scores[keep].clamp(0, 1).sort().values.tolist()))
 

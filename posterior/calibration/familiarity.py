@@ -145,6 +145,15 @@ class Familiarity:
         farther = (like & (self.held >= distance[:, None])).sum(1)
         return ((farther + 1).double() / (like.sum(1) + 1)).tolist()
 
+    def of_held(self) -> list[float]:
+        """That of each held-out row, among those near the same mean."""
+        found = torch.zeros(len(self.held), dtype=torch.float64)
+        for group in self.group.unique():  # type: ignore[no-untyped-call]
+            own = self.group == group
+            order = self.held[own].sort().values
+            found[own] = (len(order) - torch.searchsorted(order, self.held[own])).double() / len(order)
+        return found.tolist()
+
 
 def grouped(questions: Sequence[str]) -> Tensor:
     """The number [N] of each row's question; those of questions with fewer than FEW rows have one in common."""

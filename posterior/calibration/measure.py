@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from posterior.calibration.conformal import Conformal, Score, prediction_set
+from posterior.calibration.drift import Reference
 from posterior.calibration.metrics import Estimate, check, estimate
-from posterior.calibration.records import Key, Record
+from posterior.calibration.records import Collected, Key, Record
 from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import CALIBRATORS, FLOOR, Method
 from posterior.errors import PosteriorError
@@ -29,23 +30,31 @@ def measure(
     key: Key,
     data: str,
     widths: Sequence[int] | None = None,
+    missing: Tensor | None = None,
+    collected: Collected | None = None,
 ) -> Record:
     """Fit on all rows, and say by cross-fitting what it is worth. p: [N, C] float64; y: [N]; widths: how many options
-    each row has (None: C), with p = 0 behind them."""
+    each row has (None: C), with p = 0 behind them.
+
+    missing [M]: the largest probabilities of more rows, whose labels were asked for and never came. What is promised
+    counts them as the worst that they can be, and so holds whatever kept the labels away.
+    """
     check(p)
     usable(method, set(widths or [p.shape[1]]), p, y)
     after, sets = cross_fit(p, y, method=method, score=score, coverage=coverage, widths=widths)
     return Record(
         key=key,
         calibrator=CALIBRATORS[method].fit(p, y),
-        conformal=Conformal.fit(score, p, y),
-        risk=None if method == "vector" else Risk.fit(p, y),
-        n=len(y),
+        conformal=Conformal.fit(score, p, y, missing=0 if missing is None else len(missing)),
+        risk=None if method == "vector" else Risk.fit(p, y, missing),
+        n=len(y) + (0 if missing is None else len(missing)),
         data=data,
         before=_defined(estimate(p.clamp(min=FLOOR), y)),
         after=_defined(estimate(after.clamp(min=FLOOR), y)),
         coverage=coverage,
         sets={"covered": _share(sets.gather(1, y[:, None])), "size": mean(sets.sum(1))},
+        reference=Reference.of(p.max(1).values.tolist(), torch.special.entr(p).sum(1).tolist()),
+        collected=collected,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posterior.calibration import scalers, signed
 from posterior.calibration.conformal import MIN_ROWS, Conformal, prediction_set
+from posterior.calibration.drift import Reference
 from posterior.calibration.metrics import Estimate
 from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import Calibrator, Part, Vector
@@ -68,10 +69,21 @@ def template_hash(task: Task) -> str:
     return signed.digest(task.to_json())
 
 
+class Collected(Part):
+    """That a record was made of outcomes. requested: labels that the server asked for, of which `missing` never came;
+    until: Unix time, when they were collected; confidence_only: the guarantees stayed those of the record before."""
+
+    requested: Annotated[int, Field(ge=0)]
+    missing: Annotated[int, Field(ge=0)]
+    until: float
+    confidence_only: bool = False
+
+
 class Record(Part):
     """One calibration. n rows with the hash `data`; `before` and `after`: metrics of the calibration rows, `after` and
     `sets` (covered, size, at `coverage`) by cross-fitting; risk: None of the method vector, which may give another
-    answer than the predictive's, and of records that earlier versions wrote."""
+    answer than the predictive's, and of records that earlier versions wrote. reference: what the rows looked like, None
+    of records that earlier versions wrote; collected: None where the rows were given."""
 
     format: Literal[2] = 2
     key: Key
@@ -84,6 +96,8 @@ class Record(Part):
     after: dict[str, Estimate]
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)]
     sets: dict[str, Estimate]
+    reference: Reference | None = None
+    collected: Collected | None = None
 
     @model_validator(mode="after")
     def _enough(self) -> Self:

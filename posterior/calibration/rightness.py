@@ -20,8 +20,9 @@ from torch import Tensor
 
 from posterior.calibration import signed
 from posterior.calibration.conformal import MIN_ROWS
+from posterior.calibration.drift import Reference
 from posterior.calibration.metrics import RIGHT_METRICS, Estimate, estimate
-from posterior.calibration.records import FOLDER, TEXT
+from posterior.calibration.records import FOLDER, TEXT, Collected
 from posterior.calibration.risk import Risk
 from posterior.calibration.scalers import FLOOR, Part
 from posterior.calibration.signed import AGAIN
@@ -139,7 +140,8 @@ class TextRecord(Part):
     """One calibration. n answers with the hash `data`, graded as `grading` says; max_tokens: the most that were
     written, None of given ones. strange: the epistemic part (see `epistemic`) that STRANGE of them have at most.
     guard, risk: a model of half of the answers and, by it, the other half, which proves thresholds: nothing has
-    chosen what it says of them. before: metrics of the tokens' mean probability, after: of P(right), cross-fitted."""
+    chosen what it says of them. before: metrics of the tokens' mean probability, after: of P(right), cross-fitted.
+    reference and collected: as of a `Record`."""
 
     format: Literal[1] = 1
     key: TextKey
@@ -153,6 +155,8 @@ class TextRecord(Part):
     max_tokens: int | None = None
     before: dict[str, Estimate]
     after: dict[str, Estimate]
+    reference: Reference | None = None
+    collected: Collected | None = None
 
     def confidence(self, text: Features) -> float:
         """The probability that the text is right."""
@@ -192,10 +196,19 @@ class Graded(NamedTuple):
 
 
 def measure(
-    graded: Graded, *, key: TextKey, data: str, grading: str, max_tokens: int | None = None, seed: int = 0
+    graded: Graded,
+    *,
+    key: TextKey,
+    data: str,
+    grading: str,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    missing: Sequence[Features] = (),
+    collected: Collected | None = None,
 ) -> TextRecord:
-    """Fit on all answers, and say by cross-fitting what it is worth. Raises PosteriorError for answers that are too
-    few, or all right or all wrong."""
+    """Fit on all answers, and say by cross-fitting what it is worth. `missing`: answers whose grades were asked for and
+    never came; what is promised counts them as wrong. Raises PosteriorError for answers that are too few, or all right
+    or all wrong."""
     from sklearn.model_selection import StratifiedKFold
 
     names = SAMPLED if key.samples is not None else PLAIN
@@ -214,13 +227,15 @@ def measure(
         model=Model.fit(names, x, right),
         strange=float(doubt.quantile(1 - STRANGE, interpolation="higher")),
         guard=guard,
-        risk=Risk.of(guard(x[held]), right[held]),
-        n=len(x),
+        risk=Risk.of(guard(x[held]), right[held], missing=guard(guard.table(missing)) if missing else None),
+        n=len(x) + len(missing),
         data=data,
         grading=grading,
         max_tokens=max_tokens,
         before=_estimates(before, right),
         after=_estimates(after, right),
+        reference=Reference.of(before.tolist(), x[:, names.index("entropy")].tolist()),
+        collected=collected,
     )
 
 
@@ -256,6 +271,14 @@ def _check(right: Tensor) -> None:
 def _estimates(confidence: Tensor, right: Tensor) -> dict[str, Estimate]:
     found = estimate(confidence.clamp(FLOOR, 1 - FLOOR), right, metrics=RIGHT_METRICS)
     return {name: each for name, each in found.items() if not math.isnan(each.value)}
+
+
+def find(made: Mapping[TextKey, TextRecord], key: TextKey) -> TextRecord | None:
+    """The record of texts with this key: with their samples, where it is of as many; else of the texts alone; else of
+    answers that were given to be graded."""
+    own = key.model_copy(update={"samples": None, "meaning": None})
+    given = own.model_copy(update={"text": "given"})
+    return next((found for each in (key, own, given) if (found := made.get(each)) is not None), None)
 
 
 def save(folder: Path, made: TextRecord) -> Path:

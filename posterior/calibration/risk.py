@@ -42,15 +42,20 @@ class Risk(Part):
         return self
 
     @classmethod
-    def fit(cls, p: Tensor, y: Tensor) -> Self:
-        """Of probabilities [N, C] and labels [N]."""
+    def fit(cls, p: Tensor, y: Tensor, missing: Tensor | None = None) -> Self:
+        """Of probabilities [N, C] and labels [N]; missing: as in `of`."""
         confidence, answer = p.max(1)
-        return cls.of(confidence, answer == y)
+        return cls.of(confidence, answer == y, missing=missing)
 
     @classmethod
-    def of(cls, confidence: Tensor, right: Tensor, seed: int = 0) -> Self:
+    def of(cls, confidence: Tensor, right: Tensor, seed: int = 0, missing: Tensor | None = None) -> Self:
         """Of confidences [N] in answers that are right or not [N]; of more than MAX_NUMBERS rows a random part is
-        kept."""
+        kept. missing: confidences [M] in answers whose label never came, which count as wrong."""
+        if missing is not None:
+            confidence, right = (
+                torch.cat([confidence, missing]),
+                torch.cat([right, missing.new_zeros(len(missing)) > 0]),
+            )
         keep = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))[: scalers.MAX_NUMBERS]
         order = keep[confidence[keep].argsort(descending=True, stable=True)]
         return cls(confidence=tuple(confidence[order].clamp(0, 1).tolist()), right=tuple(right[order].tolist()))

@@ -12,6 +12,7 @@ from posterior.calibration.conformal import MIN_ROWS
 from posterior.calibration.records import Record
 from posterior.cli import arguments, options
 from posterior.data.reading import FORMATS
+from posterior.errors import PosteriorError
 from posterior.evaluation.calibrate import Calibrated, Calibration, calibrate
 from posterior.evaluation.report import markdown, markdown_rows
 from posterior.storage import artefact
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser, settings: Mapping[str, type] 
         "cheapest that is as good as the best. The server answers with it, and applies the record."
     )
     parser.add_argument("posterior", help="a posterior folder")
-    parser.add_argument("data", help=f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}")
+    rows = f"at least {MIN_ROWS} held-out rows like the training data: {FORMATS}"
+    parser.add_argument("data", nargs="?", help=rows)
     options.add(parser, settings)
     arguments.add_base(parser)
     arguments.add_json(parser)
@@ -73,4 +75,6 @@ def show(record: Record, path: Path, *, as_json: bool) -> None:
 def call(args: argparse.Namespace, settings: Calibration | None = None) -> Calibrated:
     """The calibration that the options ask for, or with these settings."""
     settings = settings or options.build("calibrate", SETTINGS, options.given(args, SETTINGS))
+    if args.data is None:
+        raise PosteriorError("the held-out rows are missing; name a file of them after the posterior")
     return calibrate(artefact.load(args.posterior), args.data, base=args.base, settings=settings)

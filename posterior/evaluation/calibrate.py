@@ -109,7 +109,7 @@ def calibrate(
     y, parts = _labels(posterior, examples), kinds(posterior.task, data)
     counts = [len(example.continuations) for example in examples]
     predicted = _predict(posterior, found, wanted, examples, settings)
-    methods = (settings.method,) if settings.method else _methods(posterior.task)
+    methods = (settings.method,) if settings.method else methods_of(posterior.task)
     choice = None
     if len(predicted) * len(methods) > 1:
         compared = compare(predicted, y, parts, counts, methods)
@@ -190,7 +190,7 @@ def _labels(posterior: artefact.Posterior, examples: Examples) -> Tensor:
     return y
 
 
-def _methods(task: Task) -> tuple[Method, ...]:
+def methods_of(task: Task) -> tuple[Method, ...]:
     """The calibrators that suit the task."""
     return tuple(method for method in CALIBRATORS if method != "vector" or task.answers)
 
@@ -222,11 +222,16 @@ def kinds(task: Task, rows: Sequence[Row]) -> dict[QuestionKind | None, list[int
     together as "any", where a kind has fewer. Of another task all rows, under None."""
     if task.kind != "decision":
         return {None: list(range(len(rows)))}
+    return by_kind([task.question_of(row).type for row in rows])
+
+
+def by_kind(asked: Sequence[QuestionKind]) -> dict[QuestionKind | None, list[int]]:
+    """The rows of each calibration of decisions, as `kinds` has them; asked: the kind of each row's question."""
     found: dict[QuestionKind | None, list[int]] = {}
-    for index, row in enumerate(rows):
-        found.setdefault(task.question_of(row).type, []).append(index)
+    for index, kind in enumerate(asked):
+        found.setdefault(kind, []).append(index)
     enough = {kind: part for kind, part in found.items() if len(part) >= MIN_ROWS}
-    return enough if enough.keys() == found.keys() else enough | {"any": list(range(len(rows)))}
+    return enough if enough.keys() == found.keys() else enough | {"any": list(range(len(asked)))}
 
 
 def _examples(posterior: artefact.Posterior, base: Base, rows: Sequence[Row], where: str) -> Examples:

@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,10 +283,7 @@ def load(folder: Path | str) -> Posterior:
             prior=dict(content["prior"]),
             fit=dict(content["fit"]),
             weights=tuple(map(float, content["weights"])),
-            calibration=records.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
-            choice=choice.load(folder, posterior=found.hash, predictives=PREDICTIVES[family]),
-            familiarity=familiarity.load(folder, base=content["base"]["hash"], posterior=found.hash, task=task),
-            texts=rightness.load(folder, base=content["base"]["hash"], posterior=found.hash),
+            **_calibrations(folder, content["base"]["hash"], found.hash, task, family),
             curvature=curvature,
             precision=precision,
             full=packing.unpack_full(folder / FULL, precision) if FULL in found.files else None,
@@ -296,6 +293,26 @@ def load(folder: Path | str) -> Posterior:
         raise PosteriorError(record.damaged(folder, error)) from None
     _verify_tensors(posterior)
     return posterior
+
+
+def calibrated_again(posterior: Posterior) -> Posterior:
+    """The posterior with what calibrations its folder holds now. Raises PosteriorError for a bad one, and where the
+    folder holds another posterior by now."""
+    if record.read(posterior.path).hash != posterior.hash:
+        raise PosteriorError(f"{posterior.path} holds another posterior by now")
+    base = posterior.base["hash"]
+    found = _calibrations(posterior.path, base, posterior.hash, posterior.task, posterior.family)
+    return replace(posterior, **found)
+
+
+def _calibrations(folder: Path, base: str, hash: str, task: Task, family: Family) -> dict[str, Any]:
+    """What `posterior calibrate` wrote into a folder, by its name in Posterior. Raises PosteriorError."""
+    return {
+        "calibration": records.load(folder, base=base, posterior=hash, task=task),
+        "choice": choice.load(folder, posterior=hash, predictives=PREDICTIVES[family]),
+        "familiarity": familiarity.load(folder, base=base, posterior=hash, task=task),
+        "texts": rightness.load(folder, base=base, posterior=hash),
+    }
 
 
 def _verify_files(folder: Path, files: Mapping[str, str]) -> None:

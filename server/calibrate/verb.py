@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast, get_args
@@ -27,8 +28,10 @@ from posterior.models.base import cache_folder, load_tokenizer, resolve
 from posterior.models.devices import Dtype
 from posterior.storage import artefact
 from posterior.storage.artefact import Posterior
+from server.calibrate import outcomes
 from server.calibrate.grading import described
 from server.calibrate.observing import Observation, Observed, observe
+from server.calibrate.outcomes import OutcomeCalibration
 from server.calibrate.settings import TextCalibration
 from server.console import quiet, say
 from server.engine.compat import contract
@@ -41,8 +44,10 @@ from server.services import meanings, registry
 from server.services.predictive import Service
 from server.workers.comparer import Comparer
 
-S = TypeVar("S", Calibration, TextCalibration)
-SETTINGS: Mapping[str, type] = {"choice": Calibration, "text": TextCalibration}
+S = TypeVar("S", Calibration, TextCalibration, OutcomeCalibration)
+SETTINGS: Mapping[str, type] = {
+    "choice": Calibration, "text": TextCalibration, "outcomes": OutcomeCalibration,
+}  # fmt: skip
 SHOWN = ("accuracy", "auroc", "ece", "nll")
 
 
@@ -56,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Kind),
         help="text: the probability that a text is right, for any posterior (default: the posterior's own task)",
     )
+    parser.add_argument(
+        "--from-outcomes",
+        metavar="URL|FILE",
+        help="instead of rows: what outcomes said of answers that the server has kept (`posterior serve --outcomes`)",
+    )
     parser.add_argument("--verbose", action="store_true", help="text: on a terminal, show what vLLM and torch say")
 
 
@@ -67,14 +77,36 @@ def run(args: argparse.Namespace) -> None:
             f"{posterior.name!r} is a posterior of a {posterior.task.kind}; leave --task out, or give --task text for "
             "what it writes"
         )
+    if args.from_outcomes is not None:
+        return _from_outcomes(posterior, args, kind)
     if kind != "text":
         return choices.run(args, settings(Calibration, args))
-    found = calibrate(posterior, args, settings(TextCalibration, args))
-    for record, path in found:
-        if args.json:
-            print(json.dumps(record.model_dump(mode="json")))
-        else:
-            print(f"{shown(record)}\n\nwrote {path}\n")
+    if args.data is None:
+        raise PosteriorError("the graded rows are missing; name a file of them after the posterior")
+    for record, path in calibrate(posterior, args, settings(TextCalibration, args)):
+        _show(record, path, args)
+
+
+def _from_outcomes(posterior: Posterior, args: argparse.Namespace, kind: Kind) -> None:
+    """Records of what outcomes said, written and printed. Raises PosteriorError."""
+    if args.data is not None:
+        raise PosteriorError("a calibration is made of rows or of outcomes; give a file, or --from-outcomes")
+    posterior.check_open()
+    chosen = settings(OutcomeCalibration, args)
+    found = outcomes.made(
+        posterior, outcomes.read(args.from_outcomes, posterior, chosen), chosen, "text" if kind == "text" else "choice"
+    )
+    for note in found.notes:
+        print(f"posterior: {note}", file=sys.stderr)
+    for record in found.choices:
+        choices.show(record, posterior.add(record), as_json=args.json)
+    for text in found.texts:
+        _show(text, posterior.add_text(text), args)
+
+
+def _show(record: TextRecord, path: Path, args: argparse.Namespace) -> None:
+    """Prints a table, or a line of JSON."""
+    print(json.dumps(record.model_dump(mode="json")) if args.json else f"{shown(record)}\n\nwrote {path}\n")
 
 
 @arguments.in_options

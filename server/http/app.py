@@ -29,6 +29,7 @@ from server.http.replies import (
     ModelList,
     OutcomesDeleted,
     OutcomesReply,
+    OutcomesReport,
     PredictiveReply,
     Status,
     Version,
@@ -46,6 +47,7 @@ from server.http.schemas import (
 from server.metrics import Observation
 from server.services.predictive import Service
 from server.services.registry import Served
+from server.store.values import Reporter
 
 T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
@@ -92,6 +94,9 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
     responses = openapi.replies(OutcomesReply, 400, 401, 404, 408, 409, 413, 429, 503)
     summary, extra = "What turned out to be true of answers", openapi.body(OutcomesRequest, Outcome)
     app.post("/v1/outcomes", summary=summary, openapi_extra=extra, responses=responses)(_outcomes)
+    responses = openapi.replies(OutcomesReport, 401, 404, 429, 503)
+    summary = "What the outcomes say of the answers"
+    app.get("/v1/outcomes/report", summary=summary, responses=responses)(_report_outcomes)
     responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
     summary = "Delete the answers of a reply, and their outcomes"
     app.delete("/v1/outcomes/{id:path}", summary=summary, responses=responses)(_delete_outcomes)
@@ -196,12 +201,23 @@ async def _systemone(request: Request) -> Response:
 
 async def _outcomes(request: Request) -> Response:
     return await _respond(
-        request, "outcomes", lambda body, _, observation: outcomes.reply(_service(request), body, observation.owner)
+        request, "outcomes", lambda body, *_: outcomes.reply(_service(request), body, _reporter(request))
     )
 
 
+def _reporter(request: Request) -> Reporter:
+    key = _key(request)
+    return Reporter(owner(key), admin=key is not None and key.admin)
+
+
+async def _report_outcomes(request: Request) -> Response:
+    key = _key(request)
+    enter(key)
+    return _with_quota(JSONResponse(await outcomes.report(_service(request), _reporter(request))), key)
+
+
 async def _delete_outcomes(request: Request, id: str) -> Response:
-    return JSONResponse(await outcomes.delete(_service(request), id, owner(_key(request))))
+    return JSONResponse(await outcomes.delete(_service(request), id, _reporter(request)))
 
 
 async def _chat(request: Request) -> Response:

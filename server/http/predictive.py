@@ -33,7 +33,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     if request.texts is None:
         return await _choices(service, served, request, body, observation)
     try:
-        return await _texts(service, served, request, request.texts, observation)
+        return await _texts(service, served, request, request.texts, body, observation)
     except Refused as error:  # the options of a text stand in `uncertainty` elsewhere
         name = (error.param or "").removeprefix("uncertainty.")
         error.param = FIELDS.get(name, name) or None
@@ -59,7 +59,12 @@ async def _choices(
 
 
 async def _texts(
-    service: Service, served: Served, request: PredictiveRequest, texts: Sequence[str], observation: Observation
+    service: Service,
+    served: Served,
+    request: PredictiveRequest,
+    texts: Sequence[str],
+    body: dict[str, Any],
+    observation: Observation,
 ) -> dict[str, Any]:
     """How probable each prompt's text is."""
     prompts = await service.prompt_ids(
@@ -71,7 +76,9 @@ async def _texts(
     usage = Usage(asked.tokens, 0)
     observation.count_tokens(usage.prompt_tokens, usage.completion_tokens)
     records = [{"text": text, **text_record(each)} for text, each in zip(texts, scored, strict=True)]
-    return _reply(served, asked.predictive, len(asked.trace.adapters), records, usage)
+    whole = _reply(served, asked.predictive, len(asked.trace.adapters), records, usage)
+    asked.keep(whole["id"], Keeper(service, observation.owner, body), whole["data"], scored)
+    return whole
 
 
 def _reply(

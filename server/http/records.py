@@ -66,6 +66,8 @@ def _choice(judged: Judged, names: Sequence[Value]) -> dict[str, Any]:
         record["left_out"] = asdict(left_out)
     if (inside := judged.prediction_set) is not None:
         record["prediction_set"] = [names[c] for c in inside]
+    if judged.requested:
+        record["label"] = "requested"
     if question.options.per_particle and judged.answer.particles is not None:
         record["per_particle"] = judged.answer.particles.tolist()
     return record

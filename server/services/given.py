@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from posterior.calibration.rightness import TextKind
 from posterior.data.task import Tokenizer
@@ -12,10 +13,11 @@ from posterior.data.tokens import continuation
 from posterior.errors import PosteriorError
 from server.engine.gang import MAX_SCORED, Trace
 from server.errors import PromptRefused, Refused
+from server.services.keeping import Keeper
 from server.services.options import MAX_SEQUENCES, PredictiveName, TextUncertainty, Uncertainty
 from server.services.predictive import Service, check_size
 from server.services.registry import Served
-from server.services.rightness import judge
+from server.services.rightness import judge, text_key
 from server.services.texts import Written, mixture_of, predictive_of
 
 
@@ -30,6 +32,20 @@ class Given:
     trace: Trace
     prompts: list[list[int]]
     texts: list[list[int]]
+
+    @property
+    def kind(self) -> TextKind | None:
+        """How the texts come about, where that is a way that a calibration may be of."""
+        return "given" if self.trace.mixing == "sequence" else None
+
+    def keep(self, id: str, keeper: Keeper, records: Sequence[dict[str, Any]], scored: Sequence[Written]) -> None:
+        """Keeps the texts, whose clients are told these records, as parts of the reply `id`; of the base alone none."""
+        if self.served.posterior is None:
+            return
+        particles = len(self.trace.adapters)
+        key = text_key(keeper.service, self.served, TextUncertainty(), self.predictive, particles, self.kind)
+        for item, (record, each) in enumerate(zip(records, scored, strict=True)):
+            keeper.text(id, item, self.served, record, key, each.text)
 
     @property
     def tokens(self) -> int:
@@ -77,8 +93,7 @@ def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 async def score(service: Service, asked: Given) -> list[Written]:
     """The uncertainty of each text, in order; counts it. Raises Refused for what the KV cache cannot hold."""
     found: list[Written] = []
-    kind: TextKind | None = "given" if asked.trace.mixing == "sequence" else None
-    known = judge(service, asked.served, TextUncertainty(), asked.predictive, len(asked.trace.adapters), kind)
+    known = judge(service, asked.served, TextUncertainty(), asked.predictive, len(asked.trace.adapters), asked.kind)
     for rows in await service.engine.score_texts(asked.prompts, asked.texts, asked.trace):
         result = predictive_of(asked.trace, rows)
         service.metrics.count_text(asked.served.owner, result, 0 if found else asked.trace.resumed)

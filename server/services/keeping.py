@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from posterior.calibration.rightness import features
+from posterior.calibration.rightness import TextKey, features
 from posterior.data.decisions import Choice, Predicate, Score
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.meanings import Meanings
@@ -48,26 +48,32 @@ class Keeper:
         id: str,
         item: int,
         served: Served,
-        record: Mapping[str, Any],
+        record: dict[str, Any],
+        key: TextKey | None,
         written: TextPredictive | None,
         meanings: Meanings | None = None,
         own: int | None = None,
     ) -> None:
-        """Keeps a text of the reply `id`.
+        """Keeps a text of the reply `id`, and asks for the labels of some.
 
         Args:
-            record: what its client is told, `uncertainty`.
+            record: what its client is told, `uncertainty`; an asked label is added to it.
+            key: what a calibration of such texts belongs to, None of those that none can be of.
             written: its predictive, None where no mixture and no samples asked for it.
             meanings, own: of its samples, and the number of its own meaning.
         """
         if self.service.store is None:
             return
+        requested = self.service.store.asks()
+        if requested:
+            record["label"] = "requested"
         calibrated = bool(record["calibrated"])
         answer = Answer(
             kind="text",
             predictive=record["predictive"],
             particles=record.get("particles") or 1,
             dtype=self.service.dtype(record["predictive"]),
+            key=None if key is None else key.model_dump(),
             confidence=record["confidence"] if calibrated else None,
             calibrated=calibrated,
             max_risk=(self.body.get("uncertainty") or {}).get("max_risk"),
@@ -75,6 +81,7 @@ class Keeper:
             total=None if written is None else float(written.total.sum()),
             epistemic=None if written is None else float(written.epistemic.sum()),
             features=None if written is None or not len(written.logprob) else features(written, meanings, own),
+            requested=requested,
         )
         self._keep(id, served, {item: answer})
 
@@ -121,4 +128,5 @@ def _choice(
         epistemic=p.epistemic,
         prediction_set=None if inside is None else tuple(inside),
         coverage=None if inside is None else asked.options.coverage,
+        requested=judged.requested,
     )

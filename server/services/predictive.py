@@ -6,7 +6,7 @@ import asyncio
 import copy
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,6 +33,9 @@ from server.store.store import Store
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
+if TYPE_CHECKING:
+    from server.services.monitor import Monitor
+
 
 class Service:
     """Everything one server process answers with."""
@@ -54,6 +57,7 @@ class Service:
         self.metrics = metrics
         self.comparer = comparer
         self.store = store
+        self.monitor: Monitor | None = None
 
     @property
     def base(self) -> Base:
@@ -179,7 +183,8 @@ class Service:
         calibration = self._calibration(question, p)
         probability = p.probability if calibration is None else calibration.apply(p.probability)
         best = int(probability.argmax()) if chosen is None else chosen
-        judged = Judged(question, answer, calibration, probability, best)
+        requested = self.store is not None and self.store.asks()
+        judged = Judged(question, answer, calibration, probability, best, requested=requested)
         self.metrics.count_answer(question.served.owner, question.predictive, p, judged.confidence)
         if answer.familiarity is not None:
             self.metrics.familiarity.labels(question.served.owner).observe(answer.familiarity)

@@ -123,6 +123,7 @@ class Judged:
 
     `probability` [C] are calibrated where there is a `calibration`; variances, intervals, entropies and the Monte-Carlo
     error stay those of the posterior, `answer.predictive`. refusal: why the question is not answered, if it is not.
+    requested: whether its label is asked for.
     """
 
     question: Question
@@ -131,6 +132,7 @@ class Judged:
     probability: torch.Tensor
     best: int
     refusal: Reason | None = None
+    requested: bool = False
 
     @property
     def text(self) -> str:

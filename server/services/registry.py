@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -116,6 +116,16 @@ class Registry:
             if name in names or (entry.posterior is not None and entry.posterior.name in names)
         }
         return Registry(self.base, kept)
+
+    def calibrated(self, posteriors: Mapping[str, Posterior]) -> Registry:
+        """The same, with these posteriors by their hashes in place of what they were: calibrated again."""
+        served = {
+            name: entry
+            if entry.posterior is None
+            else replace(entry, posterior=posteriors.get(entry.posterior.hash, entry.posterior))
+            for name, entry in self.served.items()
+        }
+        return replace(self, served=served)
 
     def describe(self, metrics: Metrics) -> None:
         """Set the gauges that say what is served."""

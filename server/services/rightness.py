@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from posterior.calibration.rightness import TextKey, TextKind, TextRecord, features
+from posterior.calibration.rightness import TextKey, TextKind, TextRecord, features, find
 from posterior.models.devices import Dtype
 from posterior.predictive.decoding import TextPredictive
 from posterior.predictive.meanings import Meanings
@@ -62,7 +62,8 @@ def judge(
 
     Raises Refused for a `max_risk` that no record allows.
     """
-    record = None if text is None else _find(service, served, options, predictive, particles, text)
+    key = text_key(service, served, options, predictive, particles, text)
+    record = None if key is None or served.posterior is None else find(served.posterior.texts, key)
     allowed = options.max_risk
     if allowed is None:
         return None if record is None else Judge(record, None)
@@ -82,28 +83,26 @@ def judge(
     return Judge(record, threshold(record.risk, allowed, "'max_risk' of this text: "))
 
 
-def _find(
+def text_key(
     service: Service,
     served: Served,
     options: TextUncertainty,
     predictive: PredictiveName,
     particles: int,
-    text: TextKind,
-) -> TextRecord | None:
-    """The record of such texts: with their samples, where it is of as many; else of the texts alone; else of answers
-    that were given to be graded."""
-    if served.posterior is None or predictive == "linearized":
+    text: TextKind | None,
+) -> TextKey | None:
+    """What a calibration of texts that come about like this belongs to, with their samples if they have some; None of
+    those that no calibration is of."""
+    if text is None or served.posterior is None or predictive == "linearized":
         return None
-    own = TextKey(
+    samples = options.samples
+    return TextKey(
         base=service.base.hash,
         posterior=served.posterior.hash,
         predictive=predictive,
         particles=particles,
         dtype=cast(Dtype, service.engine.dtype),
         text=text,
+        samples=samples,
+        meaning=None if samples is None else identity(service, options.meaning or "exact"),
     )
-    meaning = identity(service, options.meaning or "exact")
-    sampled = own.model_copy(update={"samples": options.samples, "meaning": meaning})
-    given = own.model_copy(update={"text": "given"})
-    keys = (*((sampled,) if options.samples is not None else ()), own, given)
-    return next((found for key in keys if (found := served.posterior.texts.get(key)) is not None), None)

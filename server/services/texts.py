@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from posterior.calibration.rightness import TextKind
+from posterior.calibration.rightness import TextKey, TextKind
 from posterior.predictive.decoding import Mixing, TextPredictive, text_predictive
 from posterior.predictive.meanings import Meanings
 from server.engine.gang import Trace
@@ -18,7 +17,7 @@ from server.services.keeping import Keeper
 from server.services.options import MAX_SAMPLED, MAX_SEQUENCES, PredictiveName, TextUncertainty, Uncertainty
 from server.services.predictive import Service
 from server.services.registry import Served
-from server.services.rightness import Judge, Right, judge
+from server.services.rightness import Judge, Right, judge, text_key
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Writer:
     predictive: what writes: the mixture, or one adapter or the base ("map"). trace: of the texts that are returned;
     None for the MAP and the base where nothing is said of it. drawn: of the samples; the same one if a sample is
     returned. judge: of whether texts are right, if a calibration tells. form: the JSON schema of the texts, if their
-    fields are asked for. keeper: of finished texts.
+    fields are asked for. keeper: of finished texts; key: what a calibration of such texts belongs to, if one can be.
     """
 
     service: Service
@@ -74,6 +73,7 @@ class Writer:
     judge: Judge | None = None
     form: Any = None
     keeper: Keeper | None = None
+    key: TextKey | None = None
     counted_resumes: int = 0
 
     @property
@@ -128,7 +128,7 @@ class Writer:
     def keep(
         self,
         id: str,
-        choice: Mapping[str, Any],
+        choice: dict[str, Any],
         number: int | None = None,
         meanings: Meanings | None = None,
         own: int | None = None,
@@ -147,7 +147,7 @@ class Writer:
         if self.trace is not None:
             text = self.trace.text(choice["index"] if number is None else number)
             written = predictive_of(self.trace, text.rows[: text.delivered])
-        self.keeper.text(id, choice["index"], self.served, record, written, meanings, own)
+        self.keeper.text(id, choice["index"], self.served, record, self.key, written, meanings, own)
 
     def new_resumes(self) -> int:
         """How often siblings began again since this was last asked."""
@@ -190,7 +190,8 @@ def writer(service: Service, served: Served, options: TextUncertainty, wanted: W
     found = judge(service, served, options, predictive, k, wanted.kind)
     if predictive == "map" and options.samples is None and found is None and wanted.form is None:
         return Writer(service, served, options, predictive, None)  # of whose text nothing more is said
-    return Writer(service, served, options, predictive, trace, _drawn(trace, options), found, wanted.form)
+    key = text_key(service, served, options, predictive, k, wanted.kind)
+    return Writer(service, served, options, predictive, trace, _drawn(trace, options), found, wanted.form, key=key)
 
 
 def mixture_of(served: Served, options: Uncertainty, *, explicit: bool = False) -> tuple[PredictiveName, Trace]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
@@ -21,7 +22,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from server.errors import Unavailable
 from server.metrics import Metrics
 from server.store import database, work
-from server.store.values import Reply, Report, Result
+from server.store.values import Reply, Report, Reporter, Result
 
 logger = logging.getLogger("posterior.server")
 
@@ -31,6 +32,8 @@ DAY = 86400.0  # seconds
 EXPIRE_SECONDS = 3600.0  # between looks for answers whose time is over
 ANSWER_SECONDS = 20.0  # until a report is given up: longer than the database's own limits
 CLOSE_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,16 +49,21 @@ class _Job:
 class Store:
     """Answers and their outcomes in a database.
 
-    requests: whether the bodies of requests are kept too; days: how long answers without an outcome are.
+    requests: whether the bodies of requests are kept too; days: how long answers without an outcome are; share: of the
+    answers whose label is asked for; changed: is called when outcomes have been stored or deleted.
     """
 
-    def __init__(self, url: str, metrics: Metrics, *, days: float = 30.0, requests: bool = False) -> None:
+    def __init__(
+        self, url: str, metrics: Metrics, *, days: float = 30.0, requests: bool = False, share: float = 0.0
+    ) -> None:
         """Opens the database, and brings its schema up to date. Raises PosteriorError."""
         self.url = database.read_url(url)
         self.requests = requests
         self._engine = database.connect(self.url)
         self._metrics = metrics
         self._days = days
+        self._share = share
+        self.changed: Callable[[], None] = lambda: None
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._waiting = 0
@@ -69,6 +77,10 @@ class Store:
         """The database's URL without its password."""
         return self.url.render_as_string(hide_password=True)
 
+    def asks(self) -> bool:
+        """Whether the label of an answer is to be asked for. Nothing but chance decides: not who asks, nor what."""
+        return self._share > 0 and random.random() < self._share
+
     def keep(self, reply: Reply) -> None:
         """Has a reply stored soon. One that cannot be is counted, and an outcome of it will be unknown."""
         job = _Job(partial(work.keep, reply=reply), answers=len(reply.answers), size=reply.size)
@@ -77,21 +89,32 @@ class Store:
         elif not self._add(job):
             self._drop(job, "too many others wait to be written")
 
-    async def report(self, owner: str, reports: Sequence[Report]) -> list[Result]:
+    async def report(self, reporter: Reporter, reports: Sequence[Report]) -> list[Result]:
         """What became of each report; those that are stored will survive whatever ends this process or machine.
 
         Raises Unavailable. A report may be stored all the same then, and can be sent again.
         """
-        job = _Job(partial(work.report, owner=owner, reports=reports), size=8 * len(reports))
+        job = _Job(partial(work.report, reporter=reporter, reports=reports), size=8 * len(reports))
         results: list[Result] = await self._done(job)
         for each in results:
             self._metrics.outcomes.labels(each.posterior or "none", each.status).inc()
+        if any(each.status == "stored" for each in results):
+            self.changed()
         return results
 
-    async def forget(self, owner: str, id: str) -> bool:
+    async def forget(self, reporter: Reporter, id: str) -> bool:
         """Deletes a reply with its answers and their outcomes; whether there was one. Raises Unavailable."""
-        found: bool = await self._done(_Job(partial(work.forget, owner=owner, id=id)))
+        found: bool = await self._done(_Job(partial(work.forget, reporter=reporter, id=id)))
+        if found:
+            self.changed()
         return found
+
+    def read(self, work: Callable[[Connection], T]) -> Future[T]:
+        """What `work` finds in the database, after all that was to be written before."""
+        job = _Job(work)
+        if not self._add(job):
+            job.done.set_exception(Unavailable("the server is stopping, or its database of outcomes is too slow"))
+        return job.done
 
     def close(self) -> None:
         """Writes what waits, as far as that is quick, and closes the database."""

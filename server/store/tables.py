@@ -1,7 +1,8 @@
 """The tables as they are now. migrations/ makes them; a test compares the two.
 
 A reply has answers, one for each item, and an answer has at most one outcome. Whoever deletes a reply deletes them all.
-Each belongs to the key that got the reply (`owner`), so that no key can name another one's.
+Each belongs to the key that got the reply (`owner`), so that no key can name another one's by mistake. An outcome
+repeats its posterior's hash and whether its label was asked for, so that one index finds the newest of either kind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    false,
 )
 
 VERSION_TABLE = "posterior_schema"
@@ -42,6 +44,8 @@ replies = Table(
     Column("base", String, nullable=False),
     _nullable_json("request"),
     Index("posterior_replies_created", "created"),
+    Index("posterior_replies_newest", "hash", "created"),
+    Index("posterior_replies_id", "id"),
 )
 
 answers = Table(
@@ -68,6 +72,7 @@ answers = Table(
     _nullable_json("prediction_set"),
     Column("coverage", Double),
     _nullable_json("features"),
+    Column("requested", Boolean, nullable=False, server_default=false()),
     ForeignKeyConstraint(["owner", "id"], [replies.c.owner, replies.c.id], ondelete="CASCADE"),
 )
 
@@ -80,5 +85,8 @@ outcomes = Table(
     Column("reported", Double, nullable=False),
     Column("truth", Integer),
     Column("correct", Boolean, nullable=False),
+    Column("requested", Boolean, nullable=False, server_default=false()),
+    Column("hash", String),
+    Index("posterior_outcomes_newest", "hash", "requested", "reported"),
     ForeignKeyConstraint(["owner", "id", "item"], [answers.c.owner, answers.c.id, answers.c.item], ondelete="CASCADE"),
 )

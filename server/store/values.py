@@ -27,6 +27,7 @@ class Answer:
     total, epistemic: entropies of the predictive, of a text the sums over its tokens.
     prediction_set: numbers of options, of `coverage`; None without a calibration.
     features: of a text (posterior/calibration/rightness.py).
+    requested: whether the server asks for its label: at random, before anybody has seen the answer.
     """
 
     kind: Kind
@@ -47,6 +48,7 @@ class Answer:
     prediction_set: tuple[int, ...] | None = None
     coverage: float | None = None
     features: Features | None = None
+    requested: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class Reply:
         """About how many values it holds."""
         body = 0 if self.request is None else len(json.dumps(self.request)) // 8
         return body + sum(32 + 2 * len(answer.options or ()) for answer in self.answers.values())
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Whose key it is (`owner`), and whether it is an admin's, who may name any key's answers."""
+
+    owner: str
+    admin: bool = False
 
 
 @dataclass(frozen=True)

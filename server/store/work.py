@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, delete, exists, insert, select, tuple_
+from sqlalchemy import Connection, and_, delete, exists, insert, select, tuple_, update
 
 from posterior.data.decisions import Value
 from server.store.tables import ID, answers, outcomes, replies
-from server.store.values import Reply, Report, Result
+from server.store.values import Reply, Report, Reporter, Result
 
 SHOWN = 10  # options that a message lists
 EXPIRED_TOGETHER = 1000  # replies: others must not wait for long
@@ -33,7 +33,10 @@ class _Truth(NamedTuple):
 class _Known(NamedTuple):
     """What is stored of an answer."""
 
+    owner: str
     posterior: str | None
+    hash: str | None
+    requested: bool
     options: Sequence[Value] | None
     best: int | None
     outcome: _Truth | None
@@ -54,69 +57,96 @@ def keep(connection: Connection, reply: Reply) -> None:
     connection.execute(insert(answers), rows)
 
 
-def report(connection: Connection, owner: str, reports: Sequence[Report]) -> list[Result]:
+def report(connection: Connection, reporter: Reporter, reports: Sequence[Report]) -> list[Result]:
     """Stores the outcomes that can be, each by itself, and says in order what became of each."""
-    known = _known(connection, owner, reports)
+    owners = _owners(connection, reporter, {each.id for each in reports if storable(each.id)})
+    known = _known(connection, owners, reports)
     new: dict[tuple[str, int], dict[str, Any]] = {}
     results = []
     for each in reports:
         place = (each.id, each.item)
-        result, truth = _judged(each, known.get(place))
+        result, truth = _judged(each, known.get(place), several=owners.get(each.id, "") is None)
         results.append(result)
         if result.status == "stored" and truth is not None:
-            known[place] = known[place]._replace(outcome=truth)
+            answer = known[place] = known[place]._replace(outcome=truth)
             new[place] = {
-                "owner": owner, "id": each.id, "item": each.item, "reported": time.time(), "truth": truth.option,
-                "correct": truth.correct,
+                "owner": answer.owner, "id": each.id, "item": each.item, "reported": time.time(), "truth": truth.option,
+                "correct": truth.correct, "requested": answer.requested, "hash": answer.hash,
             }  # fmt: skip
     if new:
         connection.execute(insert(outcomes), list(new.values()))
     return results
 
 
-def forget(connection: Connection, owner: str, id: str) -> bool:
+def forget(connection: Connection, reporter: Reporter, id: str) -> bool:
     """Deletes a reply with its answers and their outcomes; whether there was one."""
     if not storable(id):
         return False
+    owner = _owners(connection, reporter, {id})[id]
     done = connection.execute(delete(replies).where(replies.c.owner == owner, replies.c.id == id))
     return done.rowcount > 0
 
 
 def expire(connection: Connection, before: float) -> int:
     """Deletes EXPIRED_TOGETHER of the replies that are older and of whose answers nobody has said what was true, or as
-    many as there are; how many they were."""
+    many as there are; how many they were.
+
+    Replies with an answer whose label was asked for stay, without the request's body: else nobody could tell how many
+    of these labels never came.
+    """
     named = exists().where(outcomes.c.owner == replies.c.owner, outcomes.c.id == replies.c.id)
-    old = select(replies.c.owner, replies.c.id).where(replies.c.created < before, ~named).limit(EXPIRED_TOGETHER)
+    asked = exists().where(answers.c.owner == replies.c.owner, answers.c.id == replies.c.id, answers.c.requested)
+    over = and_(replies.c.created < before, ~named)
+    connection.execute(update(replies).where(over, replies.c.request.is_not(None), asked).values(request=None))
+    old = select(replies.c.owner, replies.c.id).where(over, ~asked).limit(EXPIRED_TOGETHER)
     return connection.execute(delete(replies).where(tuple_(replies.c.owner, replies.c.id).in_(old))).rowcount
 
 
-def _known(connection: Connection, owner: str, reports: Sequence[Report]) -> dict[tuple[str, int], _Known]:
+def _owners(connection: Connection, reporter: Reporter, ids: set[str]) -> dict[str, str | None]:
+    """Whose reply is meant by each id: the reporter's own; of an admin who has none, that of the only key that has one.
+    None where several have."""
+    own: dict[str, str | None] = dict.fromkeys(ids, reporter.owner)
+    if not reporter.admin:
+        return own
+    found: dict[str, set[str]] = {}
+    for id, owner in connection.execute(select(replies.c.id, replies.c.owner).where(replies.c.id.in_(ids))):
+        found.setdefault(id, set()).add(owner)
+    others = {id: owners for id, owners in found.items() if reporter.owner not in owners}
+    return own | {id: owners.pop() if len(owners) == 1 else None for id, owners in others.items()}
+
+
+def _known(
+    connection: Connection, owners: Mapping[str, str | None], reports: Sequence[Report]
+) -> dict[tuple[str, int], _Known]:
     """The answers that are reported of, as far as they are there, by id and item."""
-    places = list({(each.id, each.item) for each in reports if storable(each.id)})
+    places = list({(owners[each.id], each.id, each.item) for each in reports if owners.get(each.id) is not None})
     reply = and_(answers.c.owner == replies.c.owner, answers.c.id == replies.c.id)
     outcome = and_(
         answers.c.owner == outcomes.c.owner, answers.c.id == outcomes.c.id, answers.c.item == outcomes.c.item
     )
     found = connection.execute(
         select(
-            answers.c.id, answers.c.item, answers.c.options, answers.c.best, replies.c.posterior,
-            outcomes.c.truth, outcomes.c.correct,
+            answers.c.owner, answers.c.id, answers.c.item, answers.c.options, answers.c.best, answers.c.requested,
+            replies.c.posterior, replies.c.hash, outcomes.c.truth, outcomes.c.correct,
         )
         .select_from(answers.join(replies, reply).outerjoin(outcomes, outcome))
-        .where(answers.c.owner == owner, tuple_(answers.c.id, answers.c.item).in_(places))
+        .where(tuple_(answers.c.owner, answers.c.id, answers.c.item).in_(places))
     )  # fmt: skip
     return {
         (row.id, row.item): _Known(
-            row.posterior, row.options, row.best, None if row.correct is None else _Truth(row.truth, row.correct)
+            row.owner, row.posterior, row.hash, row.requested, row.options, row.best,
+            None if row.correct is None else _Truth(row.truth, row.correct),
         )
         for row in found
-    }
+    }  # fmt: skip
 
 
-def _judged(report: Report, known: _Known | None) -> tuple[Result, _Truth | None]:
-    """What becomes of a report, and what it says."""
+def _judged(report: Report, known: _Known | None, *, several: bool) -> tuple[Result, _Truth | None]:
+    """What becomes of a report, and what it says. several: keys have a reply of its id, and none is the reporter's."""
     if known is None:
         message = "no such answer is kept: its id or index is another, it was deleted, or its time is over"
+        if several:
+            message = "several keys have a reply of this id, and only they can name their own"
         return Result(report, "unknown", message=message), None
     truth = _truth(report, known)
     if isinstance(truth, str):

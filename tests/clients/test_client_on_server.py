@@ -29,8 +29,10 @@ from posterior_client import (
 from server.access.keys import Keys
 from server.http.app import create_app
 from server.metrics import Metrics
+from server.services.monitor import Monitor
 from server.services.predictive import Service
 from server.store.store import Store
+from server.store.window import Window
 from tests.clients.conftest import serving
 from tests.server import fakes
 from tests.server.http.test_refusals import with_risk
@@ -43,8 +45,10 @@ ANSWERS = {"uncertainty": {"answers": [" no", " yes"]}}
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     parts: Any = (fakes.Engine(max_model_len=4096), fakes.Linearizer(), fakes.Tokenizer())
     folder, metrics = tmp_path_factory.mktemp("outcomes"), Metrics()
-    store = Store(f"sqlite:///{folder}/outcomes.db", metrics)
-    app = create_app(Service(fakes.registry(), *parts, metrics, store=store), Keys("right"))
+    store = Store(f"sqlite:///{folder}/outcomes.db", metrics, share=1.0)
+    service = Service(fakes.registry(), *parts, metrics, store=store)
+    service.monitor = Monitor(service, store, Window(days=30))
+    app = create_app(service, Keys("right"))
     app.state.ready = True
     yield app
     store.close()
@@ -240,13 +244,20 @@ def test_refusals(client: PosteriorClient, app: Any, url: str) -> None:
 def test_outcomes(url: str, client: PosteriorClient) -> None:
     id = client.predictive(model="mood", inputs=[{"text": "good"}, {"text": "bad"}]).id
     outcomes: list[Outcome] = [{"id": id, "answer": " positive"}, {"id": id, "index": 1, "correct": False}]
+    assert client.predictive(model="mood", inputs=[{"text": "good"}]).data[0].label == "requested"
     first = client.outcomes.report([*outcomes, {"id": "pred-other", "correct": True}])
     assert [each.status for each in first.data] == ["stored", "stored", "unknown"]
     assert [(each.id, each.index) for each in first.data] == [(id, 0), (id, 1), ("pred-other", 0)]
     assert first.data[1].correct is False and first.data[2].message is not None
 
+    found = client.outcomes.summary()
+    assert found.window == "30d"
+    (own,) = [each for each in found.data if each.posterior.startswith("mood") and each.predictive == "linearized"]
+    assert own.outcomes["all"].n == 2 and own.outcomes["requested"].accuracy is not None and own.missing["drift"]
+
     async def again() -> OutcomesResponse:
         async with AsyncPosteriorClient(url, "right", max_retries=0) as other:
+            assert (await other.outcomes.summary()).data
             response = await other.outcomes.report(outcomes)
             await other.outcomes.delete(id)
             return response

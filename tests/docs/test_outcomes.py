@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
+from server.calibrate.outcomes import OutcomeCalibration
+from server.http import replies
 from server.http.replies import OutcomeResult, OutcomesDeleted, OutcomesReply
 from server.http.schemas import MAX_ID, MAX_OUTCOMES, Outcome
 from server.main import NUMBERS
+from server.metrics import Metrics
+from server.services.monitor import Monitor
 from server.store import tables
 from server.store.values import Status
+from server.store.window import COUNT, MOST, Window
 from tests.docs.test_answers import page
 from tests.docs.test_decisions import fields, rows, spans
 
@@ -29,3 +35,29 @@ def test_every_field_has_a_row() -> None:
 def test_limits_are_those_of_the_code() -> None:
     assert f"1 to {MAX_OUTCOMES} outcomes" in PAGE and f"at most {MAX_ID} characters" in PAGE
     assert MAX_ID == tables.ID and 30 in NUMBERS["answers_days"]
+    assert f"{COUNT} of each (`--outcomes-window`)" in PAGE and f"up to {MOST:,}" in PAGE
+
+
+def test_every_field_of_the_report_has_a_row() -> None:
+    own = (
+        replies.OutcomesReport, replies.OutcomesOfKind, replies.Samples, replies.OutcomesFigures, replies.Figure,
+        replies.Promised, replies.Labels, replies.Missing,
+    )  # fmt: skip
+    assert fields(*own) == rows(PAGE, "Field of a report")
+    assert fields(replies.DriftRecord, replies.ExchangeabilityRecord) == rows(PAGE, "Field")
+    assert fields(replies.DriftRecords) <= spans(PAGE)
+
+
+def test_every_gauge_and_option_has_a_row() -> None:
+    service: Any = SimpleNamespace(metrics=Metrics())
+    store: Any = SimpleNamespace()
+    gauges = {each.name for each in Monitor(service, store, Window()).collect()}
+    assert gauges == rows(PAGE, "Gauge")
+    shown = rows(PAGE, "Option")
+    assert {f"--{name.replace('_', '-')}" for name in fields_of(OutcomeCalibration)} == {
+        each.split()[0] for each in shown
+    }
+
+
+def fields_of(settings: Any) -> set[str]:
+    return set(settings.__dataclass_fields__)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -50,3 +52,42 @@ def test_every_answer_can_get_its_outcome_at_once(
         data = server.post("/v1/outcomes", outcomes=outcomes)["data"]
         assert [each["status"] for each in data] == ["stored"] * answers + ["unknown"], (path, stream)
     assert server.metrics()["posterior_answers_dropped_total"] == 0
+
+
+GIVEN = {"model": "mood", "predictive": "map", "prompts": ["The food was"], "texts": [" good."]}
+
+
+def soon(check: Callable[[], bool]) -> bool:
+    """Whether it comes true within some seconds."""
+    deadline = time.monotonic() + 20
+    while not (found := check()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def test_what_outcomes_say_of_given_texts_and_a_calibration_of_them_that_is_taken_up(server: Running) -> None:
+    first = server.predict(**GIVEN)
+    assert first["data"][0]["calibrated"] is False
+    server.post("/v1/outcomes", id=first["id"], correct=True)
+    named = {"posterior": server.mood.name, "predictive": "map", "kind": "text"}
+
+    def told() -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        data = httpx.get(f"{server.url}/v1/outcomes/report", headers=headers).json()["data"]
+        (own,) = [each for each in data if (each["predictive"], each["kind"]) == ("map", "text")
+                  and each["posterior"].startswith("mood@")]  # fmt: skip
+        return dict(own)
+
+    n = told()["outcomes"]["all"]["n"]
+    labels = ",".join(f'{name}="{value}"' for name, value in {**named, "sample": "all"}.items())
+    series = f"posterior_rolling_outcomes{{{labels}}}"
+    assert n >= 1 and soon(lambda: server.metrics().get(series) == n)
+    record = next(iter(server.gang.texts.values()))
+    key = record.key.model_copy(
+        update={"posterior": server.mood.hash, "predictive": "map", "particles": 1, "text": "given"}
+    )
+    path = server.mood.add_text(record.model_copy(update={"key": key}))
+    try:
+        assert soon(lambda: bool(server.predict(**GIVEN)["data"][0]["calibrated"]))
+    finally:
+        path.unlink()

@@ -1,6 +1,6 @@
 """What turned out to be true of earlier answers: `POST /v1/outcomes`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 from urllib.parse import quote
@@ -10,6 +10,7 @@ from openai import AsyncOpenAI, OpenAI
 from posterior_client._decisions import Value
 from posterior_client._exceptions import ResponseError, translated
 from posterior_client._request import body
+from posterior_client._types import PredictiveName
 from posterior_client._uncertainty import read
 
 
@@ -51,6 +52,97 @@ class OutcomesResponse:
     data: tuple[OutcomeResult, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promised:
+    """The means of what requests asked for: coverage of prediction sets, and max_risk."""
+
+    coverage: float | None = None
+    max_risk: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomesFigures:
+    """What `n` outcomes say: `accuracy`; of the confidence `nll` (nats), `brier`, `ece` and `gap`, its mean less the
+    accuracy; `coverage` of prediction sets; `risk`, the share of wrong answers among those that max_risk let pass."""
+
+    n: int
+    promised: Promised
+    accuracy: Figure | None = None
+    nll: Figure | None = None
+    brier: Figure | None = None
+    ece: Figure | None = None
+    gap: Figure | None = None
+    coverage: Figure | None = None
+    risk: Figure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """How many outcomes the server asked for among the newest answers, and how many of these came."""
+
+    requested: int
+    reported: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """How far `n` answers are from the `held` rows of the calibration: `distance` is the largest difference of shares,
+    `p_value` the probability of one as large where nothing has changed."""
+
+    n: int
+    held: int
+    distance: float
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchangeability:
+    """Evidence, after `n` labels, that answers are no longer like the rows of the calibration: log10 of a gambler's
+    capital, `now` and at most. `rejected`: what the calibration promises no longer holds."""
+
+    n: int
+    now: float
+    largest: float
+    mean_p: float
+    rejected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomesOfKind:
+    """What outcomes say of the answers of one posterior, predictive and kind of question.
+
+    `outcomes` is by sample: "all", and "requested", those that the server asked for. `drift` is of "confidence",
+    "entropy" and "familiarity". `missing` says why there is no "drift" or no "exchangeability".
+    """
+
+    posterior: str
+    predictive: PredictiveName
+    kind: Literal["answers", "predicate", "choice", "score", "text"]
+    outcomes: Mapping[Literal["all", "requested"], OutcomesFigures]
+    labels: Labels
+    drift: Mapping[Literal["confidence", "entropy", "familiarity"], Drift]
+    exchangeability: Exchangeability | None
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomesReport:
+    """Answer of `GET /v1/outcomes/report`. `window`: how many of the newest answers and outcomes of each posterior
+    count, or of how many days ("30d")."""
+
+    window: str
+    data: tuple[OutcomesOfKind, ...]
+
+
 class Outcomes:
     """`PosteriorClient.outcomes`."""
 
@@ -69,6 +161,14 @@ class Outcomes:
         sent = body({"outcomes": outcomes})
         with translated(self._base_url):
             return _response(self._openai.post("/outcomes", cast_to=object, body=sent), len(outcomes))
+
+    def summary(self) -> OutcomesReport:
+        """What the outcomes of this key's answers say, with the key of an admin those of all keys.
+
+        Raises: as `report`.
+        """
+        with translated(self._base_url):
+            return read(OutcomesReport, self._openai.get("/outcomes/report", cast_to=object))
 
     def delete(self, id: str) -> None:
         """Delete the answers of the reply `id`, and their outcomes.
@@ -90,6 +190,11 @@ class AsyncOutcomes:
         sent = body({"outcomes": outcomes})
         with translated(self._base_url):
             return _response(await self._openai.post("/outcomes", cast_to=object, body=sent), len(outcomes))
+
+    async def summary(self) -> OutcomesReport:
+        """`Outcomes.summary`, awaited."""
+        with translated(self._base_url):
+            return read(OutcomesReport, await self._openai.get("/outcomes/report", cast_to=object))
 
     async def delete(self, id: str) -> None:
         """`Outcomes.delete`, awaited."""

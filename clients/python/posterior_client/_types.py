@@ -57,13 +57,14 @@ class Uncertainty:
     """What every answer of a posterior carries; alone, it is text by the MAP, without a distribution.
 
     `posterior` is name@hash, None for the base model. `calibrated` is true only when a calibration record
-    matches the request.
+    matches the request. `label` is "requested" where the server asks for the outcome of this answer.
     """
 
     posterior: str | None
     predictive: PredictiveName
     calibrated: bool
     calibration: Mapping[str, Any] | None = None
+    label: Literal["requested"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
     ("POST", "/v1/systemone"), ("POST", "/v1/outcomes"), ("DELETE", "/v1/outcomes/{id:path}"),
+    ("GET", "/v1/outcomes/report"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
     ("GET", "/docs/{name}"),
 }  # fmt: skip

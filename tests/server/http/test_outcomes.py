@@ -214,14 +214,33 @@ def test_what_is_kept_of_whether_a_sampled_text_is_right(
     assert row["calibrated"] and row["confidence"] == shown["confidence"] is not None
 
 
-def test_nothing_is_kept_of_texts_that_were_given(client: TestClient, store: Store) -> None:
+def test_what_is_kept_of_texts_that_were_given(client: TestClient, store: Store, service: Service) -> None:
+    rightness.give(service, rightness.record(text="given"))
     reply = predict(client, texts=["good", "bad"])
-    assert len(reply["data"]) == 2 and rows(client, store, reply["id"]) == []
+    stored = rows(client, store, reply["id"])
+    for row, shown in zip(stored, reply["data"], strict=True):
+        assert (row["kind"], row["predictive"], row["particles"], row["options"]) == ("text", "mixture", 3, None)
+        assert row["calibrated"] and row["confidence"] == shown["confidence"]
+        assert row["features"]["logprob"] == pytest.approx(shown["logprob"])
+        assert row["key"] == rightness.KEY.model_copy(update={"text": "given"}).model_dump()
+    other = predict(client, texts=["good", "bad"], mixing="token")
+    assert [row["key"] for row in rows(client, store, other["id"])] == [None, None], "no calibration is of token mixing"
 
 
 def test_nothing_is_kept_of_the_base_s_text(client: TestClient, store: Store) -> None:
     client.post("/v1/completions", json={"model": fakes.BASE.id, **TEXT})
     assert rows(client, store, "x") == []
+    reply = predict(client, model=fakes.BASE.id, inputs=None, prompts=["a"], texts=["good"])
+    assert rows(client, store, reply["id"]) == []
+
+
+@pytest.mark.parametrize(("temperature", "text"), [(0.0, "greedy"), (0.7, None)])
+def test_a_text_belongs_to_the_record_that_is_of_such_texts(
+    client: TestClient, store: Store, temperature: float, text: str | None
+) -> None:
+    client.post("/v1/completions", json={"model": "gang", **TEXT, "temperature": temperature})
+    (row,) = rows(client, store, "x")
+    assert row["key"] == (None if text is None else rightness.KEY.model_dump())
 
 
 @pytest.mark.parametrize(
@@ -235,6 +254,7 @@ def test_what_is_kept_of_text_with_samples(
     chunks = events(response) if stream else [response.json()]
     (shown,) = [choice["uncertainty"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
     (row,) = rows(client, store, "x")
+    assert row["key"] == rightness.KEY.model_copy(update={"text": returned, **rightness.SAMPLES}).model_dump()
     found, meanings = row["features"], shown["semantic"]
     number, tokens = (3, len(DRAFTS[3].log_p)) if returned == "meaning" else (None, 1)
     log_p = math.log(0.5) if number is None else logprob(number)
@@ -328,6 +348,20 @@ def test_answers_belong_to_the_key_that_got_them(service: Service, store: Store)
     error_of(TestClient(first.app).post("/v1/outcomes", json={"id": id, "correct": True}), 401)
 
 
+def test_an_admin_reports_on_every_key_s_answers(service: Service, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").write_text(f'[keys.guest]\nsha256 = "{hashlib.sha256(b"guest").hexdigest()}"\n')
+    (tmp_path / "keys.toml").chmod(0o600)
+    app = create_app(service, Keys("boss", tmp_path / "keys.toml"))
+    app.state.ready = True
+    boss, guest = (TestClient(app, headers={"Authorization": f"Bearer {key}"}) for key in ("boss", "guest"))
+    id, own = predict(guest)["id"], predict(boss)["id"]
+    assert report(boss, id=id, correct=True).json()["data"][0]["status"] == "stored"
+    assert report(guest, id=id, correct=True).json()["data"][0]["status"] == "known"
+    error_of(report(guest, id=own, correct=True), 404)
+    error_of(guest.delete(f"/v1/outcomes/{own}"), 404)
+    assert boss.delete(f"/v1/outcomes/{id}").json()["deleted"] is True and rows(boss, store, id) == []
+
+
 def test_requests_are_kept_where_that_was_asked_for(client: TestClient, store: Store) -> None:
     assert rows(client, store, predict(client)["id"])[0]["request"] is None
     store.requests = True
@@ -356,6 +390,8 @@ def test_a_server_that_keeps_nothing_says_so(service: Service) -> None:
     app.state.ready = True
     client = TestClient(app)
     assert predict(client)["data"] and len(decided(client)) == 3
-    for response in (report(client, id="x", correct=True), client.delete("/v1/outcomes/x")):
+    for response in (
+        report(client, id="x", correct=True), client.delete("/v1/outcomes/x"), client.get("/v1/outcomes/report")
+    ):  # fmt: skip
         error = error_of(response, 404)
         assert (error["code"], "--outcomes" in error["message"]) == ("answer_not_found", True)

@@ -26,17 +26,17 @@ from server.store.values import Report
 from tests.server.store.made import OWNER, Cluster, available, reply
 from tests.server.store.test_store import counted, dropped, report, statuses
 
-SCHEMA_1 = Path(__file__).parent / "schema1.sql"
+SCHEMAS = sorted(Path(__file__).parent.glob("schema*.sql"))  # of earlier versions, with two answers and an outcome
 WRITER = f"""
 import asyncio, itertools, sys
 from server.metrics import Metrics
 from server.store.store import Store
-from server.store.values import Report
+from server.store.values import Report, Reporter
 from tests.server.store.made import reply
 stores = [Store(url, Metrics()) for url in sys.argv[1:]]
 for number, store in zip(itertools.count(), itertools.cycle(stores)):
     store.keep(reply(str(number)))
-    (result,) = asyncio.run(store.report("{OWNER}", [Report(str(number), correct=True)]))
+    (result,) = asyncio.run(store.report(Reporter("{OWNER}"), [Report(str(number), correct=True)]))
     print(number, result.status, flush=True)
 """
 
@@ -49,9 +49,14 @@ def test_the_migrations_make_the_tables(url: str) -> None:
     engine.dispose()
 
 
-def test_a_database_of_schema_1_is_brought_up_to_date(url: str) -> None:
-    """schema1.sql is what version 1 of the schema made, with two answers and an outcome."""
-    parsed, script = database.read_url(url), SCHEMA_1.read_text()
+def test_there_is_a_database_of_every_earlier_schema() -> None:
+    versions = (Path(database.__file__).parent / "migrations/versions").glob("v*.py")
+    assert len(SCHEMAS) == len(list(versions)) - 1
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda path: path.stem)
+def test_a_database_of_an_earlier_schema_is_brought_up_to_date(url: str, schema: Path) -> None:
+    parsed, script = database.read_url(url), schema.read_text()
     if parsed.drivername == "sqlite":
         file = Path(parsed.database or "")
         file.parent.mkdir()
@@ -70,7 +75,9 @@ def test_a_database_of_schema_1_is_brought_up_to_date(url: str) -> None:
     assert counted(store) == [2, 3, 2]
     with store._engine.connect() as found:
         rows = found.execute(text("SELECT id, request IS NULL FROM posterior_replies ORDER BY created")).all()
+        outcomes = found.execute(text("SELECT hash, requested FROM posterior_outcomes")).all()
     assert [(id, bool(nothing)) for id, nothing in rows] == [("pred-1", True), ("new", False)]
+    assert [(hash, bool(requested)) for hash, requested in outcomes] == [("hash", False)] * 2
     store.close()
     Store(url, Metrics()).close()  # there is nothing left to do
 

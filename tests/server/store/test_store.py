@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import asdict, fields, replace
 from typing import Any, cast
@@ -14,17 +15,17 @@ from server.errors import Unavailable
 from server.store import store as stores
 from server.store import tables, work
 from server.store.store import DAY, Store
-from server.store.values import Answer, Report, Result
+from server.store.values import Answer, Report, Reporter, Result
 from tests.server.store.conftest import Opened
 from tests.server.store.made import OTHER, OWNER, answer, reply
 
 
-def report(store: Store, *reports: Report, owner: str = OWNER) -> list[Result]:
-    return asyncio.run(store.report(owner, reports))
+def report(store: Store, *reports: Report, owner: str = OWNER, admin: bool = False) -> list[Result]:
+    return asyncio.run(store.report(Reporter(owner, admin), reports))
 
 
-def forget(store: Store, id: str, owner: str = OWNER) -> bool:
-    return asyncio.run(store.forget(owner, id))
+def forget(store: Store, id: str, owner: str = OWNER, admin: bool = False) -> bool:
+    return asyncio.run(store.forget(Reporter(owner, admin), id))
 
 
 def statuses(results: list[Result]) -> list[str]:
@@ -109,6 +110,22 @@ def test_another_key_s_answers_are_unknown(store: Store) -> None:
     assert forget(store, "r", OTHER) and counted(store) == [1, 1, 0]
 
 
+def test_an_admin_names_the_answers_of_every_key(store: Store) -> None:
+    for id, owner in (("one", OWNER), ("both", OWNER), ("both", OTHER), ("mine", OWNER), ("mine", "c" * 64)):
+        store.keep(reply(id, owner=owner))
+    boss = {"owner": "c" * 64, "admin": True}
+    own = report(
+        store, Report("one", correct=True), Report("both", correct=True), Report("mine", correct=False), **boss
+    )
+    assert statuses(own) == ["stored", "unknown", "stored"]
+    assert own[1].message == "several keys have a reply of this id, and only they can name their own"
+    later = report(store, Report("one", correct=True), Report("both", correct=True), Report("mine", correct=True))
+    assert statuses(later) == ["known", "stored", "stored"], "an admin's own reply comes before another's"
+    assert not forget(store, "both", **boss) and not forget(store, "never", **boss)
+    assert forget(store, "mine", **boss) and forget(store, "mine", **boss) and not forget(store, "mine", **boss)
+    assert counted(store) == [3, 3, 2]
+
+
 def test_a_deleted_reply_takes_everything_with_it(store: Store) -> None:
     store.keep(reply("r", answer(), answer()))
     store.keep(reply("other"))
@@ -133,11 +150,36 @@ def test_answers_wait_for_so_many_days(opened: Opened, monkeypatch: pytest.Monke
     assert statuses(results) == ["unknown", "known", "stored"] and counted(later) == [2, 2, 2]
 
 
+def test_answers_whose_labels_were_asked_for_wait_on(opened: Opened) -> None:
+    store, old = opened(requests=True), time.time() - 9 * DAY
+    asked = replace(answer(), requested=True)
+    store.keep(reply("asked", answer(), asked, created=old, request={"said": "private"}))
+    store.keep(reply("known", asked, created=old, request={"said": "kept"}))
+    store.keep(reply("old", created=old))
+    report(store, Report("known", correct=True))
+    assert counted(store) == [3, 4, 1]
+    store.close()
+    later, deadline = opened(days=2), time.monotonic() + 10
+    while counted(later) != [2, 3, 1] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with later._engine.connect() as connection:
+        found = dict(connection.execute(select(tables.replies.c.id, tables.replies.c.request)).all())
+    assert found == {"asked": None, "known": {"said": "kept"}}
+    assert statuses(report(later, Report("asked", 1, correct=False))) == ["stored"]
+
+
+def test_chance_alone_asks_for_labels(opened: Opened) -> None:
+    assert not any(opened().asks() for _ in range(100)) and all(opened(share=1.0).asks() for _ in range(100))
+    store = opened(share=0.25)
+    asked = sum(store.asks() for _ in range(10_000))
+    assert abs(asked - 2500) < 5 * math.sqrt(10_000 * 0.25 * 0.75)
+
+
 def test_every_field_comes_back(opened: Opened) -> None:
     store, made = opened(requests=True), time.time()
     full = Answer(
         "score", "mixture", 8, "bfloat16", {"base": "b", "particles": 8, "question": "score"}, (0, 1), (0.25, 0.75), 1,
-        0.7, True, 0.05, "ambiguous", 0.01, 0.5, 0.1, (0, 1), 0.9, {"logprob": -1.5},
+        0.7, True, 0.05, "ambiguous", 0.01, 0.5, 0.1, (0, 1), 0.9, {"logprob": -1.5}, True,
     )  # fmt: skip
     assert None not in asdict(full).values()
     store.keep(reply("r", full, answer(None), created=made, request={"prompts": ["said \0 \u20ac"]}))
