@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from posterior.cli.options import EMPTY
 from posterior.data import tokens
 from posterior.errors import PosteriorError, first_line, shortened
+from server import logs
 
 VERBS = {
     "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         status, line = explain(error)
-        print(f"posterior: {shortened(' '.join(line.split()))}", file=sys.stderr)
+        print(logs.line(shortened(" ".join(line.split())), logging.ERROR), file=sys.stderr)
         return status
     finally:
         signal.signal(signal.SIGTERM, before)
