@@ -29,6 +29,7 @@ VERBS = {
     "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
+    "doctor": ("server.doctor.verb", "check whether this machine can serve, and say what to do"),
     "key": ("server.access.new", "make a key for `posterior serve --keys`"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),
 }

@@ -18,13 +18,13 @@ from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from server import logs, tracing
+from server.access.exposure import check_exposure
 from server.access.keys import Keys, secret
 from server.configuration import reading
 from server.configuration.schema import LONGEST_DEFAULT, ServeSettings
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.http.auth import check_exposure
 from server.http.lobby import Lobby
 from server.http.place import Place
 from server.metrics import Metrics

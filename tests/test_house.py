@@ -21,7 +21,7 @@ SERVER: Sequence[Sequence[str]] = (
     ("engine", "workers", "store"),
     ("services",),
     ("http",),
-    ("main",),
+    ("main", "doctor"),
     ("calibrate",),
     ("cli",),
 )
