@@ -21,17 +21,16 @@ def posteriors(root: Path) -> Iterator[Line]:
         yield Line("posteriors", "fail", f"{root} holds no posterior folder", "name another with --posteriors")
     for folder in found:
         try:
-            content = record.read(folder)
-            changed = _changed(folder, content)
+            known = record.read(folder)
+            changed = _changed(folder, known)
         except PosteriorError as error:
             yield Line("posteriors", "fail", str(error))
             continue
         if changed:
             yield Line("posteriors", "fail", f"{folder / changed} is missing or was changed", "restore it, or refit")
         else:
-            yield Line(
-                "posteriors", "ok", f"{folder.name} ({found.content['family']}), base {found.content['base']['id']}"
-            )
+            family, base = known.content["family"], known.content["base"]["id"]
+            yield Line("posteriors", "ok", f"{folder.name} ({family}), of {base}")
 
 
 def folders(root: Path) -> list[Path]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import get_args
 
+from server.configuration.schema import ServeSettings
 from server.http.replies import OutcomeResult, OutcomesDeleted, OutcomesReply
 from server.http.schemas import MAX_ID, MAX_OUTCOMES, Outcome
-from server.main import NUMBERS
 from server.store import tables
 from server.store.values import Status
 from tests.docs.test_answers import page
@@ -28,4 +28,4 @@ def test_every_field_has_a_row() -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     assert f"1 to {MAX_OUTCOMES} outcomes" in PAGE and f"at most {MAX_ID} characters" in PAGE
-    assert MAX_ID == tables.ID and 30 in NUMBERS["answers_days"]
+    assert MAX_ID == tables.ID and ServeSettings().answers_days == 30
