@@ -60,8 +60,8 @@ from posterior.evaluation.report import markdown_rows
 from posterior.models import base
 from posterior.storage import artefact
 from posterior.storage.artefact import Posterior
+from server.configuration.schema import SHIPPED
 from server.engine.config import set_environment
-from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "support.test.jsonl"
 PARTS = ("rates", "sharing", "orders")

@@ -47,7 +47,7 @@ from posterior.storage import artefact
 from posterior.training.map import Trainer, Training
 from posterior.training.method import PRECISION
 from posterior.training.prior import prior_precision
-from server.main import SHIPPED
+from server.configuration.schema import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.train.jsonl"
 PARTICLES = 8

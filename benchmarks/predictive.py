@@ -33,8 +33,8 @@ from posterior.models import base, lora, servable
 from posterior.models.base import Base
 from posterior.storage import artefact
 from posterior.storage.artefact import Posterior
+from server.configuration.schema import SHIPPED
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.main import SHIPPED
 
 DATA = Path(__file__).parent / "data" / "yelp.test.jsonl"
 START_SECONDS = 300

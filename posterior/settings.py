@@ -62,10 +62,10 @@ class _Names(dict[str, object]):
         return self._name(key)
 
 
-def setting(default: Any, help: str, allowed: Range | None = None, group: str = "") -> Any:
+def setting(default: Any, help: str, allowed: Range | None = None, group: str = "", metavar: str | None = None) -> Any:
     """A field of a settings class: its default (MISSING: it must be given), what it means, the numbers it may be, and
-    the heading of its option in the command's help."""
-    return field(default=default, metadata={"help": help, "allowed": allowed, "group": group})
+    for the command's help the heading of its option and what stands there for its value."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "group": group, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)

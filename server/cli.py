@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from posterior.cli.options import EMPTY
 from posterior.data import tokens
 from posterior.errors import PosteriorError, first_line, shortened
+from server import logs
 
 VERBS = {
     "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
@@ -27,6 +29,7 @@ VERBS = {
     "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
     "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
+    "doctor": ("server.doctor.verb", "check whether this machine can serve, and say what to do"),
     "key": ("server.access.new", "make a key for `posterior serve --keys`"),
     "ask": ("posterior_client.ask", "ask a running server from the terminal"),
 }
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         status, line = explain(error)
-        print(f"posterior: {shortened(' '.join(line.split()))}", file=sys.stderr)
+        print(logs.line(shortened(" ".join(line.split())), logging.ERROR), file=sys.stderr)
         return status
     finally:
         signal.signal(signal.SIGTERM, before)

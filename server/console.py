@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TextIO
 
 from posterior.errors import PosteriorError
+from server import logs
 
 _terminal: TextIO | None = None  # where our lines go while stderr itself goes to a log
 
 
 def say(line: str) -> None:
     """Write one of our lines, wherever the rest goes."""
-    print(f"posterior: {line}", file=_terminal or sys.stderr, flush=True)
+    print(logs.line(line), file=_terminal or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ RequestError
     PromptRefused  one of its prompts
   NotFound       no such model
   Unavailable    the same request may be answered later
+    Busy           others are before it
+    EngineLost     the engine has stopped
+    Stopping       the server stops
   Fault          a fault of ours
 """
 
@@ -46,6 +49,17 @@ class NotFound(RequestError):
 
 class Unavailable(RequestError):
     """Something that the request needs is not there now."""
+
+
+class Busy(Unavailable):
+    """Too many others are before it."""
+
+
+class Stopping(Unavailable):
+    """The server was told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; ask again shortly, when another one runs")
 
 
 class Fault(RequestError):

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -15,132 +14,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import posterior
-from posterior.cli.arguments import check_numbers
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
-from posterior.meaning.embedding import THRESHOLD
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
-from posterior.settings import Range
+from server import logs, tracing
+from server.access.exposure import check_exposure
 from server.access.keys import Keys, secret
+from server.configuration import reading
+from server.configuration.schema import LONGEST_DEFAULT, ServeSettings
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
-from server.http.auth import check_exposure
 from server.http.lobby import Lobby
+from server.http.place import Place
 from server.metrics import Metrics
 from server.services import registry
 from server.services.registry import Registry
-from server.store.window import COUNT, WINDOW, Window
+from server.store.window import Window
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
 if TYPE_CHECKING:
     from server.store.store import Store
 
-SHIPPED = Path(posterior.__file__).parent / "shipped"
-NUMBERS = {
-    "port": Range(0, 65535),
-    "particles": Range(2, 1000),  # one sample has no spread
-    "max_model_len": Range(2, 2**31),
-    "max_num_seqs": Range(1, 2**16),
-    "kv_cache_gib": Range(0, 2**20, above=True),
-    "gpu_memory_utilization": Range(0, 1, above=True),
-    "meaning_threshold": Range(-1, 1),
-    "answers_days": Range(0, 36500, above=True),
-    "label_share": Range(0, 1),
-}
-LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `posterior serve`."""
-    add = parser.add_argument
-    text = "base model: a local HF folder, a .gguf file, or a Hugging Face id@revision (default: SmolLM2-135M-Instruct)"
-    add("--base", help=text)
-    text = "folder of posterior folders; each is served under its folder's name (default: the shipped ones)"
-    add("--posteriors", type=Path, default=SHIPPED, help=text)
-    text = (
-        "samples of each Laplace posterior for the mixture: more mean less Monte-Carlo error and more work (default: 8)"
-    )
-    add("--particles", type=int, default=8, help=text)
-    add("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on; 0: any that is free (default: 8000)")
-    text = "ask clients for this key (default: $POSTERIOR_API_KEY, which other users of the machine cannot see)"
-    add("--api-key", type=str, default=os.environ.get("POSTERIOR_API_KEY"), help=text)  # an empty one is none
-    text = "TOML file of several keys, each with its rights (default: $POSTERIOR_KEYS); SIGHUP reads it again"
-    add("--keys", type=Path, default=os.environ.get("POSTERIOR_KEYS") or None, metavar="FILE", help=text)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: cuda if present)")
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    add("--dtype", choices=dtypes, default="auto", help="precision of vLLM (default: auto, the base's own)")
-    text = f"longest prompt plus answer in tokens (default: the base's own, at most {LONGEST_DEFAULT})"
-    add("--max-model-len", type=int, help=text)
-    text = "sequences in one batch of vLLM; a mixture takes one a particle (default: 64)"
-    add("--max-num-seqs", type=int, default=64, help=text)
-    text = "compile the model on a CPU: faster text, a slower start (minutes at first), needs g++; a GPU always does"
-    add("--compile", action="store_true", help=text)
-    text = "let chats use tools: vLLM's name for how this base writes calls (hermes, llama3_json, mistral, ...)"
-    add("--tool-call-parser", metavar="NAME", help=text)
-    text = "KV cache in GiB; a mixture fills it K times as fast (default: 1 on a CPU, what the share leaves on a GPU)"
-    add("--kv-cache-gib", type=float, help=text)
-    text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
-    add("--gpu-memory-utilization", type=float, default=0.7, help=text)
-    text = "let samples be told apart by embeddings: a folder of sentence-transformers (default: none)"
-    add("--meaning-embedding", type=Path, metavar="FOLDER", help=text)
-    text = f"cosine of two embeddings from which texts mean the same (default: {THRESHOLD})"
-    add("--meaning-threshold", type=float, metavar="COSINE", default=THRESHOLD, help=text)
-    text = "let samples be told apart by entailment: a folder with a sequence classifier for it (default: none)"
-    add("--meaning-nli", type=Path, metavar="FOLDER", help=text)
-    text = (
-        "keep answers, so that POST /v1/outcomes can say what turned out to be true of them: in a file "
-        "(sqlite:///FILE), in PostgreSQL (postgresql://USER:PASSWORD@HOST/DATABASE), or without a URL in "
-        "~/.local/state/posterior-server/outcomes.db (default: $POSTERIOR_OUTCOMES, which other users of the machine "
-        "cannot see; else nothing is kept)"
-    )
-    outcomes = os.environ.get("POSTERIOR_OUTCOMES") or None
-    add("--outcomes", metavar="URL", nargs="?", const="", type=str, default=outcomes, help=text)
-    text = "with --outcomes, days that an answer waits for its outcome before it is deleted (default: 30)"
-    add("--answers-days", type=float, metavar="N", default=30.0, help=text)
-    add("--keep-requests", action="store_true", help="with --outcomes, keep the bodies of requests too: the prompts")
-    text = (
-        "with --outcomes, share of answers whose outcome is asked for, with `label: requested` in the answer. Chance "
-        "chooses them: only their outcomes show how all answers are (default: 0)"
-    )
-    add("--label-share", type=float, metavar="SHARE", default=0.0, help=text)
-    text = f"with --outcomes, which answers and outcomes the metrics are of, for each posterior the newest: {WINDOW}"
-    add("--outcomes-window", metavar="N|Nd", help=f"{text} (default: {COUNT})")
-    text = "on a terminal, show what vLLM and torch say; else it goes to a log file there, and is shown elsewhere"
-    add("--verbose", action="store_true", help=text)
+    reading.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PosteriorError for whatever the user can fix."""
-    check_numbers(args, NUMBERS)
+    settings = reading.read(args)
+    logs.choose(settings.log_format)
     contract.check_version()
-    if args.compile and shutil.which("g++") is None:
+    if settings.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
-    args.api_key = secret(args.api_key)
-    keys = Keys(args.api_key, args.keys)
-    check_exposure(args.host, keys)
-    for option in ("keep_requests", "label_share", "outcomes_window"):
-        if getattr(args, option) and args.outcomes is None:
-            name = f"--{option.replace('_', '-')}"
-            raise PosteriorError(f"{name} belongs to answers that are kept; give --outcomes too, or leave it out")
+    keys = Keys(secret(settings.api_key), settings.keys)
+    place = Place.of(settings)
+    if settings.uds is None:
+        check_exposure(settings.host, keys)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn runs; it ends the engine's processes on the way out
-    with contextlib.suppress(KeyboardInterrupt), Lobby(args.host, args.port) as lobby, _quiet(args, lobby):
-        asyncio.run(_serve(args, keys, lobby))
+    with contextlib.suppress(KeyboardInterrupt), Lobby(place) as lobby, _quiet(settings, lobby):
+        logs.start()
+        asyncio.run(_serve(settings, keys, lobby))
 
 
-def _quiet(args: argparse.Namespace, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
-    """What puts everything but our own lines into the port's log."""
-    return quiet(cache_folder() / "logs" / f"serve-{lobby.port}.log", args.verbose)
+def _quiet(settings: ServeSettings, lobby: Lobby) -> contextlib.AbstractContextManager[None]:
+    """What puts everything but our own lines into the log of the port or the socket."""
+    return quiet(cache_folder() / "logs" / f"serve-{lobby.name}.log", settings.verbose)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
+async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
     from server.http.app import create_app
     from server.http.listening import listen
     from server.services import renewing
@@ -148,36 +77,39 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
     from server.services.predictive import Service
 
     start = time.monotonic()
-    window = Window() if args.outcomes_window is None else Window.parsed(args.outcomes_window)
-    if args.keys is not None:
+    window = Window() if settings.outcomes_window is None else Window.parsed(settings.outcomes_window)
+    if settings.keys is not None:
         follow(keys)
     with contextlib.ExitStack() as stack:
-        device = checked_device(args.device)
-        set_environment(device, cache_folder() / "compiled" if args.compile else None)
-        base = resolve(args.base)
+        traces = tracing.collector(settings.otlp_endpoint)
+        if traces is not None:
+            stack.callback(tracing.start(traces).shutdown)
+        device = checked_device(settings.device)
+        set_environment(device, cache_folder() / "compiled" if settings.compile else None)
+        base = resolve(settings.base)
         say(f"base {base.id} on {device}")
-        served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
+        served = registry.load(settings.posteriors, base, particles=settings.particles, cache=cache_folder())
         calibrations = renewing.looks(served)
         _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
-        store = _store(args, metrics)
+        store = _store(settings, metrics)
         if store is not None:
             stack.callback(store.close)
         laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
         linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
-        folders = comparers(args)
-        comparer = Comparer(folders, args.meaning_threshold, metrics) if folders else None
+        folders = comparers(settings.meaning_embedding, settings.meaning_nli)
+        comparer = Comparer(folders, settings.meaning_threshold, metrics) if folders else None
         if comparer is not None:
             stack.callback(comparer.stop)
         say("starting vLLM (up to a minute)")
-        engine = await start_engine(args, base, device, served)
+        engine = await start_engine(settings, base, device, served, traces)
         stack.callback(engine.stop)
         known, served = served.refused, served.without(engine.refused)
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
-        served.check(args.posteriors)
+        served.check(settings.posteriors)
         served.describe(metrics)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
         if store is not None:
@@ -188,10 +120,24 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
             say(line)
         for line in keys.warnings(served.served):
             say(f"warning: {line}")
-        app = create_app(service, keys)
+        app = create_app(
+            service,
+            keys,
+            origins=settings.cors_origin or (),
+            most=settings.max_requests,
+            log_prompts=settings.log_prompts,
+        )
         watching = asyncio.create_task(renewing.watch(service, calibrations))
         stack.callback(watching.cancel)
-        await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
+        command = _curl(served, lobby, keyed=bool(keys))
+        await listen(
+            app,
+            lobby.leave(),
+            service,
+            lambda: say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{command}\n"),
+            place=lobby.place,
+            drain_seconds=settings.drain_seconds,
+        )
 
 
 def follow(keys: Keys) -> None:
@@ -208,8 +154,13 @@ def _read_again(keys: Keys) -> None:
         say(f"the keys were read again; there are {len(keys)}")
 
 
-async def start_engine(args: argparse.Namespace, base: Base, device: str, served: Registry) -> Any:
-    """The engine with all that is served. Raises PosteriorError for what vLLM cannot start with."""
+async def start_engine(
+    settings: ServeSettings, base: Base, device: str, served: Registry, traces: str | None = None
+) -> Any:
+    """The engine with all that is served; `traces`: the URL that its spans go to.
+
+    Raises PosteriorError for what vLLM cannot start with.
+    """
     contract.check()  # before the names are imported
     from server.engine.engine import VllmEngine
     from server.http.schemas import FIELDS
@@ -218,17 +169,18 @@ async def start_engine(args: argparse.Namespace, base: Base, device: str, served
         model=base.path,
         served_name=base.id,
         device=device,
-        dtype=args.dtype,
+        dtype=settings.dtype,
         particles=max(len(entry.particles) for entry in served.served.values()),
         adapters=len(served.adapters),
         lora_rank=served.rank,
         targets=lora_targets(served.modules),
-        max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
-        max_num_seqs=args.max_num_seqs,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_bytes=None if args.kv_cache_gib is None else int(args.kv_cache_gib * 2**30),
-        compiled=args.compile,
-        tool_call_parser=args.tool_call_parser,
+        max_model_len=settings.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_bytes=None if settings.kv_cache_gib is None else int(settings.kv_cache_gib * 2**30),
+        compiled=settings.compile,
+        tool_call_parser=settings.tool_call_parser,
+        traces=traces,
     )
     try:
         return await VllmEngine.start(config, served.public, served.adapters, FIELDS)
@@ -236,24 +188,24 @@ async def start_engine(args: argparse.Namespace, base: Base, device: str, served
         raise PosteriorError(f"vLLM did not start: {first_line(error)}") from error
 
 
-def comparers(args: argparse.Namespace) -> dict[str, Path]:
+def comparers(embedding: Path | None, nli: Path | None) -> dict[str, Path]:
     """The folders of models that tell meanings apart, by the name of the way. Raises PosteriorError for none."""
-    given = {"embedding": args.meaning_embedding, "nli": args.meaning_nli}
-    folders = {name: folder for name, folder in given.items() if folder is not None}
+    folders = {name: folder for name, folder in {"embedding": embedding, "nli": nli}.items() if folder is not None}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise PosteriorError(f"--meaning-{name} {folder} is no folder; name the folder of a model")
     return folders
 
 
-def _store(args: argparse.Namespace, metrics: Metrics) -> Store | None:
+def _store(settings: ServeSettings, metrics: Metrics) -> Store | None:
     """Where answers and outcomes are kept, if they are. Raises PosteriorError for a database that cannot be opened."""
-    if args.outcomes is None:
+    if settings.outcomes is False:
         return None
     from server.store.store import Store
 
+    url = "" if settings.outcomes is True else settings.outcomes
     store = Store(
-        args.outcomes, metrics, days=args.answers_days, requests=args.keep_requests, share=args.label_share
+        url, metrics, days=settings.answers_days, requests=settings.keep_requests, share=settings.label_share
     )  # fmt: skip
     say(f"answers and outcomes are kept in {store.name}")
     return store
@@ -276,21 +228,16 @@ def _own_length(base: Base) -> int:
     return length if isinstance(length, int) else LONGEST_DEFAULT
 
 
-def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: float) -> None:
-    say(f"ready in {time.monotonic() - start:.0f} s. Try:\n\n{_curl(served, port, args)}\n")
-
-
-def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
+def _curl(served: Registry, lobby: Lobby, *, keyed: bool) -> str:
     """A command that asks the first posterior."""
     item = served.posteriors[0]
-    key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key or args.keys else ""
+    key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if keyed else ""
     fields = {field: "The food was good, the service was slow." for field in item.task.fields}
     body = {"model": item.name, "inputs": [fields]}
     if item.task.answers is None:
         body["answers"] = [" yes", " no"]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, f"[{args.host}]" if ":" in args.host else args.host)
-    data = shlex.quote(json.dumps(body))
-    return f"  curl http://{host}:{port}/v1/predictive{key} -H 'Content-Type: application/json' -d {data}"
+    url = f"{lobby.place.curl(lobby.port)}/v1/predictive"
+    return f"  {url}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def _say_refused(refused: Mapping[str, str]) -> None:

@@ -192,10 +192,10 @@ class Observation:
         self._key = key
         self.owner = owner(key)
         self._start = time.monotonic()
-        self._ended = False
         self.posterior = "none"  # never a name a client made up
         self.predictive = "none"
         self.tokens = 0  # counted so far
+        self.status: int | None = None  # that it ended with
 
     def count_tokens(self, prompt: int, completion: int) -> None:
         """Count what the request read and wrote."""
@@ -208,9 +208,9 @@ class Observation:
 
     def end(self, status: int) -> None:
         """Count the request, with the status that it ended with."""
-        if self._ended:
+        if self.status is not None:
             return
-        self._ended = True
+        self.status = status
         if self._key is not None:
             self._metrics.key_requests.labels(self._key.name, str(status)).inc()
         labels = (self.posterior, self._endpoint, self.predictive)

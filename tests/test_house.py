@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 # nothing else of its package. Rooms in one line do not import each other.
 SERVER: Sequence[Sequence[str]] = (
     ("errors",),
-    ("access",),
+    ("access", "configuration", "logs", "tracing"),
     ("validation", "console", "metrics"),
     ("engine", "workers", "store"),
     ("services",),
     ("http",),
-    ("main",),
+    ("main", "doctor"),
     ("calibrate",),
     ("cli",),
 )
@@ -52,6 +52,7 @@ ONLY = {
     "uvicorn": {"server.http"},
     "sqlalchemy": {"server.store"},
     "alembic": {"server.store"},
+    "opentelemetry": {"server.tracing"},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar, get_args
 
@@ -13,7 +13,7 @@ from posterior.data import decisions
 from posterior.data.decisions import Labels
 from posterior.data.task import Kind, Task
 from posterior.errors import PosteriorError
-from posterior.settings import Range, SettingError
+from posterior.settings import SettingError
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -102,11 +102,3 @@ def in_options(function: Callable[Given, Result]) -> Callable[Given, Result]:
             raise PosteriorError(error.named(option)) from error
 
     return call
-
-
-def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:
-    """Raises PosteriorError for an option that is given and out of its range."""
-    for name, allowed in ranges.items():
-        value = getattr(args, name)
-        if value is not None and value not in allowed:
-            raise PosteriorError(f"{option(name)} is {value}; it must be {allowed}")

@@ -88,7 +88,9 @@ def _merged(name: str, classes: Any) -> Form:
 
 def _described(form: Form, about: Field[Any]) -> dict[str, Any]:
     """argparse's keywords."""
-    help = about.metadata["help"].replace("%", "%%")
+    help, metavar = about.metadata["help"].replace("%", "%%"), about.metadata["metavar"]
+    if form.kinds >= {bool, str}:
+        return {"nargs": "?", "const": True, "help": help, "metavar": metavar}
     if bool in form.kinds:
         return {"action": "store_const", "const": not about.default, "help": help}
     if about.default not in (MISSING, None) and "(default" not in help:
@@ -96,12 +98,12 @@ def _described(form: Form, about: Field[Any]) -> dict[str, Any]:
         help = f"{help} (default {shown})"
     number = form.number()
     if number is not None:
-        return {"type": _number(number, form.words), "help": help, "metavar": _metavar(number, form.words)}
+        return {"type": _number(number, form.words), "help": help, "metavar": metavar or _metavar(number, form.words)}
     if form.words:
         return {"choices": form.words, "help": help}
     if tuple in form.kinds:
-        return {"nargs": "+", "help": help}
-    return {"help": help, **({"type": Path} if Path in form.kinds else {})}
+        return {"nargs": "+", "action": "extend", "help": help, "metavar": metavar}
+    return {"help": help, "metavar": metavar, **({"type": Path} if Path in form.kinds else {})}
 
 
 def _metavar(number: type, words: Sequence[str]) -> str:

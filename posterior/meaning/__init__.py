@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+THRESHOLD = 0.7  # cosine of embeddings from which texts mean the same; for all-MiniLM-L6-v2, by benchmarks/meaning.py
+
 
 class Grouping(Protocol):
     """A way to tell meanings apart that sees all texts at once."""

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
-from posterior.meaning import reader
+from posterior.meaning import THRESHOLD, reader
 
-THRESHOLD = 0.7  # for all-MiniLM-L6-v2, by benchmarks/meaning.py
 KEPT = 2**12  # vectors that are remembered: a text is compared again and again
 
 Pooling = Literal["mean", "cls"]

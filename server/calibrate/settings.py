@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from posterior.evaluation.calibrate import PARTICLES
-from posterior.meaning.embedding import THRESHOLD
+from posterior.meaning import THRESHOLD
 from posterior.models import devices
 from posterior.models.devices import Dtype
 from posterior.settings import Range, SettingError, Settings, setting

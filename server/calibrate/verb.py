@@ -33,11 +33,11 @@ from server.calibrate.grading import described
 from server.calibrate.observing import Observation, Observed, observe
 from server.calibrate.outcomes import OutcomeCalibration
 from server.calibrate.settings import TextCalibration
+from server.configuration.schema import ServeSettings
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import set_environment
 from server.errors import RequestError
-from server.main import add_arguments as add_serve_arguments
 from server.main import checked_device, comparers, start_engine
 from server.metrics import Metrics
 from server.services import meanings, registry
@@ -240,11 +240,11 @@ async def started(
         only=posterior.path.name,
     )
     say("starting vLLM (up to a minute)")
-    engine = await start_engine(_engine_arguments(settings), found, device, served)
+    engine = await start_engine(ServeSettings(dtype=settings.dtype or "auto"), found, device, served)
     stack.callback(engine.stop)
     served = served.without(engine.refused)
     served.check(posterior.path.parent)
-    folders = comparers(argparse.Namespace(**vars(settings)))
+    folders = comparers(settings.meaning_embedding, settings.meaning_nli)
     metrics = Metrics()
     comparer = Comparer(folders, settings.meaning_threshold, metrics) if folders else None
     service = Service(served, engine, None, load_tokenizer(found), metrics, comparer)
@@ -256,10 +256,3 @@ async def started(
     except RequestError as error:
         raise PosteriorError(str(error)) from error
     return service
-
-
-def _engine_arguments(settings: TextCalibration) -> argparse.Namespace:
-    """The engine's options, which are those of `posterior serve` that change numbers, and its defaults."""
-    parser = argparse.ArgumentParser()
-    add_serve_arguments(parser)
-    return parser.parse_args(["--dtype", settings.dtype or "auto"])

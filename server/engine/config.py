@@ -20,7 +20,8 @@ class EngineConfig:
     `targets`: the layers that adapters change, by the last part of their names; None: any. The others are spared LoRA's
     memory and calls. `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the
     CPU only, where it needs a C++ compiler and a minute or two once; a GPU's engine always compiles.
-    `tool_call_parser`: vLLM's name of the way the base writes tool calls; None: tools are refused."""
+    `tool_call_parser`: vLLM's name of the way the base writes tool calls; None: tools are refused. `traces`: the URL
+    that spans are sent to; None: nowhere."""
 
     model: Path
     served_name: str
@@ -36,6 +37,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     compiled: bool = False
     tool_call_parser: str | None = None
+    traces: str | None = None
 
     def arguments(self) -> list[str]:
         """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
@@ -60,6 +62,8 @@ class EngineConfig:
             arguments += ["--lora-target-modules", *self.targets]
         if self.tool_call_parser is not None:
             arguments += ["--enable-auto-tool-choice", "--tool-call-parser", self.tool_call_parser]
+        if self.traces is not None:
+            arguments += ["--otlp-traces-endpoint", self.traces]
         cache = self.kv_cache_bytes
         if self.device == "cpu":
             # Blocks of 32 tokens, not 128, so that short prompts too share their prefix.

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from posterior.data.candidates import Candidates
 from posterior.errors import first_line
+from server import logs, tracing
 from server.engine import Adapter, Call, Kind, Scores, Usage
 from server.engine.compat.client import MixingLLM
 from server.engine.compat.starting import serving_classes, start_llm
@@ -140,7 +141,11 @@ class VllmEngine:
             extra_args={STATE: key} if state else None,
         )
         outputs = self._llm.generate(
-            tokens_input(tokens), params, f"read-{key}", lora_request=_lora(adapter) if adapter else None
+            tokens_input(tokens),
+            params,
+            _named("read", key),
+            lora_request=_lora(adapter) if adapter else None,
+            trace_headers=tracing.headers() or None,
         )
         if state:
             self._llm.states[key] = b""
@@ -190,7 +195,12 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={GIVEN: len(prompt)},
         )
-        return self._llm.generate(tokens_input([*prompt, *text]), params, f"text-{uuid.uuid4().hex}")
+        return self._llm.generate(
+            tokens_input([*prompt, *text]),
+            params,
+            _named("text", uuid.uuid4().hex),
+            trace_headers=tracing.headers() or None,
+        )
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
         parsed = self._parsed(kind, body)
@@ -279,6 +289,11 @@ async def _read_through(outputs: AsyncGenerator[RequestOutput, None]) -> None:
         raise EngineLost from error
     except (VLLMClientError, GracefulHTTPError) as error:
         raise refusal(error) from error
+
+
+def _named(kind: str, key: str) -> str:
+    """vLLM's id of a request of ours: of what kind it is, and for which client's request."""
+    return "-".join([kind, *filter(None, [logs.REQUEST.get()]), key])
 
 
 def _states(found: Sequence[bytes]) -> torch.Tensor:

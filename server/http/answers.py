@@ -11,6 +11,7 @@ from server.engine import Call, Kind
 from server.errors import Refused
 from server.http import choices, samples, structured
 from server.http.records import Reply, attach
+from server.http.requests import engine_headers
 from server.http.schemas import BODIES, ChatRequest, CompletionRequest
 from server.http.streams import annotated
 from server.metrics import Observation
@@ -58,10 +59,10 @@ async def _write(
     observation.predictive = writer.predictive
     if writer.drawn is not None:
         return await samples.reply(
-            samples.Asked(writer, writer.drawn, kind, body, request.headers, observation), checked
+            samples.Asked(writer, writer.drawn, kind, body, engine_headers(request), observation), checked
         )
     generate = service.engine.chat if kind == "chat" else service.engine.complete
-    call = Call(request.headers)
+    call = Call(engine_headers(request))
     result = await generate(body, call, writer.trace)
 
     def count() -> None:

@@ -6,16 +6,17 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
 
 import posterior
 from server.access.keys import Key, Keys, owner
-from server.errors import EngineLost, RequestError, Unavailable
+from server.errors import EngineLost, RequestError, Stopping, Unavailable
 from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.body import read_json
@@ -34,6 +35,8 @@ from server.http.replies import (
     Status,
     Version,
 )
+from server.http.requests import HEADER, Requests
+from server.http.running import Running
 from server.http.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -55,13 +58,30 @@ Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
 ADMIN = frozenset({"/metrics"})  # those for admins: it names every model and every key
+MOST = 1024  # requests for answers at a time, unless the server's owner says otherwise
+EXPOSED = (HEADER, "Retry-After", *(  # headers that pages of other origins may read
+    f"X-RateLimit-{each}-{what}" for each in ("Limit", "Remaining", "Reset") for what in ("Requests", "Tokens")
+))  # fmt: skip
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
 
 
-def create_app(service: Service, keys: Keys | None) -> FastAPI:
+def create_app(
+    service: Service,
+    keys: Keys | None,
+    *,
+    origins: Sequence[str] = (),
+    most: int = MOST,
+    log_prompts: bool = False,
+) -> FastAPI:
     """The application over a running service; without keys it answers everybody. `app.state.ready` is False until its
-    owner has warmed it up."""
+    owner has warmed it up, and `app.state.running` is how it stops what runs.
+
+    Args:
+        origins: whose pages may call it from a browser; "*": anybody's.
+        most: requests for answers at a time; more get 429.
+        log_prompts: whether the bodies of requests are logged.
+    """
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -71,7 +91,13 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
     )
     app.state.service = service
     app.state.ready = False
+    app.state.running = Running(most)
     errors.register(app)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
+        )
+    app.add_middleware(Requests, running=app.state.running, prompts=log_prompts)  # the last one is the outermost
     for path, handler, summary, reply, statuses in (
         ("/health", _health, "Whether the process lives", Status, (503,)),
         ("/ready", _ready, "Whether requests are answered", Status, (503,)),
@@ -231,12 +257,15 @@ async def _completions(request: Request) -> Response:
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
     """The answer of `handler` to the body, which runs as long as the client stays. The request is counted."""
     key = _key(request)
-    observation = Observation(_service(request).metrics, endpoint, key)
+    request.state.observation = observation = Observation(_service(request).metrics, endpoint, key)
+    running: Running = request.app.state.running
     try:
         _check_ready(request)
+        running.admit()
         enter(key)
-        body = await read_json(request)
-        result = await _while_connected(request, handler(body, request, observation))
+        async with running.work():
+            request.state.body = body = await read_json(request)
+            result = await _while_connected(request, handler(body, request, observation))
     except Exception as error:
         failure = as_api_error(error)
         observation.end(failure.status)
@@ -247,7 +276,7 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     if isinstance(result, dict):
         observation.end(200)
         return _with_quota(JSONResponse(result), key)
-    events = _observed(result, observation)
+    events = _observed(result, observation, running)
     return _with_quota(StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED), key)
 
 
@@ -257,14 +286,15 @@ def _with_quota(response: Response, key: Key | None) -> Response:
     return response
 
 
-async def _observed(events: AsyncIterator[str], observation: Observation) -> AsyncIterator[str]:
+async def _observed(events: AsyncIterator[str], observation: Observation, running: Running) -> AsyncIterator[str]:
     """The same events; the request is counted at their end, and an error is the last of them. vLLM says nothing of the
     tokens of a stream that its client has left: each event that was sent counts as one."""
     status, sent = CLIENT_LEFT, 0
     try:
-        async for line in events:
-            yield line
-            sent += 1
+        async with running.work():
+            async for line in events:
+                yield line
+                sent += 1
         status = 200
     except Exception as error:  # too late for a status: the stream says it
         failure = as_api_error(error)
@@ -277,10 +307,12 @@ async def _observed(events: AsyncIterator[str], observation: Observation) -> Asy
 
 
 def _check_ready(request: Request) -> None:
-    if not request.app.state.ready:
-        raise Unavailable("the server is warming up; try again shortly")
     if not _service(request).engine.alive():
         raise EngineLost
+    if request.app.state.running.stopping:
+        raise Stopping
+    if not request.app.state.ready:
+        raise Unavailable("the server is warming up; try again shortly")
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:

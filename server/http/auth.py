@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
 
-from posterior.errors import PosteriorError
 from server.access.keys import NOBODY, Key, Keys
 from server.http.errors import ApiError
 from server.metrics import Metrics
@@ -52,19 +50,4 @@ def enter(key: Key | None) -> None:
             f"this key may use {wait.limit} {wait.what} a minute; try again in {wait.seconds} s",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(wait.seconds)},
-        )
-
-
-def check_exposure(host: str, keys: Keys) -> None:
-    """Raises PosteriorError if `host` is reachable from other machines and no key protects it."""
-    if keys or host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise PosteriorError(
-            f"refusing to listen on {host} without a key: set --api-key (or POSTERIOR_API_KEY) or --keys, or use "
-            "--host 127.0.0.1"
         )

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from posterior.errors import PosteriorError, shortened
-from server.errors import Fault, NotFound, Refused, RequestError, Unavailable
+from server.errors import Busy, Fault, NotFound, Refused, RequestError, Unavailable
 
 logger = logging.getLogger("posterior.server")
 
@@ -21,6 +21,7 @@ KINDS: Mapping[type[RequestError], tuple[int, str | None]] = {  # status and Ope
     NotFound: (404, "model_not_found"),
     Fault: (500, "internal_error"),
     Unavailable: (503, "unavailable"),
+    Busy: (429, "too_many_requests"),
 }
 
 
@@ -58,8 +59,9 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer; a 503 says when to try again, a 401 how to show a key."""
-        headers = {503: {"Retry-After": str(RETRY_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status, {})
+        """The answer; a 429 and a 503 say when to try again, a 401 how to show a key."""
+        again = {"Retry-After": str(RETRY_SECONDS)}
+        headers = {429: again, 503: again, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status, {})
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers | headers)
 
 

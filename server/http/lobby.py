@@ -3,15 +3,18 @@ take the port."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from posterior.errors import PosteriorError
 from server.errors import Refused, Unavailable
 from server.http.errors import RETRY_SECONDS, as_api_error
+from server.http.place import Place
+from server.http.requests import HEADER, request_id
 from server.http.schemas import MAX_BODY_BYTES
 
 
@@ -34,6 +37,7 @@ class _Loading(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Connection", "close")
+        self.send_header(HEADER, request_id(self.headers.get(HEADER)))
         if not living:
             self.send_header("Retry-After", str(RETRY_SECONDS))
         self.end_headers()
@@ -47,33 +51,38 @@ class _Loading(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    tls: ssl.SSLContext | None = None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection. Its own thread shakes hands, when it first reads."""
+        connection, address = self.socket.accept()
+        if self.tls is not None:
+            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away
 
 
 class Lobby:
-    """A listening socket at host:port that a thread answers until `leave` hands it over."""
+    """A listening socket at a place, which a thread answers until `leave` hands it over."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Raises PosteriorError if the port cannot be had."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.socket(family)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._listener.bind((host, port))
-            self._listener.listen(128)  # from here on nobody else can have the port
-        except (OSError, TypeError, UnicodeError) as error:  # of a host name that cannot be one
-            self._listener.close()
-            reason = getattr(error, "strerror", None) or error
-            raise PosteriorError(
-                f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
-            ) from error
-        self._listener.set_inheritable(False)
-        self.port: int = self._listener.getsockname()[1]
-        self._server = _Server((host, self.port), _Loading, bind_and_activate=False)
+    def __init__(self, place: Place) -> None:
+        """Raises PosteriorError if the place cannot be had."""
+        self.place = place
+        self._stack = contextlib.ExitStack()
+        self._listener = self._stack.enter_context(place.listening())
+        own = self._listener.getsockname()
+        self.port: int = own[1] if place.uds is None else 0
+        self._server = _Server(("", 0), _Loading, bind_and_activate=False)
         self._server.socket.close()
-        self._server.socket = self._listener
+        self._server.socket, self._server.tls = self._listener, place.tls
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+
+    @property
+    def name(self) -> str:
+        """Of the place, for the name of a file."""
+        return str(self.port) if self.place.uds is None else self.place.uds.stem
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -88,4 +97,4 @@ class Lobby:
     def __exit__(self, *_: object) -> None:
         if self._thread.is_alive():
             self.leave()
-        self._listener.close()
+        self._stack.close()

@@ -48,7 +48,7 @@ MEANINGS = {
     409: "Another outcome of this answer is stored",
     408: "The body did not come in time",
     413: "The body is too large",
-    429: "The key has used up what it may use a minute",
+    429: "The key has used up what it may use a minute, or too many requests are before this one",
     503: "Not ready, busy or stopping; try again later",
 }
 
@@ -96,7 +96,8 @@ def describe(app: FastAPI, *, key: bool, public: frozenset[str]) -> dict[str, An
 
 async def show(request: Request) -> Response:
     """GET /openapi.json"""
-    return JSONResponse(request.app.state.description())
+    document, prefix = request.app.state.description(), request.scope.get("root_path")
+    return JSONResponse({**document, "servers": [{"url": prefix}]} if prefix else document)
 
 
 async def page() -> Response:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from posterior.errors import PosteriorError
 from posterior.storage.record import file_hash
-from server.errors import Refused, Unavailable
+from server import tracing
+from server.errors import Busy, Refused
 from server.metrics import Metrics
 from server.workers import comparing
 from server.workers.process import Worker
@@ -55,14 +56,15 @@ class Comparer:
 
         Raises:
             Refused: a text is longer than the model reads.
-            Unavailable: there is no worker, or too many wait for it.
+            Unavailable: there is no worker. Busy: too many wait for it.
         """
         self.check()
         if self._waiting >= MAX_WAITING:
-            raise Unavailable(f"{self._waiting} requests already wait for the comparison of meanings; try again later")
+            raise Busy(f"{self._waiting} requests already wait for the comparison of meanings; try again later")
         self._waiting += 1
         try:
-            return await self._worker.run(comparing.same, name, question, text, list(others))
+            with tracing.span("meanings", comparisons=len(others)):
+                return await self._worker.run(comparing.same, name, question, text, list(others))
         except PosteriorError as error:
             raise Refused(str(error), "uncertainty.meaning") from error
         finally:

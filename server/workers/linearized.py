@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from posterior.data.examples import Example
 from posterior.laplace.linearized import dtype_on
 from posterior.likelihood.footprint import Footprint
 from posterior.models.base import Base
-from server.errors import PromptRefused, RequestError, Unavailable
+from server import tracing
+from server.errors import Busy, PromptRefused, RequestError, Unavailable
 from server.metrics import Metrics
 from server.workers import inside, memory
 from server.workers.inside import Folder, Loaded, Moments
@@ -93,7 +95,7 @@ class Linearizer:
 
         Raises:
             PromptRefused: there is not enough memory for a prompt.
-            Unavailable: there is no worker, it could not read this posterior, or too many prompts wait.
+            Unavailable: there is no worker, or it could not read this posterior. Busy: too many prompts wait.
         """
         self.check()
         if name in self._refused:
@@ -106,14 +108,13 @@ class Linearizer:
         loop = asyncio.get_running_loop()
         self._waiting = [item for item in self._waiting if not item.result.done()]
         if len(self._waiting) + len(prompts) > MAX_WAITING:
-            raise Unavailable(
-                f"{len(self._waiting)} prompts already wait for the linearised predictive; try again later"
-            )
+            raise Busy(f"{len(self._waiting)} prompts already wait for the linearised predictive; try again later")
         items = [_Item(name, tuple(prompt), candidates, loop.create_future(), time.monotonic()) for prompt in prompts]
         self._waiting.extend(items)
         if self._drain is None or self._drain.done():
-            self._drain = loop.create_task(self._run())
-        results = await asyncio.gather(*(item.result for item in items))
+            self._drain = loop.create_task(self._run(), context=Context())  # no single request's
+        with tracing.span("linearized", prompts=len(prompts)):
+            results = await asyncio.gather(*(item.result for item in items))
         return [(torch.from_numpy(mean), torch.from_numpy(covariance)) for mean, covariance in results]
 
     def _check_prompt(self, name: str, index: int, prompt: tuple[int, ...], candidates: Candidates) -> None:

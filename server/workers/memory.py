@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 CGROUPS = (  # of both versions: the hierarchy's root, the file of the limit, the one of what is in use
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -15,6 +13,8 @@ CGROUPS = (  # of both versions: the hierarchy's root, the file of the limit, th
 def free(device: str) -> float:
     """Bytes that are free on "cpu" or a CUDA device. On a CPU a container's limit counts."""
     if device != "cpu":
+        import torch
+
         return float(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
     (kibibytes,) = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]

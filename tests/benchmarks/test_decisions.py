@@ -17,7 +17,7 @@ from posterior.data.task import Tokenizer
 from posterior.models.base import load_tokenizer, resolve
 from posterior.storage import artefact
 from posterior.storage.artefact import Posterior
-from server.main import SHIPPED
+from server.configuration.schema import SHIPPED
 
 URL = "http://server"
 

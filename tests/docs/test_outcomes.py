@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from server.calibrate.outcomes import OutcomeCalibration
+from server.configuration.schema import ServeSettings
 from server.http import replies
 from server.http.replies import OutcomeResult, OutcomesDeleted, OutcomesReply
 from server.http.schemas import MAX_ID, MAX_OUTCOMES, Outcome
-from server.main import NUMBERS
 from server.metrics import Metrics
 from server.services.monitor import Monitor
 from server.store import tables
@@ -34,7 +34,7 @@ def test_every_field_has_a_row() -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     assert f"1 to {MAX_OUTCOMES} outcomes" in PAGE and f"at most {MAX_ID} characters" in PAGE
-    assert MAX_ID == tables.ID and 30 in NUMBERS["answers_days"]
+    assert MAX_ID == tables.ID and ServeSettings().answers_days == 30
     assert f"{COUNT} of each (`--outcomes-window`)" in PAGE and f"up to {MOST:,}" in PAGE
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from posterior.errors import PosteriorError
 from server import cli
-from server.main import SHIPPED
+from server.configuration.schema import SHIPPED
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

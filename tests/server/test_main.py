@@ -15,13 +15,15 @@ import pytest
 from tests.server.running import free_port
 
 PROGRAM = """
-import argparse, asyncio, signal, sys
+import asyncio, signal, sys
 from posterior.errors import PosteriorError
+from server import logs
 from server.errors import EngineLost
 from server.http.app import create_app
 from server.http.lobby import Lobby
 from server.http.listening import listen
-from server.main import _say_ready
+from server.http.place import Place
+from server.main import _curl
 from server.metrics import Metrics
 from server.services.predictive import Service
 from tests.server import fakes
@@ -39,12 +41,13 @@ async def main(port, delay):
     engine = Engine(delay=delay) if DIES else fakes.Engine(delay=delay)
     signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "living", False))
     service = Service(fakes.registry(), engine, None, fakes.Tokenizer(), Metrics())
-    args = argparse.Namespace(host="127.0.0.1", port=port, api_key=None, keys=None)
-    with Lobby("127.0.0.1", port) as lobby:
-        ready = lambda: _say_ready(service.registry, port, args, 0.0)
-        await listen(create_app(service, None), lobby.leave(), service, ready)
+    with Lobby(Place("127.0.0.1", port)) as lobby:
+        ready = lambda: print(_curl(service.registry, lobby, keyed=False), file=sys.stderr)
+        seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 30.0
+        await listen(create_app(service, None), lobby.leave(), service, ready, drain_seconds=seconds)
 
-DIES = sys.argv[3:] == ["dies"]
+DIES = sys.argv[3:4] == ["dies"]
+logs.start()
 try:
     asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
 except PosteriorError as error:
@@ -89,12 +92,54 @@ def test_ready_after_the_warm_up_and_drained_on_sigterm(url: str) -> None:
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.15)
-        assert status(f"{url}/health") is None, "no new connections"
+        assert (status(f"{url}/health"), status(f"{url}/ready")) == (200, 503)
+        late = httpx.post(f"{url}/v1/predictive", json=ASK)
+        assert late.status_code == 503 and late.headers["retry-after"] and "stopping" in late.text
         asking.join()
         assert answers[0].status_code == 200, "what had begun is finished"
         assert process.wait(10) == 0
         assert process.stderr is not None
         assert f"curl {url}/v1/predictive" in process.stderr.read().decode()
+        assert status(f"{url}/health") is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_runs_too_long_ends_with_an_error(url: str) -> None:
+    """The engine answers no more from the seventh question on."""
+    process = start(url, 0.0, "dies", "0.3")
+    try:
+        wait_for(f"{url}/ready", 200)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
+        asking.start()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        asking.join(10)
+        assert answers[0].status_code == 503 and answers[0].headers["retry-after"]
+        assert "the server is stopping" in answers[0].json()["error"]["message"]
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert "some requests still ran after 0 s" in process.stderr.read().decode()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_signal_waits_no_longer(url: str) -> None:
+    process = start(url, 0.0, "dies", "60")
+    try:
+        wait_for(f"{url}/ready", 200)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
+        asking.start()
+        time.sleep(0.3)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        asking.join(10)
+        assert answers[0].status_code == 503 and process.wait(10) == 0
     finally:
         process.kill()
         process.communicate()

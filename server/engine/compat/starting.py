@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+from prometheus_client import REGISTRY
 from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -18,6 +19,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.ompmultiprocessing import OMPProcessManager
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from server.engine.compat.client import MixingLLM
@@ -39,6 +41,7 @@ def start_llm(config: EngineConfig) -> tuple[MixingLLM, Namespace]:
     _choose_runner(engine_config, config.device)
     with _threads(engine_config, config.device):
         llm = MixingLLM.from_vllm_config(engine_config, usage_context=UsageContext.OPENAI_API_SERVER)
+    _bound_series(llm)
     return cast(MixingLLM, llm), args
 
 
@@ -48,6 +51,16 @@ async def serving_classes(llm: MixingLLM, args: Namespace) -> Any:
     await init_app_state(llm, state, args, await llm.get_supported_tasks())
     llm.groups = [tuple(group) for group in (await llm.collective_rpc("kv_groups"))[0]]
     return state
+
+
+def _bound_series(llm: AsyncLLM) -> None:
+    """Switch off vLLM's metric that gets one more series for each combination of adapters that ever ran together: with
+    K particles there is no end to them, neither in this process nor in Prometheus."""
+    for logger in llm.logger_manager.stat_loggers if llm.logger_manager else ():
+        gauge = getattr(logger, "gauge_lora_info", None)
+        if gauge is not None:
+            logger.gauge_lora_info = None
+            REGISTRY.unregister(gauge)
 
 
 def _choose_runner(engine_config: VllmConfig, device: str) -> None:

@@ -13,7 +13,7 @@ from posterior.evaluation.predictions import linearized, sampled
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.storage import artefact
-from server.main import SHIPPED
+from server.configuration.schema import SHIPPED
 
 TEST = Path(__file__).parents[3] / "benchmarks" / "data" / "yelp.test.jsonl"
 

@@ -6,11 +6,11 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.orphan import die_with_parent
+from server.engine.orphan import belong_to_the_server
 
 
 def _child(pipe: Connection) -> None:
-    die_with_parent()
+    belong_to_the_server()
     pipe.send(os.getpid())
     time.sleep(600)
 
