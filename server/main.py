@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from posterior.cli.arguments import check_numbers
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
 from posterior.meaning.embedding import THRESHOLD
+from posterior.models import lora
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from posterior.settings import Range
 from server.access.keys import Keys, secret
@@ -29,8 +31,9 @@ from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.http.auth import check_exposure
 from server.http.lobby import Lobby
 from server.metrics import Metrics
-from server.services import registry
-from server.services.registry import Registry
+from server.services.lifecycle import Lifecycle
+from server.services.loaded import places
+from server.services.registry import Registry, Source
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
@@ -46,6 +49,7 @@ NUMBERS = {
     "kv_cache_gib": Range(0, 2**20, above=True),
     "gpu_memory_utilization": Range(0, 1, above=True),
     "meaning_threshold": Range(-1, 1),
+    "hot_load_gib": Range(0, 2**20),
     "answers_days": Range(0, 36500, above=True),
 }
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold
@@ -81,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tool-call-parser", metavar="NAME", help=text)
     text = "KV cache in GiB; a mixture fills it K times as fast (default: 1 on a CPU, what the share leaves on a GPU)"
     add("--kv-cache-gib", type=float, help=text)
+    text = "memory in GiB for the adapters of posteriors that are loaded later, while the server runs (default: 1)"
+    add("--hot-load-gib", type=float, default=1.0, metavar="GIB", help=text)
     text = "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base (default: 0.7)"
     add("--gpu-memory-utilization", type=float, default=0.7, help=text)
     text = "let samples be told apart by embeddings: a folder of sentence-transformers (default: none)"
@@ -142,15 +148,16 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         set_environment(device, cache_folder() / "compiled" if args.compile else None)
         base = resolve(args.base)
         say(f"base {base.id} on {device}")
-        served = registry.load(args.posteriors, base, particles=args.particles, cache=cache_folder())
+        source = Source(args.posteriors, base, args.particles, cache_folder())
+        served = source.all()
         _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
         store = _store(args, metrics)
         if store is not None:
             stack.callback(store.close)
-        laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
-        linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
+        make = partial(Linearizer, base, device=device, metrics=metrics)
+        linearizer = make(laplace) if (laplace := served.laplace) else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
         folders = comparers(args)
@@ -163,14 +170,16 @@ async def _serve(args: argparse.Namespace, keys: Keys, lobby: Lobby) -> None:
         known, served = served.refused, served.without(engine.refused)
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
         served.check(args.posteriors)
-        served.describe(metrics)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
-        for line in service.unapplied():
+        service.lifecycle = lifecycle = Lifecycle(service, source, make, say)
+        stack.callback(lifecycle.stop)
+        _say_refused({name: why for name, why in service.registry.refused.items() if name not in served.refused})
+        for line in (*service.unapplied(), lifecycle.arithmetic):
             say(line)
-        for line in keys.warnings(served.served):
+        for line in keys.warnings(service.registry.served):
             say(f"warning: {line}")
         app = create_app(service, keys)
-        await listen(app, lobby.leave(), service, lambda: _say_ready(served, lobby.port, args, start))
+        await listen(app, lobby.leave(), service, lambda: _say_ready(service.registry, lobby.port, args, start))
 
 
 def follow(keys: Keys) -> None:
@@ -198,8 +207,8 @@ async def start_engine(args: argparse.Namespace, base: Base, device: str, served
         served_name=base.id,
         device=device,
         dtype=args.dtype,
-        particles=max(len(entry.particles) for entry in served.served.values()),
-        adapters=len(served.adapters),
+        particles=max(args.particles, *(len(entry.particles) for entry in served.served.values())),
+        adapters=places(len(served.adapters), max(lora.size(p.map_dir) for p in served.posteriors), args.hot_load_gib),
         lora_rank=served.rank,
         targets=lora_targets(served.modules),
         max_model_len=args.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
@@ -259,11 +268,12 @@ def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: flo
 
 def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
     """A command that asks the first posterior."""
-    item = served.posteriors[0]
+    entry = next(entry for entry in served.entries if entry.particles and entry.posterior is not None)
+    task = entry.posterior.task
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key or args.keys else ""
-    fields = {field: "The food was good, the service was slow." for field in item.task.fields}
-    body = {"model": item.name, "inputs": [fields]}
-    if item.task.answers is None:
+    fields = {field: "The food was good, the service was slow." for field in task.fields}
+    body = {"model": entry.name, "inputs": [fields]}
+    if task.answers is None:
         body["answers"] = [" yes", " no"]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, f"[{args.host}]" if ":" in args.host else args.host)
     data = shlex.quote(json.dumps(body))

@@ -12,17 +12,16 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic_core import from_json
+from starlette.types import Receive, Scope, Send
 
 import posterior
-from posterior.data.reading import unique
-from posterior.errors import first_line
 from server.access.keys import Key, Keys, owner
-from server.errors import EngineLost, Refused, RequestError, Unavailable
-from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
+from server.errors import EngineLost, RequestError, Unavailable
+from server.http import answers, decisions, errors, managing, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
+from server.http.bodies import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
-from server.http.errors import ApiError, as_api_error
+from server.http.errors import as_api_error
 from server.http.records import Reply
 from server.http.replies import (
     ChatReply,
@@ -36,7 +35,6 @@ from server.http.replies import (
     Version,
 )
 from server.http.schemas import (
-    MAX_BODY_BYTES,
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
@@ -55,7 +53,7 @@ Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
-ADMIN = frozenset({"/metrics"})  # those for admins: it names every model and every key
+ADMIN = frozenset({"/metrics", *managing.PATHS})  # those for admins: they name every model, or change what is served
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
 
@@ -98,6 +96,7 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
     responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
     summary = "Delete the answers of a reply, and their outcomes"
     app.delete("/v1/outcomes/{id:path}", summary=summary, responses=responses)(_delete_outcomes)
+    managing.add(app)
     metrics = openapi.replies(None, 401, 403)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
@@ -167,7 +166,7 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
         "object": "model",
         "created": STARTED,
         "owned_by": "posterior-server",
-        "root": served.id,
+        "root": served.key,
         "parent": None if served.posterior is None else service.base.id,
         "max_model_len": service.engine.max_model_len,
     }
@@ -208,11 +207,19 @@ async def _delete_outcomes(request: Request, id: str) -> Response:
 
 
 async def _chat(request: Request) -> Response:
-    return await _respond(request, "chat", partial(answers.reply, _service(request), "chat"))
+    return await _respond(
+        request,
+        "chat",
+        lambda body, request, observation: answers.reply(_service(request), "chat", body, request, observation),
+    )
 
 
 async def _completions(request: Request) -> Response:
-    return await _respond(request, "completions", partial(answers.reply, _service(request), "completion"))
+    return await _respond(
+        request,
+        "completions",
+        lambda body, request, observation: answers.reply(_service(request), "completion", body, request, observation),
+    )
 
 
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
@@ -222,7 +229,7 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     try:
         _check_ready(request)
         enter(key)
-        body = await _read_json(request)
+        body = await read_json(request)
         result = await _while_connected(request, handler(body, request, observation))
     except Exception as error:
         failure = as_api_error(error)
@@ -234,8 +241,21 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     if isinstance(result, dict):
         observation.end(200)
         return _with_quota(JSONResponse(result), key)
-    events = _observed(result, observation)
-    return _with_quota(StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED), key)
+    return _with_quota(Events(_observed(result, observation), observation), key)
+
+
+class Events(StreamingResponse):
+    """Server-sent events of a request, which ends with them: also where its client leaves before the first."""
+
+    def __init__(self, events: AsyncIterator[str], observation: Observation) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=UNBUFFERED)
+        self._observation = observation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._observation.end(CLIENT_LEFT)
 
 
 def _with_quota(response: Response, key: Key | None) -> Response:
@@ -268,31 +288,6 @@ def _check_ready(request: Request) -> None:
         raise Unavailable("the server is warming up; try again shortly")
     if not _service(request).engine.alive():
         raise EngineLost
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object of at most MAX_BODY_BYTES.
-
-    Raises Refused, and ApiError 413.
-    """
-    chunks = bytearray()
-    async for chunk in request.stream():
-        chunks += chunk
-        if len(chunks) > MAX_BODY_BYTES:
-            raise ApiError(
-                413,
-                f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer prompts a request",
-                code="body_too_large",
-            )
-    try:
-        from_json(bytes(chunks), allow_inf_nan=False)  # stricter than Python's reader, which takes half of a character
-        body = json.loads(chunks, object_pairs_hook=unique)
-        json.dumps(body, allow_nan=False)  # 1e999 is a number to the reader, and infinite
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not valid JSON in UTF-8: {first_line(error)}") from error
-    if not isinstance(body, dict):
-        raise Refused("the body must be a JSON object")
-    return body
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:
