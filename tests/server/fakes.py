@@ -256,6 +256,16 @@ class Linearizer:
     failure: Exception | None = None
     dtype: str = "float32"
     problem: Exception | None = None
+    held: set[str] = field(default_factory=set)
+
+    async def load(self, name: str, folder: Any) -> None:
+        self.check()
+        self.held.add(name)
+
+    async def unload(self, name: str) -> None:
+        self.held.discard(name)
+
+    def stop(self) -> None: ...
 
     def check(self) -> None:
         if self.problem is not None:

@@ -26,7 +26,9 @@ ROUTES = {
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
     ("POST", "/v1/systemone"), ("POST", "/v1/outcomes"), ("DELETE", "/v1/outcomes/{id:path}"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
-    ("GET", "/docs/{name}"),
+    ("GET", "/docs/{name}"), ("GET", "/v1/posteriors"), ("POST", "/v1/posteriors"),
+    ("DELETE", "/v1/posteriors/{name}"), ("GET", "/v1/aliases"), ("PUT", "/v1/aliases/{name}"),
+    ("DELETE", "/v1/aliases/{name}"),
 }  # fmt: skip
 
 
