@@ -19,7 +19,7 @@ from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.evaluation.predictions import each_linearized, map_scores
 from posterior.models import devices, lora
-from posterior.models.base import load_model, load_tokenizer, resolve
+from posterior.models.base import context, load_model, load_tokenizer, resolve
 from posterior.models.devices import Dtype
 from posterior.storage import artefact
 
@@ -41,16 +41,23 @@ def probe(posterior: artefact.Posterior, rows: Rows, *, base: str | None = None,
     found = resolve(base or posterior.base_spec)
     posterior.check_base(found.hash)
     model = lora.load_peft(load_model(found, torch.float32, device), posterior.map_dir).eval()
-    return posterior.add_probes(made(model, posterior, load_tokenizer(found), read(rows)))
+    longest = min(probes.MAX_TOKENS, context(found))
+    return posterior.add_probes(made(model, posterior, load_tokenizer(found), read(rows), longest))
 
 
-def made(model: Any, posterior: artefact.Posterior, tokenizer: Any, rows: Sequence[Row]) -> Probes:
-    """Probes of the first rows that are short enough, by a model that has theta* in place and keeps it.
+def made(
+    model: Any,
+    posterior: artefact.Posterior,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    longest: int | None = None,
+) -> Probes:
+    """Probes of the first rows that have at most `longest` tokens (None: MAX_TOKENS), by a model that has theta* in place and keeps it.
 
     Raises PosteriorError where no row is.
     """
     task = posterior.task
-    chosen, whole = _chosen(task, tokenizer, rows)
+    chosen, whole = _chosen(task, tokenizer, rows, longest or probes.MAX_TOKENS)
     examples = probes.examples(task, tokenizer, chosen)
     k = min(probes.PARTICLES, len(posterior.weights) or probes.PARTICLES)
     each = [_probabilities(model, examples)]
@@ -84,14 +91,14 @@ def made(model: Any, posterior: artefact.Posterior, tokenizer: Any, rows: Sequen
     )
 
 
-def _chosen(task: Task, tokenizer: Any, rows: Sequence[Row]) -> tuple[list[Row], Examples]:
+def _chosen(task: Task, tokenizer: Any, rows: Sequence[Row], longest: int) -> tuple[list[Row], Examples]:
     """The rows that become probes, and the same as tokens, whole. Raises PosteriorError."""
     found: list[Row] = []
     for row in rows:
-        if len(found) < probes.ROWS and encode(task, tokenizer, [row])[0].row <= probes.MAX_TOKENS:
+        if len(found) < probes.ROWS and encode(task, tokenizer, [row])[0].row <= longest:
             found.append(row)
     if not found:
-        raise PosteriorError(f"no row has at most {probes.MAX_TOKENS} tokens; give a shorter one for a probe")
+        raise PosteriorError(f"no row has at most {longest} tokens; give a shorter one for a probe")
     return found, encode(task, tokenizer, found)
 
 

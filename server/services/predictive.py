@@ -230,7 +230,7 @@ class Service:
         return cast(Dtype, self.engine.dtype)
 
     def unapplied(self, posteriors: Sequence[Posterior] | None = None) -> list[str]:
-        """A line for each calibration of these posteriors (None: of all) that is of another dtype than its predictive is
+        """A line for each calibration, of these posteriors or of all, that is of another dtype than its predictive is
         computed in here."""
         lines = []
         for posterior in self.registry.posteriors if posteriors is None else posteriors:

@@ -55,9 +55,13 @@ def ask(client: TestClient, key: str, model: str) -> Any:
 
 
 CALLS = [
-    ("GET", "/v1/posteriors", None), ("POST", "/v1/posteriors", {"name": "gang"}), ("DELETE", "/v1/posteriors/gang", None),
-    ("GET", "/v1/aliases", None), ("PUT", "/v1/aliases/live", {"posterior": "gang"}), ("DELETE", "/v1/aliases/live", None),
-]  # fmt: skip
+    ("GET", "/v1/posteriors", None),
+    ("POST", "/v1/posteriors", {"name": "gang"}),
+    ("DELETE", "/v1/posteriors/gang", None),
+    ("GET", "/v1/aliases", None),
+    ("PUT", "/v1/aliases/live", {"posterior": "gang"}),
+    ("DELETE", "/v1/aliases/live", None),
+]
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CALLS)
