@@ -52,7 +52,8 @@ def made(
     rows: Sequence[Row],
     longest: int | None = None,
 ) -> Probes:
-    """Probes of the first rows that have at most `longest` tokens (None: MAX_TOKENS), by a model that has theta* in place and keeps it.
+    """Probes of the first rows that have at most `longest` tokens (None: MAX_TOKENS), by a model that has theta* in
+    place and keeps it.
 
     Raises PosteriorError where no row is.
     """

@@ -77,7 +77,7 @@ class Crowd:
     async def run(self, seconds: float, clients: int, every: float) -> Report:
         """Everything, for so long."""
         await self._learn()
-        before = await self._adapters()
+        before = await self._settled()
         asking = [asyncio.create_task(self._client(random.Random(number))) for number in range(clients)]
         start, half = time.monotonic(), 0.0
         while (passed := time.monotonic() - start) < seconds and not self.report.wrong:
@@ -87,7 +87,8 @@ class Crowd:
         self.report.grown = memory() - half if half else 0.0
         self.stop = True
         await asyncio.gather(*asking)
-        await self._settle(before)
+        if (after := await self._settled()) != before:
+            self.report.wrong.append(f"{after} adapters are left, and there were {before}")
         await self.http.aclose()
         return self.report
 
@@ -172,16 +173,14 @@ class Crowd:
         elif key not in self.expected or _far(found, self.expected[key]):
             self.report.wrong.append(f"{model} {kind} by {label}: {found}, expected {self.expected.get(key)}")
 
-    async def _settle(self, before: float) -> None:
-        """Wait until what was unloaded is forgotten."""
+    async def _settled(self) -> int:
+        """How many adapters there are, once what was unloaded is forgotten, or has not been for long."""
         for _ in range(100):
-            if await self._adapters() == before:
-                return
+            listed = await self._admin("GET", "/v1/posteriors")
+            if all(card["state"] == "loaded" for card in listed["data"]):
+                break
             await asyncio.sleep(0.2)
-        self.report.wrong.append(f"{await self._adapters()} adapters are left, and there were {before}")
-
-    async def _adapters(self) -> float:
-        return float((await self._admin("GET", "/v1/posteriors"))["room"]["adapters"])
+        return int(listed["room"]["adapters"])
 
 
 def _read(kind: str, reply: httpx.Response) -> tuple[str, list[float]]:
