@@ -65,6 +65,8 @@ fit: setup
 	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment
 	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
 	$(BIN)/posterior calibrate posterior/shipped/support benchmarks/data/support.calibration.jsonl
+	$(BIN)/posterior probe posterior/shipped/sentiment benchmarks/data/yelp.calibration.jsonl
+	$(BIN)/posterior probe posterior/shipped/support benchmarks/data/support.calibration.jsonl
 
 fit-check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \

@@ -72,7 +72,7 @@ def made(
     linearized: list[Any] = [None] * len(examples)
     if posterior.family == "laplace" and task.has_candidates:
         found = each_linearized(model, posterior.covariance, examples)
-        linearized = [tuple(one.probability.tolist()) for one in found]
+        linearized = [tuple(one.probability.clamp(0, 1).tolist()) for one in found]
     return Probes(
         base=posterior.base["hash"],
         posterior=posterior.hash,
@@ -107,9 +107,9 @@ def _probabilities(model: Any, examples: Examples) -> Tensor:
     """[N, C] of the active adapter, as a server compares them; 0 where a row has fewer candidates than another."""
     scores = map_scores(model, examples)
     if scores.shape[1] > 1:
-        return scores.softmax(1)
+        return scores.softmax(1).clamp(0, 1)
     lengths = torch.tensor([len(example.continuations[0]) for example in examples])
-    return probes.probabilities(scores, lengths[:, None], examples.scoring)
+    return probes.probabilities(scores, lengths[:, None], examples.scoring).clamp(0, 1)
 
 
 def _kept(task: Task, row: Row) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from posterior.data import base_check
 from posterior.errors import PosteriorError
 from posterior.storage import record
 from posterior.storage.destination import NAME
@@ -164,8 +165,10 @@ class Lifecycle:
         if one.verdict.refusal is not None:
             raise Conflict(f"{one.label} is refused: {one.verdict.refusal}", "name")
         posterior = one.mixture.posterior
-        notes = [] if posterior is None else self._service.unapplied([posterior])
-        one.verdict = replace(one.verdict, notes=(*one.verdict.notes, *notes))
+        if posterior is not None:
+            odd = base_check.joints(self._service.tokenizer, posterior.task)
+            notes = (*one.verdict.notes, *self._service.unapplied([posterior]), *odd)
+            one.verdict = replace(one.verdict, notes=notes)
         return one
 
     async def _linearize(self, one: Loaded) -> None:
