@@ -6,12 +6,13 @@
 # make answers fit and calibrate a posterior that answers open questions, into posteriors/answers
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
+# make reload  10 minutes: posteriors loaded and unloaded every 5 s under 16 clients (RELOAD='--minutes 1')
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test test-long oracles clients docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -64,6 +65,8 @@ fit: setup
 	$(BIN)/posterior fit $(SENTIMENT) --out posterior/shipped/sentiment
 	$(BIN)/posterior fit $(SUPPORT) --out posterior/shipped/support
 	$(BIN)/posterior calibrate posterior/shipped/support benchmarks/data/support.calibration.jsonl
+	$(BIN)/posterior probe posterior/shipped/sentiment benchmarks/data/yelp.calibration.jsonl
+	$(BIN)/posterior probe posterior/shipped/support benchmarks/data/support.calibration.jsonl
 
 fit-check: setup
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
@@ -86,6 +89,9 @@ soak: setup
 	SEEDS=1000 $(BIN)/python -m pytest tests/server/engine/test_gang.py
 	$(BIN)/python -m benchmarks.load --seeds 3
 	$(BIN)/python -m benchmarks.soak
+
+reload: setup
+	$(BIN)/python -m tests.server.reloading $(RELOAD)
 
 fuzz: setup
 	CASES=2000 $(BIN)/python -m pytest tests/server/http/test_fuzz.py

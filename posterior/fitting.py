@@ -21,6 +21,7 @@ from posterior.data.examples import Example, Examples, data_hash, encode
 from posterior.data.reading import Row, Rows, read, source
 from posterior.data.task import Task
 from posterior.errors import PosteriorError, warn
+from posterior.evaluation import probing
 from posterior.laplace import scale
 from posterior.laplace.gaussian import EVIDENCE, HELDOUT, Laplace
 from posterior.models import adalora, devices, lora, pissa, servable
@@ -129,7 +130,7 @@ def _fit(
             examples, heldout = (replace(part, scoring=task.scoring) for part in (examples, heldout))
         result = method.fit(Job(model, examples, heldout, checkpoint))
         record = {"data": {"rows": len(rows), "hash": data_hash(rows)}, "seconds": round(time.monotonic() - started, 1)}
-        return artefact.save(
+        fitted = artefact.save(
             out,
             base={"id": base.id, "revision": base.revision, "hash": base.hash},
             task=task,
@@ -137,6 +138,20 @@ def _fit(
             rows=examples,
             **vars(replace(result, fit=result.fit | record)),
         )
+        return _with_probes(fitted, model, tokenizer, rows)
+
+
+def _with_probes(
+    fitted: artefact.Posterior, model: PeftModel, tokenizer: Any, rows: Sequence[Row]
+) -> artefact.Posterior:
+    """The posterior with probes of its first rows, if one is short enough."""
+    lora.put(model, lora.read_adapter(fitted.map_dir))
+    try:
+        fitted.add_probes(probing.made(model.eval(), fitted, tokenizer, rows))
+    except PosteriorError as error:
+        warn(f"the posterior has no probes, by which a server knows that it serves what was fitted: {error}")
+        return fitted
+    return artefact.load(fitted.path)
 
 
 def _model(base: Base, method: Method, tokenizer: Any, task: Task, dtype: Dtype | None, device: str) -> PeftModel:

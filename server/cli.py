@@ -27,6 +27,7 @@ VERBS = {
     "import": ("posterior.cli.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
     "evaluate": ("posterior.cli.evaluate", "accuracy and calibration of the MAP beside the posterior"),
     "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
+    "probe": ("posterior.cli.probe", "keep what a posterior says of a few rows, for servers to compare"),
     "inspect": ("posterior.cli.inspect", "what a posterior folder holds, verified"),
     "serve": ("server.main", "answer OpenAI's API with posterior predictive distributions"),
     "doctor": ("server.doctor.verb", "check whether this machine can serve, and say what to do"),

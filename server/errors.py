@@ -4,6 +4,8 @@ RequestError
   Refused        the client can change the request
     PromptRefused  one of its prompts
   NotFound       no such model
+  Absent         no such posterior or alias
+  Conflict       it contradicts what there is
   Unavailable    the same request may be answered later
     Busy           others are before it
     EngineLost     the engine has stopped
@@ -45,6 +47,14 @@ class NotFound(RequestError):
 
     def __init__(self, name: object) -> None:
         super().__init__(f"the model {name!r} is not served here; GET /v1/models lists what is", "model")
+
+
+class Absent(RequestError):
+    """There is no posterior or alias of this name."""
+
+
+class Conflict(RequestError):
+    """It contradicts what is loaded, or what is in the folder: the line says what to change."""
 
 
 class Unavailable(RequestError):

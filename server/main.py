@@ -11,11 +11,13 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
+from posterior.models import lora
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
 from server import logs, tracing
 from server.access.exposure import check_exposure
@@ -28,8 +30,9 @@ from server.engine.config import EngineConfig, lora_targets, set_environment
 from server.http.lobby import Lobby
 from server.http.place import Place
 from server.metrics import Metrics
-from server.services import registry
-from server.services.registry import Registry
+from server.services.lifecycle import Lifecycle
+from server.services.loaded import places
+from server.services.registry import Registry, Source
 from server.store.window import Window
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
@@ -88,7 +91,8 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         set_environment(device, cache_folder() / "compiled" if settings.compile else None)
         base = resolve(settings.base)
         say(f"base {base.id} on {device}")
-        served = registry.load(settings.posteriors, base, particles=settings.particles, cache=cache_folder())
+        source = Source(settings.posteriors, base, settings.particles, cache_folder())
+        served = source.all()
         calibrations = renewing.looks(served)
         _say_refused(served.refused)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
@@ -96,8 +100,8 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         store = _store(settings, metrics)
         if store is not None:
             stack.callback(store.close)
-        laplace = {p.name: (p.path, p.hash) for p in served.posteriors if p.family == "laplace"}
-        linearizer = Linearizer(base, laplace, device, metrics) if laplace else None
+        make = partial(Linearizer, base, device=device, metrics=metrics)
+        linearizer = make(laplace) if (laplace := served.laplace) else None
         if linearizer is not None:
             stack.callback(linearizer.stop)
         folders = comparers(settings.meaning_embedding, settings.meaning_nli)
@@ -110,15 +114,17 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         known, served = served.refused, served.without(engine.refused)
         _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
         served.check(settings.posteriors)
-        served.describe(metrics)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
         if store is not None:
             service.monitor = Monitor(service, store, window)
             service.monitor.start()
             stack.callback(service.monitor.close)
-        for line in service.unapplied():
+        service.lifecycle = lifecycle = Lifecycle(service, source, make, say)
+        stack.callback(lifecycle.stop)
+        _say_refused({name: why for name, why in service.registry.refused.items() if name not in served.refused})
+        for line in (*service.unapplied(), lifecycle.arithmetic):
             say(line)
-        for line in keys.warnings(served.served):
+        for line in keys.warnings(service.registry.served):
             say(f"warning: {line}")
         app = create_app(
             service,
@@ -127,9 +133,9 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
             most=settings.max_requests,
             log_prompts=settings.log_prompts,
         )
-        watching = asyncio.create_task(renewing.watch(service, calibrations))
+        watching = asyncio.create_task(renewing.watch(service, calibrations, lifecycle.recalibrate))
         stack.callback(watching.cancel)
-        command = _curl(served, lobby, keyed=bool(keys))
+        command = _curl(service.registry, lobby, keyed=bool(keys))
         await listen(
             app,
             lobby.leave(),
@@ -170,8 +176,10 @@ async def start_engine(
         served_name=base.id,
         device=device,
         dtype=settings.dtype,
-        particles=max(len(entry.particles) for entry in served.served.values()),
-        adapters=len(served.adapters),
+        particles=max(settings.particles, *(len(entry.particles) for entry in served.served.values())),
+        adapters=places(
+            len(served.adapters), max(lora.size(p.map_dir) for p in served.posteriors), settings.hot_load_gib
+        ),
         lora_rank=served.rank,
         targets=lora_targets(served.modules),
         max_model_len=settings.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
@@ -230,11 +238,12 @@ def _own_length(base: Base) -> int:
 
 def _curl(served: Registry, lobby: Lobby, *, keyed: bool) -> str:
     """A command that asks the first posterior."""
-    item = served.posteriors[0]
+    entry = next(entry for entry in served.entries if entry.particles and entry.posterior is not None)
+    task = entry.posterior.task
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if keyed else ""
-    fields = {field: "The food was good, the service was slow." for field in item.task.fields}
-    body = {"model": item.name, "inputs": [fields]}
-    if item.task.answers is None:
+    fields = {field: "The food was good, the service was slow." for field in task.fields}
+    body = {"model": entry.name, "inputs": [fields]}
+    if task.answers is None:
         body["answers"] = [" yes", " no"]
     url = f"{lobby.place.curl(lobby.port)}/v1/predictive"
     return f"  {url}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -30,12 +31,43 @@ class Metrics:
         self.refused = Gauge(
             "posterior_refused", "Posterior folders that are not served; the log says why.", registry=own
         )
+        self._of_loading(own)
         self._of_requests(own)
         self._of_keys(own)
         self._of_answers(own)
         self._of_texts(own)
         self._of_the_linearized_predictive(own)
         self._of_outcomes(own)
+
+    def _of_loading(self, own: CollectorRegistry) -> None:
+        loaded = ("posterior", "hash")
+        self.aliases = Gauge(
+            "posterior_alias_info", "Where aliases lead.", ("alias", "posterior", "hash"), registry=own
+        )
+        self.adapters = Gauge("posterior_adapters", "Adapters in memory.", registry=own)
+        self.places = Gauge("posterior_adapter_places", "Adapters that there is memory for.", registry=own)
+        self.draining = Gauge(
+            "posterior_draining", "Posteriors that were unloaded, and whose last requests are being answered.",
+            registry=own,
+        )  # fmt: skip
+        self.probe_difference = Gauge(
+            "posterior_probe_difference",
+            "The largest difference of a probability from the one that was stored with the posterior, on its probes.",
+            loaded,
+            registry=own,
+        )
+        self.probe_gap = Gauge(
+            "posterior_probe_gap",
+            "Mean confidence minus the share of right answers, on held-out probes: above 0, the posterior is too sure.",
+            loaded,
+            registry=own,
+        )
+        self.probe_gap_z = Gauge(
+            "posterior_probe_gap_z",
+            "The same in standard errors of a calibrated posterior; beyond -3 and 3 it is not calibrated.",
+            loaded,
+            registry=own,
+        )
 
     def _of_requests(self, own: CollectorRegistry) -> None:
         request = ("posterior", "endpoint", "predictive")
@@ -196,6 +228,11 @@ class Observation:
         self.predictive = "none"
         self.tokens = 0  # counted so far
         self.status: int | None = None  # that it ended with
+        self._release: Callable[[], None] = lambda: None
+
+    def begin(self, posterior: str, release: Callable[[], None]) -> None:
+        """The request is about this posterior, which is kept until `release` is called at the end."""
+        self.posterior, self._release = posterior, release
 
     def count_tokens(self, prompt: int, completion: int) -> None:
         """Count what the request read and wrote."""
@@ -211,6 +248,7 @@ class Observation:
         if self.status is not None:
             return
         self.status = status
+        self._release()
         if self._key is not None:
             self._metrics.key_requests.labels(self._key.name, str(status)).inc()
         labels = (self.posterior, self._endpoint, self.predictive)

@@ -30,6 +30,7 @@ from posterior.models.devices import Dtype
 
 FOLDER = "calibration"
 CHOICE = "served.json"  # which predictive was chosen (choice.py)
+PROBES = "probes.json"  # what the posterior says of a few rows (probes.py)
 TEXT = "text-"  # begins the name of a record of text (rightness.py)
 PredictiveName = Literal["mixture", "linearized", "map"]
 QuestionKind = Literal["predicate", "choice", "score", "any"]
@@ -142,7 +143,7 @@ def load(folder: Path, *, base: str, posterior: str, task: Task) -> dict[Key, Re
     folder = folder.resolve()
     found: dict[Key, Record] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
-        if path.name == CHOICE or path.name.startswith(TEXT):
+        if path.name in (CHOICE, PROBES) or path.name.startswith(TEXT):
             continue
         one, earlier = _read(path)
         own = one.key.model_copy(
@@ -169,7 +170,9 @@ def is_record(path: Path) -> bool:
     """Whether a path inside a posterior folder is a calibration record's, or was left by a writer of one."""
     if path.parts[:1] != (FOLDER,) or len(path.parts) != 2:
         return False
-    return path.name == CHOICE or any(name.fullmatch(path.name) for name in _FILE_NAMES) or atomic.is_ours(path)
+    return (
+        path.name in (CHOICE, PROBES) or any(name.fullmatch(path.name) for name in _FILE_NAMES) or atomic.is_ours(path)
+    )
 
 
 _FILE_NAMES = (

@@ -55,6 +55,7 @@ def describe(posterior: artefact.Posterior) -> dict[str, object]:
         "prior": posterior.prior,
         "fit": posterior.fit,
         "calibration": f"{records} record{'' if records == 1 else 's'}",
+        "probes": "none" if posterior.probes is None else f"{len(posterior.probes.rows)} rows",
     }
     if posterior.family == "particles":
         facts["particles"] = len(posterior.weights)

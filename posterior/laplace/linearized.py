@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from posterior.data.task import Task
 from posterior.errors import PosteriorError
 from posterior.laplace import blockwise
 from posterior.likelihood.directions import differences, directions, movements, remainder
-from posterior.likelihood.footprint import measure
+from posterior.likelihood.footprint import Footprint, measure
 from posterior.likelihood.scores import arranged, record, scores
 from posterior.models import lora
 from posterior.models.base import Base, load_model
 from posterior.models.devices import Dtype
 from posterior.predictive.mixture import Predictive, from_gaussian
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def dtype_on(device: str) -> Dtype:
@@ -98,9 +102,9 @@ class Linearizable(Protocol):
 
 
 class LinearizedModel:
-    """The base with the MAP adapters of one or more Laplace posteriors, ready to give the moments of scores.
+    """The base with the MAP adapters of Laplace posteriors, ready to give the moments of scores.
 
-    footprints: what those take, by posterior."""
+    footprints: what those take, by posterior. Posteriors come and go; without one, the base is not held."""
 
     def __init__(
         self,
@@ -110,25 +114,52 @@ class LinearizedModel:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ):
-        model: nn.Module | None = None
         self.device = device
         self.parts: dict[str, tuple[dict[str, nn.Linear], blockwise.Covariance, Task]] = {}
-        for number, (name, posterior) in enumerate(posteriors.items()):
-            adapter = f"p{number}"
-            if model is None:
-                model = lora.load_peft(load_model(base, dtype, device), posterior.map_dir, name=adapter)
-            else:
-                model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)  # type: ignore[operator]
-            self.parts[name] = (lora.matrices(model, adapter), posterior.covariance.to(device), posterior.task)
-        if model is None:
-            raise PosteriorError("no Laplace posterior was given to linearise")
-        self.adapters = {name: f"p{number}" for number, name in enumerate(posteriors)}
-        self.model = model.eval().requires_grad_(False)
-        self.footprints = {}
-        for name, (matrices, covariance, _) in self.parts.items():
-            self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
-            self.model.requires_grad_(False)
-            self.footprints[name] = measure(model, {each: matrices[each] for each in covariance.precision}, device)
+        self.adapters: dict[str, str] = {}
+        self.footprints: dict[str, Footprint] = {}
+        self._base, self._dtype = base, dtype
+        self._model: PeftModel | None = None
+        self._numbers = count()
+        for name, posterior in posteriors.items():
+            self.add(name, posterior)
+
+    def add(self, name: str, posterior: Linearizable) -> Footprint:
+        """Hold one more posterior, in the place of one of this name; returns what its moments take. Raises
+        PosteriorError where its adapter does not fit the base."""
+        self.remove(name)
+        adapter = f"p{next(self._numbers)}"
+        if self._model is None:
+            model = load_model(self._base, self._dtype, self.device)
+            self._model = lora.load_peft(model, posterior.map_dir, name=adapter).eval()
+        else:
+            self._model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)
+        matrices, covariance = lora.matrices(self._model, adapter), posterior.covariance.to(self.device)
+        self.parts[name], self.adapters[name] = (matrices, covariance, posterior.task), adapter
+        model = self._with(name)
+        self.footprints[name] = measure(model, {each: matrices[each] for each in covariance.precision}, self.device)
+        return self.footprints[name]
+
+    def remove(self, name: str) -> None:
+        """Forget a posterior, if it is held."""
+        adapter = self.adapters.pop(name, None)
+        if adapter is None or self._model is None:
+            return
+        del self.parts[name]
+        self.footprints.pop(name, None)
+        if not self.adapters:
+            self._model = None
+            return
+        self._model.set_adapter(next(iter(self.adapters.values())))  # PEFT warns where an active one is deleted
+        self._model.delete_adapter(adapter)
+
+    def _with(self, name: str) -> PeftModel:
+        """The model with this posterior's adapter. Raises PosteriorError for one that is not held."""
+        if self._model is None or name not in self.adapters:
+            raise PosteriorError(f"the linearised predictive holds no posterior {name!r}")
+        self._model.set_adapter(self.adapters[name])
+        self._model.requires_grad_(False)
+        return self._model
 
     def logits(
         self,
@@ -142,8 +173,7 @@ class LinearizedModel:
         A batch that would take more than `room` bytes, or more than there are, is halved. Raises MemoryError for a
         single prompt that finds no memory.
         """
-        self.model.set_adapter(self.adapters[name])  # type: ignore[operator]
-        self.model.requires_grad_(False)
+        model = self._with(name)
         _, _, task = self.parts[name]
         rows = [Example(tuple(prompt), answers, 0) for prompt, answers in zip(prompts, candidates, strict=True)]
         examples = Examples(rows, task.scoring)
@@ -154,7 +184,7 @@ class LinearizedModel:
             chosen = examples.take(indices)
             found = None
             if len(chosen) == 1 or sum(map(self.footprints[name].bytes, chosen)) <= room:
-                found = self._moments(name, chosen)
+                found = self._moments(model, name, chosen)
             if found is not None:
                 results.update(zip(indices, found, strict=True))
             elif len(chosen) == 1:
@@ -163,11 +193,11 @@ class LinearizedModel:
                 waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
         return [results[index] for index in range(len(examples))]
 
-    def _moments(self, name: str, examples: Examples) -> list[tuple[Tensor, Tensor]] | None:
+    def _moments(self, model: PeftModel, name: str, examples: Examples) -> list[tuple[Tensor, Tensor]] | None:
         """Moments of one batch; None if there is no memory for it."""
         matrices, covariance, _ = self.parts[name]
         try:
-            mean, (spread,) = moments(self.model, matrices, covariance, collate(examples).to(self.device))
+            mean, (spread,) = moments(model, matrices, covariance, collate(examples).to(self.device))
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,15 @@ def modules(folder: Path) -> list[str]:
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             return sorted({_short(folder, key)[:-2] for key in file.keys()})  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        raise PosteriorError(f"{folder} has no readable adapter_model.safetensors") from None
+
+
+def size(folder: Path) -> int:
+    """How many numbers the adapter of a PEFT folder has. Raises PosteriorError."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError):
         raise PosteriorError(f"{folder} has no readable adapter_model.safetensors") from None
 

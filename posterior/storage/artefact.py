@@ -8,8 +8,9 @@ PEFT folder.
     full.safetensors      a sketch of the whole Fisher, unless the blocks are all that was wanted
     rows.safetensors      digests of the training rows, so that they are known again among test rows (not of an import)
     calibration/ ...      records of `posterior calibrate`, added later (posterior/calibration/records.py), which
-                          predictive it chose (choice.py), what questions are familiar (familiarity.py), and
-                          how probably texts are right (rightness.py)
+                          predictive it chose (choice.py), what questions are familiar (familiarity.py), how
+                          probably texts are right (rightness.py), and what a server must say of a few rows
+                          (probes.py), which a fit writes too
 
 `hash` names the distribution: neither how it was made nor calibrations change it.
 """
@@ -28,9 +29,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from posterior.calibration import choice, familiarity, records, rightness
+from posterior.calibration import choice, familiarity, probes, records, rightness
 from posterior.calibration.choice import Choice
 from posterior.calibration.familiarity import About, Familiarity
+from posterior.calibration.probes import Probes
 from posterior.calibration.records import Key, PredictiveName, Record
 from posterior.calibration.rightness import TextKey, TextRecord
 from posterior.curvature.kfac import Block
@@ -73,6 +75,7 @@ class Posterior:
     choice: Choice | None = field(default=None, repr=False)
     familiarity: Mapping[familiarity.Key, Familiarity] = field(default_factory=dict, repr=False)
     texts: Mapping[TextKey, TextRecord] = field(default_factory=dict, repr=False)
+    probes: Probes | None = field(default=None, repr=False)
     curvature: dict[str, Block] = field(default_factory=dict, repr=False)
     precision: dict[str, float] = field(default_factory=dict, repr=False)
     full: Full | None = field(default=None, repr=False)
@@ -105,10 +108,21 @@ class Posterior:
         id, revision = str(self.base["id"]), self.base["revision"]
         return f"{id}@{revision}" if "/" in id and revision else id
 
+    @property
+    def sampler(self) -> str | None:
+        """What draws the particles of family "laplace": another sampler, or another torch, draws others."""
+        if self.family == "particles":
+            return None
+        return f"v{blockwise.SAMPLER}.torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether the folder tells which rows the posterior was fitted on."""
+        return (self.path / ROWS).is_file()
+
     def trained_on(self, examples: Sequence[Example]) -> int:
         """How many of the examples are rows of its fit; 0 for a folder that does not tell."""
-        path = self.path / ROWS
-        known = set(load_file(path)["digest"].tolist()) if path.is_file() else set()
+        known = set(load_file(self.path / ROWS)["digest"].tolist()) if self.tells_rows else set()
         return sum(digest in known for digest in digests(examples).tolist())
 
     def check_base(self, base_hash: str) -> None:
@@ -158,7 +172,7 @@ class Posterior:
             for index, theta in enumerate(self.thetas(k, seed)):
                 lora.write_adapter(folder / f"{index:03d}", theta, config)
 
-        key = f"{self.hash[:16]}-s{seed}-v{blockwise.SAMPLER}.torch{'.'.join(torch.__version__.split('.')[:2])}"
+        key = f"{self.hash[:16]}-s{seed}-{self.sampler}"
         size = k * (self.map_dir / "adapter_model.safetensors").stat().st_size
         return draws.ensure(cache, key, k, size, make)
 
@@ -192,6 +206,11 @@ class Posterior:
         """Write what questions are familiar into the folder; returns where. Raises PosteriorError as `add`."""
         with self._unchanged():
             return familiarity.save(self.path, about, made)
+
+    def add_probes(self, made: Probes) -> Path:
+        """Write what a server must say of a few rows into the folder; returns where. Raises PosteriorError as `add`."""
+        with self._unchanged():
+            return probes.save(self.path, made)
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -312,6 +331,7 @@ def _calibrations(folder: Path, base: str, hash: str, task: Task, family: Family
         "choice": choice.load(folder, posterior=hash, predictives=PREDICTIVES[family]),
         "familiarity": familiarity.load(folder, base=base, posterior=hash, task=task),
         "texts": rightness.load(folder, base=base, posterior=hash),
+        "probes": probes.load(folder, base=base, posterior=hash, task=task),
     }
 
 

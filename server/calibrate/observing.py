@@ -101,7 +101,7 @@ async def write(service: Service, served: Served, row: GradedRow, settings: Text
         {"samples": settings.samples or None, "meaning": settings.meaning, "return": "greedy"}
     )
     writer = Writer(service, served, options, settings.predictive, greedy)
-    body = {"model": served.name, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
+    body = {"model": served.key, "prompt": list(row.prompt), "max_tokens": settings.max_tokens, "seed": settings.seed}
     if settings.stop:
         body["stop"] = list(settings.stop)
     observation = metrics.Observation(service.metrics, "calibrate")

@@ -202,6 +202,13 @@ class ServeSettings(Settings):
         Range(0, 2**20, above=True),
         group="Engine",
     )
+    hot_load_gib: float = setting(
+        1.0,
+        "memory in GiB for the adapters of posteriors that are loaded later, while the server runs",
+        Range(0, 2**20),
+        group="Engine",
+        metavar="GIB",
+    )
     gpu_memory_utilization: float = setting(
         0.7,
         "share of the GPU's memory for vLLM; the linearised predictive needs its own copy of the base",

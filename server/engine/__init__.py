@@ -10,7 +10,7 @@ makes every sibling append it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,17 @@ class Adapter:
     name: str
     path: Path
     number: int  # vLLM's id of the adapter, from 1, unique in the server
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the engine was started for, and cannot change: `slots` adapters in a batch, `places` in memory, ranks up to
+    `rank`, and layers by the last part of their names (None: any)."""
+
+    slots: int
+    places: int
+    rank: int
+    targets: tuple[str, ...] | None
 
 
 class Scores(NamedTuple):
@@ -72,6 +83,7 @@ class Engine(Protocol):
     max_model_len: int
     vocab_size: int
     dtype: str  # of the base's weights, like "bfloat16"
+    room: Room
 
     async def score(
         self,
@@ -108,6 +120,15 @@ class Engine(Protocol):
         self, body: dict[str, Any], call: Call | None, trace: Trace | None = None
     ) -> dict[str, Any] | AsyncIterator[str]:
         """An OpenAI completion, or its server-sent events; under the mixture of `trace`, which it fills in."""
+        ...
+
+    async def load(self, adapters: Sequence[Adapter], public: Mapping[str, Adapter]) -> None:
+        """Hold these adapters in memory; those of `public` also generate text, under its names. All, or none: raises
+        PosteriorError with vLLM's reason."""
+        ...
+
+    async def unload(self, adapters: Sequence[Adapter], public: Iterable[str]) -> None:
+        """Forget them. No request may use them any more."""
         ...
 
     async def warm_up(self, prompt: list[int]) -> None:

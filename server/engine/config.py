@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posterior.models.servable import RANKS
+from server.engine import Room
 
 CPU_KV_CACHE_BYTES = 2**30  # unless the user gives another size
 FEW_CORES = 4
@@ -15,7 +16,7 @@ FEW_CORES = 4
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`particles` adapters can share a batch, `adapters` stay in memory; lengths in tokens, GPU memory as a share.
+    """`particles` adapters can share a batch, `adapters` fit into memory; lengths in tokens, GPU memory as a share.
 
     `targets`: the layers that adapters change, by the last part of their names; None: any. The others are spared LoRA's
     memory and calls. `kv_cache_bytes` None: what the GPU's share leaves, or CPU_KV_CACHE_BYTES. `compiled` is about the
@@ -39,6 +40,13 @@ class EngineConfig:
     tool_call_parser: str | None = None
     traces: str | None = None
 
+    @property
+    def room(self) -> Room:
+        """What an engine that was started with this holds."""
+        slots = self.particles + 1  # K particles and the MAP of a text request can share one batch
+        rank = next((r for r in RANKS if r >= self.lora_rank), RANKS[-1])
+        return Room(slots, max(self.adapters, slots), rank, self.targets)
+
     def arguments(self) -> list[str]:
         """vLLM's command line of our engine: the stock one, our scheduler and, in its workers, our mixing."""
         return [
@@ -49,13 +57,12 @@ class EngineConfig:
 
     def stock_arguments(self) -> list[str]:
         """The command line of vLLM's own server that this corresponds to."""
-        rank = next((r for r in RANKS if r >= self.lora_rank), RANKS[-1])
+        room = self.room
         arguments = [
             *("--model", str(self.model), "--served-model-name", self.served_name, "--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)),
-            *("--enable-lora", "--max-lora-rank", str(rank)),
-            # K particles and the MAP of a text request can share one batch
-            *("--max-loras", str(self.particles + 1), "--max-cpu-loras", str(max(self.adapters, self.particles + 1))),
+            *("--enable-lora", "--max-lora-rank", str(room.rank)),
+            *("--max-loras", str(room.slots), "--max-cpu-loras", str(room.places)),
             *("--enable-prefix-caching", "--no-async-scheduling"),
         ]
         if self.targets is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from posterior.data.candidates import Candidates
-from posterior.errors import first_line
+from posterior.errors import PosteriorError, first_line
 from server import logs, tracing
-from server.engine import Adapter, Call, Kind, Scores, Usage
+from server.engine import Adapter, Call, Kind, Room, Scores, Usage
 from server.engine.compat.client import MixingLLM
 from server.engine.compat.starting import serving_classes, start_llm
 from server.engine.config import EngineConfig
@@ -55,10 +55,12 @@ class VllmEngine:
         classes: Any,
         fields: Mapping[Kind, Set[str]],
         refused: Mapping[Adapter, str],
+        room: Room,
         *,
         tools: bool,
     ) -> None:
         self.refused = refused
+        self.room = room
         self._llm = llm
         self._classes = classes
         self._fields = fields
@@ -93,7 +95,7 @@ class VllmEngine:
         except BaseException:
             llm.shutdown()
             raise
-        return cls(llm, classes, fields, refused, tools=config.tool_call_parser is not None)
+        return cls(llm, classes, fields, refused, config.room, tools=config.tool_call_parser is not None)
 
     async def score(
         self,
@@ -247,6 +249,30 @@ class VllmEngine:
         finally:
             CURRENT.reset(token)
         return answer.model_dump() if isinstance(answer, BaseModel) else answer
+
+    async def load(self, adapters: Sequence[Adapter], public: Mapping[str, Adapter]) -> None:
+        """As Engine.load. vLLM copies an adapter into one of its slots when a batch needs it, and keeps the others in
+        the CPU's memory: with no more adapters than it has places, it reads none a second time."""
+        try:
+            refused = await _load_adapters(self._llm, adapters)
+            if refused:
+                await self.unload(adapters, ())
+        except EngineDeadError as error:
+            raise EngineLost from error
+        for adapter, reason in refused.items():
+            raise PosteriorError(f"vLLM does not load the adapter {adapter.path}: {reason}")
+        self._classes.openai_serving_models.lora_requests.update(
+            {name: _lora(adapter) for name, adapter in public.items()}
+        )
+
+    async def unload(self, adapters: Sequence[Adapter], public: Iterable[str]) -> None:
+        for name in public:
+            self._classes.openai_serving_models.lora_requests.pop(name, None)
+        try:
+            for adapter in adapters:
+                await self._llm.remove_lora(adapter.number)
+        except EngineDeadError as error:
+            raise EngineLost from error
 
     async def warm_up(self, prompt: list[int]) -> None:
         """Two tokens of the bare base with log-probabilities."""

@@ -32,11 +32,11 @@ async def reply(
     Raises RequestError.
     """
     served = service.find(body.get("model"))
-    observation.posterior = served.owner
+    observation.begin(served.owner, served.users.enter())
     checked = validated(BODIES[kind], body)
     check_messages(body.get("messages"))
     keeper = Keeper(service, observation.owner, body)
-    body = {name: value for name, value in body.items() if name != "uncertainty"} | {"model": served.name}
+    body = {name: value for name, value in body.items() if name != "uncertainty"} | {"model": served.key}
     if checked.stream_options is not None and not checked.stream:
         raise Refused("'stream_options' belong to streams; set 'stream' or leave them out", "stream_options")
     if checked.uncertainty is not None and checked.uncertainty.answers is not None:

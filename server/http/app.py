@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 import posterior
 from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, RequestError, Stopping, Unavailable
-from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
+from server.http import answers, decisions, errors, managing, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.body import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
@@ -57,7 +58,7 @@ Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
-ADMIN = frozenset({"/metrics"})  # those for admins: it names every model and every key
+ADMIN = frozenset({"/metrics", *managing.PATHS})  # those for admins: they name every model, or change what is served
 MOST = 1024  # requests for answers at a time, unless the server's owner says otherwise
 EXPOSED = (HEADER, "Retry-After", *(  # headers that pages of other origins may read
     f"X-RateLimit-{each}-{what}" for each in ("Limit", "Remaining", "Reset") for what in ("Requests", "Tokens")
@@ -126,6 +127,7 @@ def create_app(
     responses = openapi.replies(OutcomesDeleted, 401, 404, 503)
     summary = "Delete the answers of a reply, and their outcomes"
     app.delete("/v1/outcomes/{id:path}", summary=summary, responses=responses)(_delete_outcomes)
+    managing.add(app)
     metrics = openapi.replies(None, 401, 403)
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
@@ -195,7 +197,7 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
         "object": "model",
         "created": STARTED,
         "owned_by": "posterior-server",
-        "root": served.id,
+        "root": served.key,
         "parent": None if served.posterior is None else service.base.id,
         "max_model_len": service.engine.max_model_len,
     }
@@ -247,11 +249,19 @@ async def _delete_outcomes(request: Request, id: str) -> Response:
 
 
 async def _chat(request: Request) -> Response:
-    return await _respond(request, "chat", partial(answers.reply, _service(request), "chat"))
+    return await _respond(
+        request,
+        "chat",
+        lambda body, request, observation: answers.reply(_service(request), "chat", body, request, observation),
+    )
 
 
 async def _completions(request: Request) -> Response:
-    return await _respond(request, "completions", partial(answers.reply, _service(request), "completion"))
+    return await _respond(
+        request,
+        "completions",
+        lambda body, request, observation: answers.reply(_service(request), "completion", body, request, observation),
+    )
 
 
 async def _respond(request: Request, endpoint: str, handler: Handler) -> Response:
@@ -276,8 +286,21 @@ async def _respond(request: Request, endpoint: str, handler: Handler) -> Respons
     if isinstance(result, dict):
         observation.end(200)
         return _with_quota(JSONResponse(result), key)
-    events = _observed(result, observation, running)
-    return _with_quota(StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED), key)
+    return _with_quota(Events(_observed(result, observation, running), observation), key)
+
+
+class Events(StreamingResponse):
+    """Server-sent events of a request, which ends with them: also where its client leaves before the first."""
+
+    def __init__(self, events: AsyncIterator[str], observation: Observation) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=UNBUFFERED)
+        self._observation = observation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._observation.end(CLIENT_LEFT)
 
 
 def _with_quota(response: Response, key: Key | None) -> Response:

@@ -26,7 +26,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     """
     request = validated(DecisionRequest, body)
     served = service.find(request.model)
-    observation.posterior = served.owner
+    observation.begin(served.owner, served.users.enter())
     options = request.uncertainty or DecisionUncertainty()
     questions = {str(index): question for index, question in enumerate(request.questions)}
     judged, usage = await decide(service, served, request.input, questions, options, observation, orders=options.orders)

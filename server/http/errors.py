@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from posterior.errors import PosteriorError, shortened
-from server.errors import Busy, Fault, NotFound, Refused, RequestError, Unavailable
+from server.errors import Absent, Busy, Conflict, Fault, NotFound, Refused, RequestError, Unavailable
 
 logger = logging.getLogger("posterior.server")
 
@@ -19,6 +19,8 @@ RETRY_SECONDS = 5
 KINDS: Mapping[type[RequestError], tuple[int, str | None]] = {  # status and OpenAI's code of each
     Refused: (400, None),
     NotFound: (404, "model_not_found"),
+    Absent: (404, "not_found"),
+    Conflict: (409, "conflict"),
     Fault: (500, "internal_error"),
     Unavailable: (503, "unavailable"),
     Busy: (429, "too_many_requests"),

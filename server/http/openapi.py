@@ -15,9 +15,11 @@ import posterior
 from server.http.errors import RETRY_SECONDS, ApiError
 from server.http.replies import Error
 from server.http.schemas import (
+    AliasRequest,
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
+    LoadRequest,
     Outcome,
     OutcomesRequest,
     PredictiveRequest,
@@ -25,7 +27,8 @@ from server.http.schemas import (
 )
 
 BODIES = (
-    ChatRequest, CompletionRequest, DecisionRequest, Outcome, OutcomesRequest, PredictiveRequest, SystemOneRequest,
+    AliasRequest, ChatRequest, CompletionRequest, DecisionRequest, LoadRequest, Outcome, OutcomesRequest,
+    PredictiveRequest, SystemOneRequest,
 )  # fmt: skip
 REFERENCE = "#/components/schemas/{model}"
 PARTS = {
@@ -44,9 +47,9 @@ MEANINGS = {
     400: "The request is not valid",
     401: "The key is missing or wrong",
     403: "The key is not that of an admin",
-    404: "No such model or answer",
-    409: "Another outcome of this answer is stored",
+    404: "No such model, answer, posterior or alias",
     408: "The body did not come in time",
+    409: "It contradicts what is there; the line says what to change",
     413: "The body is too large",
     429: "The key has used up what it may use a minute, or too many requests are before this one",
     503: "Not ready, busy or stopping; try again later",

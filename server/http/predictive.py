@@ -29,7 +29,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     """
     request = validated(PredictiveRequest, body)
     served = service.find(request.model)
-    observation.posterior = served.owner
+    observation.begin(served.owner, served.users.enter())
     if request.texts is None:
         return await _choices(service, served, request, body, observation)
     try:

@@ -34,6 +34,7 @@ MAX_BODY_BYTES = 4 * 2**20
 MAX_TEMPERATURE = 100.0
 MAX_OUTCOMES = 1000  # per request
 MAX_ID = 256  # characters of a reply's id
+MAX_NAME = 256  # characters of a posterior's name
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI and vLLM have it
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -41,6 +42,7 @@ Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 TokenIds = Annotated[list[Token], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
@@ -173,6 +175,29 @@ class OutcomesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     outcomes: Annotated[list[Outcome], Field(min_length=1, max_length=MAX_OUTCOMES)]
+
+
+class LoadRequest(BaseModel):
+    """The body of POST /v1/posteriors: the name of a folder among the posteriors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name
+
+
+class AliasRequest(BaseModel):
+    """The body of PUT /v1/aliases/{name}: where it leads, or that it leads to where it led before."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    posterior: Name | None = Field(default=None, description="name@hash, or the name where one version is loaded")
+    rollback: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> AliasRequest:
+        if (self.posterior is None) == (self.rollback is None):
+            raise ValueError("give exactly one of 'posterior', a name@hash, and 'rollback', true")
+        return self
 
 
 class StreamOptions(BaseModel):

@@ -31,7 +31,7 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     """
     request = validated(SystemOneRequest, body)
     served = service.find(service.base.id if request.model is None else request.model)
-    observation.posterior = served.owner
+    observation.begin(served.owner, served.users.enter())
     for name in (*MEDIA, *UNSERVED):
         if getattr(request, name):
             way_out = "; describe them in 'state'" if name in MEDIA else ""

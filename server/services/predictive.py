@@ -22,6 +22,7 @@ from posterior.models.base import Base
 from posterior.models.devices import Dtype
 from posterior.predictive import sequential
 from posterior.predictive.mixture import Predictive, from_gaussian, from_particles
+from posterior.storage.artefact import Posterior
 from server.engine import Engine, Scores
 from server.errors import NotFound, PromptRefused, Refused, first
 from server.metrics import Metrics
@@ -34,6 +35,7 @@ from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 
 if TYPE_CHECKING:
+    from server.services.lifecycle import Lifecycle
     from server.services.monitor import Monitor
 
 
@@ -58,6 +60,7 @@ class Service:
         self.comparer = comparer
         self.store = store
         self.monitor: Monitor | None = None
+        self.lifecycle: Lifecycle | None = None
 
     @property
     def base(self) -> Base:
@@ -133,7 +136,7 @@ class Service:
             raise RuntimeError(f"{served.name} has no linearised predictive")
         try:
             async with asyncio.TaskGroup() as group:
-                moments = group.create_task(self.linearizer.moments(served.name, question.prompts, question.candidates))
+                moments = group.create_task(self.linearizer.moments(served.key, question.prompts, question.candidates))
                 if compared is not None:
                     read = group.create_task(
                         self.engine.score(question.prompts, NOTHING, question.adapters, states=True)
@@ -229,10 +232,11 @@ class Service:
             return self.linearizer.dtype
         return cast(Dtype, self.engine.dtype)
 
-    def unapplied(self) -> list[str]:
-        """A line for each calibration that is of another dtype than its predictive is computed in here."""
+    def unapplied(self, posteriors: Sequence[Posterior] | None = None) -> list[str]:
+        """A line for each calibration, of these posteriors or of all, that is of another dtype than its predictive is
+        computed in here."""
         lines = []
-        for posterior in self.registry.posteriors:
+        for posterior in self.registry.posteriors if posteriors is None else posteriors:
             for text in posterior.texts:
                 if text.dtype != self.engine.dtype:
                     lines.append(
@@ -291,14 +295,14 @@ class Service:
                 raise Refused("the base model has no template; give 'prompts' or 'messages'", "inputs")
             return await asyncio.to_thread(_rendered, served.posterior.task, self.tokenizer, inputs)
         if prompts is not None:
-            body = {"model": served.name, "prompt": prompts, "max_tokens": 1}
+            body = {"model": served.key, "prompt": prompts, "max_tokens": 1}
             return await self.engine.render("completion", body)
         return [each for messages in conversations for each in await self._chat(served, messages)]
 
     async def _chat(self, served: Served, messages: list[dict[str, Any]]) -> list[list[int]]:
         """Token ids of a conversation, read as chat requests are."""
         check_messages(messages)
-        return await self.engine.render("chat", {"model": served.name, "messages": messages})
+        return await self.engine.render("chat", {"model": served.key, "messages": messages})
 
 
 def _answer(question: Question, log_p: torch.Tensor, top: torch.Tensor, cached: int) -> Answer:

@@ -1,8 +1,12 @@
-"""The posteriors of one folder, verified, with their particles on disk and their names in the API."""
+"""The posteriors of one folder, verified, with their particles on disk and their names in the API.
+
+A registry is a value. When a posterior is loaded or an alias moves, another registry takes its place at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -20,14 +24,39 @@ from server.metrics import Metrics
 from server.services.options import PredictiveName
 
 HASH_DIGITS = 12
+MAP = "/map"  # ends the name of theta* alone
+
+
+class Users:
+    """The requests that are being answered by one loaded posterior."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> Callable[[], None]:
+        """Count one request; returns what ends it."""
+        self.count += 1
+        self._idle.clear()
+        return self._leave
+
+    def _leave(self) -> None:
+        self.count -= 1
+        if self.count == 0:
+            self._idle.set()
+
+    async def none(self) -> None:
+        """Wait until there is no request."""
+        await self._idle.wait()
 
 
 @dataclass(frozen=True)
 class Served:
-    """One model name of the API.
+    """One model name of the API, which may be an alias.
 
     `posterior` and `map` are None for the bare base; `particles`, the heaviest first, is empty for it and for
-    "<name>/map".
+    "<name>/map". `users`: of the posterior, whatever it is called.
     """
 
     name: str
@@ -35,6 +64,19 @@ class Served:
     map: Adapter | None = None
     particles: tuple[Adapter, ...] = ()
     weights: tuple[float, ...] = ()
+    users: Users = field(default_factory=Users, compare=False, repr=False)
+
+    @property
+    def stem(self) -> str:
+        """The name that stands for this one in the rights of a key: that of the posterior or alias."""
+        return self.name.removesuffix(MAP)
+
+    @property
+    def key(self) -> str:
+        """What the engine calls it. It belongs to this posterior alone, whatever name or alias leads there."""
+        if self.posterior is None:
+            return self.name
+        return f"{self.posterior.name}{'' if self.particles else MAP}@{self.posterior.hash[:HASH_DIGITS]}"
 
     @property
     def label(self) -> str | None:
@@ -66,37 +108,53 @@ class Served:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything the server serves, by model name; and why a folder is not served, by its name."""
+    """Everything the server serves, by model name; and why a folder or an alias is not served, by its name.
+
+    others: loaded posteriors to which no name leads, as another version or an alias has theirs. They have ids only.
+    """
 
     base: Base
     served: Mapping[str, Served]
     refused: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[Served, ...] = ()
 
     def find(self, name: str) -> Served | None:
         """The model with this name or id."""
         found = self.served.get(name) or self.served.get(name.partition("@")[0])
-        return found if found is not None and name in (found.name, found.id) else None
+        if found is not None and name in (found.name, found.id):
+            return found
+        return next((entry for entry in self.others if entry.id == name), None)
+
+    @property
+    def entries(self) -> list[Served]:
+        """Every model."""
+        return [*self.served.values(), *self.others]
 
     @property
     def posteriors(self) -> list[Posterior]:
         """Each posterior once, in order of its name."""
-        return [entry.posterior for entry in self.served.values() if entry.posterior is not None and entry.particles]
+        found = {each.key: each.posterior for each in self.entries if each.posterior is not None and each.particles}
+        return list(found.values())
 
     @property
     def adapters(self) -> list[Adapter]:
         """Each adapter once."""
-        every = (
-            adapter
-            for entry in self.served.values()
-            for adapter in (entry.map, *entry.particles)
-            if adapter is not None
-        )
+        every = (adapter for entry in self.entries for adapter in adapters_of(entry))
         return list(dict.fromkeys(every))
 
     @property
     def public(self) -> dict[str, Adapter]:
-        """Model names that generate text with an adapter."""
-        return {name: entry.map for name, entry in self.served.items() if entry.map is not None}
+        """What generates text with one adapter, by the engine's name of it."""
+        return {entry.key: entry.map for entry in self.entries if entry.map is not None}
+
+    @property
+    def laplace(self) -> dict[str, tuple[Path, str]]:
+        """Folder and hash of each Laplace posterior, by the engine's name of it."""
+        return {
+            each.key: (each.posterior.path, each.posterior.hash)
+            for each in self.entries
+            if each.particles and each.posterior is not None and each.posterior.family == "laplace"
+        }
 
     @property
     def modules(self) -> set[str]:
@@ -109,27 +167,15 @@ class Registry:
         return max(servable.rank(lora.read_config(posterior.map_dir)) for posterior in self.posteriors)
 
     def only(self, names: Container[str]) -> Registry:
-        """The models of these names, where a posterior's name stands for its MAP too."""
-        kept = {
-            name: entry
-            for name, entry in self.served.items()
-            if name in names or (entry.posterior is not None and entry.posterior.name in names)
-        }
-        return Registry(self.base, kept)
-
-    def calibrated(self, posteriors: Mapping[str, Posterior]) -> Registry:
-        """The same, with these posteriors by their hashes in place of what they were: calibrated again."""
-        served = {
-            name: entry
-            if entry.posterior is None
-            else replace(entry, posterior=posteriors.get(entry.posterior.hash, entry.posterior))
-            for name, entry in self.served.items()
-        }
-        return replace(self, served=served)
+        """The models of these names, where a posterior's or an alias's name stands for its MAP too."""
+        kept = {name: entry for name, entry in self.served.items() if name in names or entry.stem in names}
+        others = tuple(entry for entry in self.others if entry.name in names or entry.stem in names)
+        return Registry(self.base, kept, others=others)
 
     def describe(self, metrics: Metrics) -> None:
         """Set the gauges that say what is served."""
         metrics.refused.set(len(self.refused))
+        metrics.info.clear()
         for item in self.posteriors:
             metrics.info.labels(item.name, item.hash, item.family, self.base.id).set(1)
 
@@ -161,26 +207,102 @@ class Registry:
         )
 
 
+Version = tuple[Served, Served]  # a loaded posterior: its mixture, and theta* alone
+
+
+def adapters_of(entry: Served) -> tuple[Adapter, ...]:
+    """The adapters of one model: theta* and the particles."""
+    return () if entry.map is None else (entry.map, *entry.particles)
+
+
+def composed(
+    base: Base,
+    versions: Iterable[Version],
+    aliases: Mapping[str, str] | None = None,
+    refused: Mapping[str, str] | None = None,
+) -> Registry:
+    """The registry of loaded posteriors.
+
+    Args:
+        versions: a name without an alias leads to the last one of that name.
+        aliases: the label of a posterior by the alias. Of one that is not loaded neither the alias nor a posterior of
+            the same name is served by that name.
+    """
+    aliases = aliases or {}
+    versions = list(versions)
+    by_label = {mixture.label: (mixture, point) for mixture, point in versions}
+    by_name = {mixture.name: (mixture, point) for mixture, point in versions}
+    served = {base.id: Served(base.id)}
+    missing = {}
+    for name in sorted({*by_name, *aliases}):
+        found = by_label.get(aliases[name]) if name in aliases else by_name[name]
+        if found is None:
+            missing[name] = f"the alias leads to {aliases[name]}, which is not loaded; load it, or move the alias"
+            continue
+        mixture, point = found
+        served |= {name: replace(mixture, name=name), f"{name}{MAP}": replace(point, name=f"{name}{MAP}")}
+    known = {entry.id for entry in served.values()}
+    others = tuple(entry for version in versions for entry in version if entry.id not in known)
+    return Registry(base, served, {**(refused or {}), **missing}, others)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where posteriors come from: the folders in `root`, of one base, with `particles` samples of each Laplace
+    posterior in `cache`. numbers: of adapters; none is given twice, since vLLM knows an adapter by its number."""
+
+    root: Path
+    base: Base
+    particles: int
+    cache: Path
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def all(self, only: str | None = None) -> Registry:
+        """As `load`."""
+        versions: list[Version] = []
+        refused: dict[str, str] = {}
+        for folder in [self.root / only] if only is not None else _folders(self.root):
+            try:
+                versions.append(self.one(folder.name))
+            except (PosteriorError, OSError) as error:
+                refused[folder.name] = str(error)
+        registry = composed(self.base, versions, refused=refused)
+        registry.check(self.root)
+        return registry
+
+    def one(self, name: str) -> Version:
+        """The posterior of one folder, verified; its adapters are written where they are not there yet.
+
+        Raises PosteriorError if it cannot be served, OSError if it cannot be read.
+        """
+        folder = self.root / name
+        if not folder.resolve().is_relative_to(self.root.resolve()):
+            raise PosteriorError(f"the posterior {folder} lies outside {self.root}; copy it into that folder")
+        if not NAME.fullmatch(name):
+            raise PosteriorError(f"the folder {name!r} cannot be a model name; use letters, digits, '.', '_' and '-'")
+        if name == self.base.id:
+            raise PosteriorError(f"two models would be named {name!r}; rename the folder {folder}")
+        if folder.resolve().name != name:
+            raise PosteriorError(f"the posterior {folder} is a link to another name; give it an alias instead")
+        posterior = artefact.load(folder)
+        posterior.check_base(self.base.hash)
+        servable.check_modules(f"the posterior {posterior.name!r}", lora.modules(posterior.map_dir))
+        wanted = len(posterior.weights) if posterior.family == "particles" else self.particles
+        paths = posterior.adapters(wanted, self.cache / "draws")
+        label, users = _label(posterior), Users()
+        theta = Adapter(label, posterior.map_dir, next(self.numbers))
+        particles = tuple(Adapter(f"{label}/{path.name}", path, next(self.numbers)) for path in paths)
+        mixture = Served(name, posterior, theta, particles, posterior.mixture(wanted), users)
+        return mixture, Served(f"{name}{MAP}", posterior, theta, users=users)
+
+
 def load(root: Path, base: Base, *, particles: int, cache: Path, only: str | None = None) -> Registry:
-    """All that is served of the posterior folders in `root`, or only the one of this name, each verified, with
-    `particles` samples of each Laplace posterior in `cache`.
+    """All that is served of the posterior folders in `root`, or only the one of this name, each verified.
 
     A folder that is damaged, of another base, badly named, outside `root`, or holds what vLLM does not serve is left
     out and listed in `refused`. Raises PosteriorError when there is nothing else.
     """
-    served = {base.id: Served(base.id)}
-    refused: dict[str, str] = {}
-    numbers = count(1)
-    for folder in [root / only] if only is not None else _folders(root):
-        try:
-            entries = _entries(folder, root, base, served, numbers, particles, cache)
-        except (PosteriorError, OSError) as error:
-            refused[folder.name] = str(error)
-        else:
-            served |= entries
-    registry = Registry(base, served, refused)
-    registry.check(root)
-    return registry
+    return Source(root, base, particles, cache).all(only)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -190,41 +312,6 @@ def _folders(root: Path) -> list[Path]:
     for target in atomic.moved_away(root):
         atomic.recover(target)
     return sorted(path.parent for path in root.glob("*/posterior.json"))
-
-
-def _entries(
-    folder: Path, root: Path, base: Base, known: Container[str], numbers: Iterator[int], particles: int, cache: Path
-) -> dict[str, Served]:
-    """The model names of one folder. Raises PosteriorError if it cannot be served."""
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise PosteriorError(f"the posterior {folder} lies outside {root}; copy it into that folder")
-    if not NAME.fullmatch(folder.name):
-        raise PosteriorError(
-            f"the folder {folder.name!r} cannot be a model name; use letters, digits, '.', '_' and '-'"
-        )
-    posterior = artefact.load(folder)
-    posterior.check_base(base.hash)
-    servable.check_modules(f"the posterior {posterior.name!r}", lora.modules(posterior.map_dir))
-    entry = _serve(posterior, numbers, particles, cache)
-    map_only = Served(f"{entry.name}/map", posterior, entry.map)
-    for name in (entry.name, map_only.name):
-        if name in known:
-            raise PosteriorError(f"two models would be named {name!r}; rename the folder {folder}")
-    return {entry.name: entry, map_only.name: map_only}
-
-
-def _serve(posterior: Posterior, numbers: Iterator[int], particles: int, cache: Path) -> Served:
-    """The model name of a posterior that mixes its particles; its adapters are written where they are not there yet."""
-    wanted = len(posterior.weights) if posterior.family == "particles" else particles
-    paths = posterior.adapters(wanted, cache / "draws")
-    label = _label(posterior)
-    return Served(
-        name=posterior.name,
-        posterior=posterior,
-        map=Adapter(label, posterior.map_dir, next(numbers)),
-        particles=tuple(Adapter(f"{label}/{path.name}", path, next(numbers)) for path in paths),
-        weights=posterior.mixture(wanted),
-    )
 
 
 def _label(posterior: Posterior) -> str:

@@ -9,7 +9,7 @@ container, and for several servers that share a folder.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from posterior.calibration.records import FOLDER
 from posterior.errors import PosteriorError
@@ -22,15 +22,16 @@ from server.services.registry import Registry
 EVERY_SECONDS = 2.0
 
 Look = frozenset[tuple[str, int, int, int]]  # name, time, size and number of each file
+Take = Callable[[Mapping[str, Posterior]], Awaitable[None]]  # serves posteriors, by their hashes, as they are now
 
 
-async def watch(service: Service, read: Mapping[str, Look]) -> None:
+async def watch(service: Service, read: Mapping[str, Look], take: Take) -> None:
     """Takes up calibrations until it is cancelled. read: the `looks` when the service's own were read."""
     watcher = Watcher(service, read)
     while True:
         await asyncio.sleep(EVERY_SECONDS)
-        found = await asyncio.to_thread(watcher.changed)
-        service.registry = service.registry.calibrated(found)
+        if found := await asyncio.to_thread(watcher.changed):
+            await take(found)
 
 
 class Watcher:

@@ -8,20 +8,24 @@ from server.services.predictive import Service
 
 
 async def warm_up(service: Service) -> list[str]:
-    """A line for everything that is odd, after the workers have loaded their models and vLLM every adapter."""
+    """A line for everything that is odd, after the workers have loaded their models and vLLM every adapter.
+
+    Raises PosteriorError where no posterior passes its self-test.
+    """
     if service.linearizer is not None:
         await service.linearizer.start()
     if service.comparer is not None:
         await service.comparer.start()
     prompt = service.tokenizer.encode("Warm up.")
-    for name, served in service.registry.served.items():
+    for served in service.registry.entries:
         task = served.posterior.task if served.posterior is not None else None
         candidates = encode(service.tokenizer, (task and task.answers) or (" no", " yes"))
         await service.engine.score([prompt], candidates, served.particles or [served.map])
         if service.linearizer is not None and served.predictives[0] == "linearized":
-            await service.linearizer.moments(name, [prompt], candidates)
+            await service.linearizer.moments(served.key, [prompt], candidates)
     await service.engine.warm_up(prompt)
-    return await _odd(service)
+    tested = [] if service.lifecycle is None else await service.lifecycle.examine()
+    return [*tested, *await _odd(service)]
 
 
 async def _odd(service: Service) -> list[str]:

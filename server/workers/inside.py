@@ -31,8 +31,8 @@ _model: LinearizedModel | None = None  # of a worker process; None in the server
 
 
 def load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
-    """Hold the base and the posteriors until the server goes away. Raises PosteriorError where none can
-    be read."""
+    """Hold the base and the posteriors until the server goes away. Raises PosteriorError where none of them can be
+    read."""
     global _model
     torch.set_num_threads(child.threads())
     posteriors, refused = _readable(folders)
@@ -41,24 +41,41 @@ def load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
 
 
 def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
-    """The posteriors, and why others cannot be read. Raises PosteriorError where there is no posterior."""
+    """The posteriors, and why others cannot be read. Raises PosteriorError where none of them can."""
     posteriors, refused = {}, {}
     for name, folder in folders.items():
         try:
             posteriors[name] = _unchanged(*folder)
         except (PosteriorError, OSError) as error:
             refused[name] = str(error)
-    if not posteriors:
+    if refused and not posteriors:
         raise PosteriorError("; ".join(refused.values()))
     return posteriors, refused
 
 
 def _unchanged(path: Path, expected: str) -> artefact.Posterior:
-    """The posterior that the server started with: answers are labelled with its hash."""
+    """The posterior that the server has loaded: answers are labelled with its hash."""
     posterior = artefact.load(path)
     if posterior.hash != expected:
-        raise PosteriorError(f"the posterior {path} has changed since the server started; start the server again")
+        raise PosteriorError(f"the posterior {path} has changed since the server loaded it; load it again")
     return posterior
+
+
+def add(name: str, folder: Folder) -> Footprint:
+    """Hold one more posterior. Raises PosteriorError, and then nothing has changed."""
+    if _model is None:
+        raise RuntimeError("the worker has no model")
+    try:
+        return _model.add(name, _unchanged(*folder))
+    except BaseException:
+        _model.remove(name)
+        raise
+
+
+def remove(name: str) -> None:
+    """Forget a posterior."""
+    if _model is not None:
+        _model.remove(name)
 
 
 def moments(name: str, prompts: list[tuple[int, ...]], candidates: list[Candidates], room: float) -> list[Moments]:

@@ -9,6 +9,7 @@ posterior that cannot be read again by then is left out, until a worker is loade
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,7 @@ class Linearizer:
 
     def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
         self.dtype = dtype_on(device)
+        self._base, self._folders = base, dict(folders)
         self._metrics = metrics
         self._device = device
         self._waiting: list[_Item] = []
@@ -67,7 +69,7 @@ class Linearizer:
             "the linearised predictive",
             "ask for the predictive 'mixture'",
             inside.load,
-            (base, dict(folders), device),
+            self._parts(),
             loaded=self._loaded,
             lost=metrics.restarts.inc,
         )
@@ -83,6 +85,30 @@ class Linearizer:
         for name, why in self._refused.items():
             logger.error("the linearised predictive is without %s: %s", name, why)
         self._room = SHARE * await self._worker.run(memory.free, self._device)
+
+    def _parts(self) -> tuple[Base, dict[str, Folder], str]:
+        """What a worker is loaded with."""
+        return self._base, dict(self._folders), self._device
+
+    async def load(self, name: str, folder: Folder) -> None:
+        """Hold one more posterior, from now on. Raises PosteriorError, and Unavailable while there is no worker."""
+        self.check()
+        footprint = await self._worker.run(inside.add, name, folder)
+        self._folders[name], self._footprints[name] = folder, footprint
+        self._refused.pop(name, None)
+        self._metrics.unreadable.set(len(self._refused))
+        self._worker.parts = self._parts()
+
+    async def unload(self, name: str) -> None:
+        """Forget a posterior, which nobody asks for any more."""
+        self._folders.pop(name, None)
+        self._footprints.pop(name, None)
+        self._refused.pop(name, None)
+        self._metrics.unreadable.set(len(self._refused))
+        self._worker.parts = self._parts()
+        with contextlib.suppress(Unavailable):  # one that is loaded from now on does not hold it
+            self.check()
+            await self._worker.run(inside.remove, name)
 
     def check(self) -> None:
         """Raises Unavailable while no worker holds the models."""

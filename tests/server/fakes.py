@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from posterior.calibration.records import Key, Record
 from posterior.calibration.rightness import TextKey, TextRecord
 from posterior.data.candidates import Candidates
 from posterior.data.task import Task
+from posterior.errors import PosteriorError
 from posterior.models.base import Base
 from posterior.storage import artefact
-from server.engine import Adapter, Call, Kind, Scores, Usage
+from server.engine import Adapter, Call, Kind, Room, Scores, Usage
 from server.engine.gang import Text, Trace
 from server.errors import Refused
 from server.services.registry import Registry, Served
@@ -115,6 +116,9 @@ class Engine:
     contexts: list[list[int]] = field(default_factory=list)
     cancelled: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    room: Room = Room(slots=9, places=40, rank=8, targets=("q_proj", "v_proj"))
+    loaded: list[int] = field(default_factory=list)  # numbers of adapters
+    refuses: set[str] = field(default_factory=set)  # folders of adapters
     drafts: list[Draft] = field(default_factory=list)
 
     async def score(
@@ -224,6 +228,16 @@ class Engine:
             yield line({"id": "x", "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
+    async def load(self, adapters: Sequence[Adapter], public: Mapping[str, Adapter]) -> None:
+        await self._wait()
+        for adapter in adapters:
+            if adapter.path.name in self.refuses:
+                raise PosteriorError(f"vLLM does not load the adapter {adapter.path}: it is broken")
+        self.loaded += [adapter.number for adapter in adapters]
+
+    async def unload(self, adapters: Sequence[Adapter], public: Iterable[str]) -> None:
+        self.loaded = [number for number in self.loaded if number not in {each.number for each in adapters}]
+
     async def warm_up(self, prompt: list[int]) -> None: ...
 
     def usage(self, call: Call) -> Usage | None:
@@ -242,6 +256,16 @@ class Linearizer:
     failure: Exception | None = None
     dtype: str = "float32"
     problem: Exception | None = None
+    held: set[str] = field(default_factory=set)
+
+    async def load(self, name: str, folder: Any) -> None:
+        self.check()
+        self.held.add(name)
+
+    async def unload(self, name: str) -> None:
+        self.held.discard(name)
+
+    def stop(self) -> None: ...
 
     def check(self) -> None:
         if self.problem is not None:

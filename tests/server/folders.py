@@ -65,18 +65,22 @@ def _record(base: Base) -> dict[str, str | None]:
     return {"id": base.id, "revision": base.revision, "hash": base.hash}
 
 
-def particles(root: Path, base: Base, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> artefact.Posterior:
-    """The folder "gang": unequal particles."""
-    thetas = [random_theta(base, seed) for seed in range(1, 1 + len(weights))]
+def particles(
+    root: Path, base: Base, weights: tuple[float, ...] = (0.5, 0.3, 0.2), *, name: str = "gang", seed: int = 0
+) -> artefact.Posterior:
+    """The folder "gang": unequal particles; of another seed they are others."""
+    thetas = [random_theta(base, seed + each) for each in range(1, 1 + len(weights))]
     return artefact.save(
-        root / "gang", family="particles", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
-        mean=random_theta(base, 0), particles=thetas, weights=weights,
+        root / name, family="particles", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
+        mean=random_theta(base, seed), particles=thetas, weights=weights,
     )  # fmt: skip
 
 
-def laplace(root: Path, base: Base, precision: float = 1000.0) -> artefact.Posterior:
+def laplace(
+    root: Path, base: Base, precision: float = 1000.0, *, name: str = "mood", seed: int = 7
+) -> artefact.Posterior:
     """The folder "mood": random curvature of rank 4 on the large side of each matrix."""
-    mean = random_theta(base, 7)
+    mean = random_theta(base, seed)
     generator = torch.Generator().manual_seed(0)
     curvature = {}
     for name, value in mean.items():
@@ -86,7 +90,7 @@ def laplace(root: Path, base: Base, precision: float = 1000.0) -> artefact.Poste
             Factor(bases[0], torch.rand(small, generator=generator), 0.0), Factor(bases[1], torch.ones(4), 0.1)
         )
     return artefact.save(
-        root / "mood", family="laplace", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
+        root / name, family="laplace", base=_record(base), task=TASK, lora_config=CONFIG, prior={}, fit={},
         mean=mean, curvature=curvature, precision=dict.fromkeys(mean, precision),
     )  # fmt: skip
 

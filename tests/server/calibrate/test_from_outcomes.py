@@ -7,7 +7,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,8 +229,6 @@ def test_the_command_writes_a_record_and_the_server_takes_it_up(
     assert watcher.changed() == {}, "the files must have stayed the same for a while"
     fresh = watcher.changed()
     assert list(fresh) == [gang.hash] and fresh[gang.hash].calibration == {record.key: record}
-    service.registry = service.registry.calibrated(fresh)
-    assert service.registry.served["gang"].posterior.calibration == {record.key: record}
     assert watcher.changed() == {} and "the calibration of gang was read again: 1 record" in capsys.readouterr().out
 
 
@@ -243,21 +241,21 @@ def test_a_record_that_cannot_be_read_is_not_taken_up(gang: Posterior, capsys: p
     assert capsys.readouterr().out.count("warning: gang keeps the calibration that it had: ") == 1
 
 
-def test_the_watch_replaces_what_the_service_has(gang: Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_passes_on_what_is_new(gang: Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewing, "EVERY_SECONDS", 0.01)
     service: Any = SimpleNamespace(registry=Registry(resolve(), {"gang": Served("gang", gang)}))
     (record,) = made(gang, rows(key(gang), 80), SETTINGS, "choice").choices
 
-    async def watched() -> None:
-        watching = asyncio.create_task(renewing.watch(service, renewing.looks(service.registry)))
+    async def watched() -> Mapping[str, Posterior]:
+        taken: asyncio.Queue[Mapping[str, Posterior]] = asyncio.Queue()
+        watching = asyncio.create_task(renewing.watch(service, renewing.looks(service.registry), taken.put))
         await asyncio.to_thread(gang.add, record)
         async with asyncio.timeout(10):
-            while not service.registry.served["gang"].posterior.calibration:
-                await asyncio.sleep(0.01)
+            found = await taken.get()
         watching.cancel()
+        return found
 
-    asyncio.run(watched())
-    assert service.registry.served["gang"].posterior.calibration == {record.key: record}
+    assert asyncio.run(watched())[gang.hash].calibration == {record.key: record}
 
 
 def test_days_leave_out_what_is_older(gang: Posterior, stored: Path) -> None:

@@ -27,7 +27,9 @@ ROUTES = {
     ("POST", "/v1/systemone"), ("POST", "/v1/outcomes"), ("DELETE", "/v1/outcomes/{id:path}"),
     ("GET", "/v1/outcomes/report"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
-    ("GET", "/docs/{name}"),
+    ("GET", "/docs/{name}"), ("GET", "/v1/posteriors"), ("POST", "/v1/posteriors"),
+    ("DELETE", "/v1/posteriors/{name}"), ("GET", "/v1/aliases"), ("PUT", "/v1/aliases/{name}"),
+    ("DELETE", "/v1/aliases/{name}"),
 }  # fmt: skip
 
 
