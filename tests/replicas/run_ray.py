@@ -148,7 +148,7 @@ class Stream:
 
 def read(cluster: Cluster, text: str, begun: Callable[[], None]) -> Stream:
     """A stream to its end. `begun` is called when its third event is there."""
-    body = chat(text, stream=True, temperature=0, max_tokens=200)
+    body = chat(text, stream=True, temperature=0, max_tokens=200, ignore_eos=True)
     with cluster.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as reply:
         assert reply.status_code == 200, reply.read()
         seen = Stream(reply.headers[REPLICA])
@@ -183,7 +183,7 @@ def test_a_key_is_asked_for(cluster: Cluster) -> None:
 
 def test_a_client_that_leaves_ends_the_work(cluster: Cluster) -> None:
     with cluster.client() as client:
-        with client.stream("POST", "/v1/chat/completions", json=chat("Tell me.", stream=True, max_tokens=900)) as reply:
+        with client.stream("POST", "/v1/chat/completions", json=chat("Tell me.", stream=True, max_tokens=900, ignore_eos=True)) as reply:
             next(reply.iter_lines())
         wait_for(lambda: running(client.get("/metrics").text) == 0, "no request runs any more", 30)
 
