@@ -51,7 +51,7 @@ replicas: setup
 replicas-test: setup
 	@REPLICAS=1 $(SETUP)
 	.venv-replicas/bin/python -m pytest tests/replicas/run_chart.py
-	$(BIN)/python -m pytest tests/replicas/run_ray.py
+	$(BIN)/python -m pytest tests/replicas/run_scaling.py tests/replicas/run_ray.py
 
 docs:
 	@DOCS=1 $(SETUP)

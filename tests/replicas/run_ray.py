@@ -4,15 +4,11 @@ runs it (minutes, about 8 GB)."""
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import os
-import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,108 +17,38 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-import yaml
 
 from posterior.models import base as base_models
+from tests.replicas.cluster import REPLICA, Cluster, clustered, wait_for
 from tests.server import folders
-from tests.server.running import KEY, free_port
+from tests.server.running import KEY
 
-ROOT = Path(__file__).parents[2]
-RAY = Path(os.environ.get("RAY_BIN", ROOT / ".venv-replicas/bin"))
 PATIENCE = 420  # seconds for two servers to be ready on two cores
-REPLICA = "x-posterior-replica"
 
 
-@dataclass
-class Cluster:
-    """Ray with the application of `file`, and whom to ask."""
-
-    folder: Path
-    file: Path
-    url: str
-    environment: dict[str, str]
-    errors: list[str] = field(default_factory=list)
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
-
-    def write(self, posteriors: Path) -> None:
-        """The deployment file of this repository, for this machine's test."""
-        config = yaml.safe_load((ROOT / "clients/ray/serve.yaml").read_text())
-        config["http_options"]["port"] = int(self.url.rpartition(":")[2])
-        [application] = config["applications"]
-        options = ["--posteriors", str(posteriors), "--max-model-len", "1024", "--kv-cache-gib", "0.5"]
-        application["args"] = {"command": [sys.executable, "-m", "server.cli"], "serve": options}
-        self.file.write_text(yaml.safe_dump(config))
-
-    def servers(self) -> list[psutil.Process]:
-        """The processes `posterior serve`."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            line = process.info["cmdline"] or []
-            if "serve" in line and "server.cli" in line and str(self.folder) in " ".join(line):
-                found.append(process)
-        return found
-
-    def names(self) -> set[str]:
-        """The replicas that answer: each metric has one's name."""
-        with self.client() as client:
-            reply = client.get("/metrics")
-        lines = [line for line in reply.text.splitlines() if line.startswith("posterior_ready{")]
-        return {line.partition('replica="')[2].partition('"')[0] for line in lines}
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if condition():
-                return
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
+def arguments(posteriors: Path) -> dict[str, Any]:
+    """The application's, for small servers of the posteriors in a folder."""
+    options = ["--posteriors", str(posteriors), "--max-model-len", "1024", "--kv-cache-gib", "0.5"]
+    return {"command": [sys.executable, "-m", "server.cli"], "serve": options}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="ps", dir="/tmp"))  # short: Ray's sockets lie below it
-    base = base_models.resolve()
-    for name, weights in (("old", (0.5, 0.3, 0.2)), ("new", (0.2, 0.3, 0.5))):
-        (folder / name).mkdir()
-        folders.particles(folder / name, base, weights)
-    own = {
-        "POSTERIOR_API_KEY": KEY,
-        "POSTERIOR_OUTCOMES": f"sqlite:///{folder}/outcomes.db",
-        "POSTERIOR_CACHE": str(folder / "cache"),
-        "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(folder),
-        "PATH": f"{RAY}:{os.environ['PATH']}",
-    }
-    cluster = Cluster(folder, folder / "serve.yaml", f"http://127.0.0.1:{free_port()}", {**os.environ, **own})
-    cluster.write(folder / "old")
-    with (folder / "log").open("wb") as log:
-        ray = subprocess.Popen(
-            [RAY / "serve", "run", cluster.file], env=cluster.environment, stdout=log, stderr=log, cwd=ROOT
-        )
-    try:
-        wait_for(lambda: ray.poll() is not None or len(cluster.names()) == 2, "two replicas are ready")
-        assert ray.poll() is None, (folder / "log").read_text()[-4000:]
+    with clustered("server.cli") as cluster:
+        base = base_models.resolve()
+        for name, weights in (("old", (0.5, 0.3, 0.2)), ("new", (0.2, 0.3, 0.5))):
+            (cluster.folder / name).mkdir()
+            folders.particles(cluster.folder / name, base, weights)
+        cluster.start(arguments(cluster.folder / "old"))
+        wait_for(lambda: len(names(cluster)) == 2, "two replicas are ready", PATIENCE)
         yield cluster
-    finally:
-        ray.send_signal(signal.SIGINT)
-        try:
-            ray.wait(120)
-        except subprocess.TimeoutExpired:
-            ray.kill()
-        print((folder / "log").read_text()[-6000:])
-        left = cluster.servers()
-        for process in left:
-            process.kill()
-        if "KEEP" not in os.environ:
-            shutil.rmtree(folder, ignore_errors=True)
-        assert left == [], "no server outlives Ray"
+
+
+def names(cluster: Cluster) -> set[str]:
+    """The replicas that answer: each metric has one's name."""
+    lines = [line for line in cluster.get("/metrics").text.splitlines() if line.startswith("posterior_ready{")]
+    return {line.partition('replica="')[2].partition('"')[0] for line in lines}
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
@@ -167,7 +93,7 @@ def test_each_prompt_has_its_replica_and_both_work(cluster: Cluster) -> None:
         asked = [client.post("/v1/predictive", json=predictive(f"Soup {n}.")) for n in range(12) for _ in range(2)]
         assert {reply.status_code for reply in asked} == {200}
         by = [reply.headers[REPLICA] for reply in asked]
-        assert by[::2] == by[1::2] and {*by} == cluster.names() and len({*by}) == 2
+        assert by[::2] == by[1::2] and {*by} == names(cluster) and len({*by}) == 2
         answers = [reply.json()["data"] for reply in asked]
         assert answers[::2] == answers[1::2]
         ids = [reply.json()["id"] for reply in asked]
@@ -183,7 +109,9 @@ def test_a_key_is_asked_for(cluster: Cluster) -> None:
 
 def test_a_client_that_leaves_ends_the_work(cluster: Cluster) -> None:
     with cluster.client() as client:
-        with client.stream("POST", "/v1/chat/completions", json=chat("Tell me.", stream=True, max_tokens=900, ignore_eos=True)) as reply:
+        with client.stream(
+            "POST", "/v1/chat/completions", json=chat("Tell me.", stream=True, max_tokens=900, ignore_eos=True)
+        ) as reply:
             next(reply.iter_lines())
         wait_for(lambda: running(client.get("/metrics").text) == 0, "no request runs any more", 30)
 
@@ -194,8 +122,8 @@ def running(page: str) -> float:
 
 @pytest.mark.parametrize("victim", ["server", "actor"])
 def test_killing_one_loses_nothing_that_had_not_begun(cluster: Cluster, victim: str) -> None:
-    wait_for(lambda: len(cluster.names()) == 2, "two replicas are ready")
-    before = cluster.names()
+    wait_for(lambda: len(names(cluster)) == 2, "two replicas are ready", PATIENCE)
+    before = names(cluster)
     begun, stop = threading.Barrier(7), threading.Event()
     acknowledged: list[str] = []
 
@@ -235,8 +163,8 @@ def test_killing_one_loses_nothing_that_had_not_begun(cluster: Cluster, victim: 
     with sqlite3.connect(cluster.folder / "outcomes.db") as database:
         stored = {id for (id,) in database.execute("select distinct id from posterior_outcomes")}
     assert {*acknowledged} <= stored and acknowledged
-    wait_for(lambda: len(cluster.names() - lost) == 2, "another replica takes the place of the lost one")
-    assert cluster.names() - before and not lost & cluster.names()
+    wait_for(lambda: len(names(cluster) - lost) == 2, "another replica takes the place of the lost one", PATIENCE)
+    assert names(cluster) - before and not lost & names(cluster)
     print(
         f"{victim}: {len(broken)} of {len(seen)} streams broke off, {asked} other requests were answered, "
         f"{len(acknowledged)} outcomes acknowledged and all there; two replicas again after "
@@ -246,8 +174,8 @@ def test_killing_one_loses_nothing_that_had_not_begun(cluster: Cluster, victim: 
 
 def test_a_new_deployment_replaces_one_after_the_other(cluster: Cluster) -> None:
     """The name "gang" means another posterior then: clients see the old one or the new one, and no error."""
-    wait_for(lambda: len(cluster.names()) == 2, "two replicas are ready")
-    old = cluster.names()
+    wait_for(lambda: len(names(cluster)) == 2, "two replicas are ready", PATIENCE)
+    old = names(cluster)
     seen: list[tuple[float, str]] = []
     stop = threading.Event()
 
@@ -265,10 +193,9 @@ def test_a_new_deployment_replaces_one_after_the_other(cluster: Cluster) -> None
         asking = [pool.submit(ask, n) for n in range(2)]
         try:
             wait_for(lambda: len(seen) > 5, "answers of the old posterior", 60)
-            cluster.write(cluster.folder / "new")
-            subprocess.run([RAY / "serve", "deploy", cluster.file], env=cluster.environment, check=True, cwd=ROOT)
-            wait_for(lambda: len(cluster.names() - old) == 2, "both replicas are new", 2 * PATIENCE)
-            wait_for(lambda: not old & cluster.names(), "no old one is left", 120)
+            cluster.deploy(arguments(cluster.folder / "new"))
+            wait_for(lambda: len(names(cluster) - old) == 2, "both replicas are new", 2 * PATIENCE)
+            wait_for(lambda: not old & names(cluster), "no old one is left", 120)
         finally:
             stop.set()
         for each in asking:

@@ -34,6 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.1)
             os._exit(9)
+        time.sleep(float(OPTIONS.get("--answers-after", 0)))
         self.answer(201, self.path.encode() + b" " + str(self.headers).encode() + body)
 
     def answer(self, status: int, content: bytes) -> None:
