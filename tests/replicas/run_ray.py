@@ -22,7 +22,6 @@ import pytest
 from posterior.models import base as base_models
 from tests.replicas.cluster import REPLICA, Cluster, clustered, wait_for
 from tests.server import folders
-from tests.server.running import KEY
 
 PATIENCE = 420  # seconds for two servers to be ready on two cores
 

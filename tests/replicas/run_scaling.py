@@ -1,5 +1,5 @@
-"""Ray Serve adds replicas while requests wait, and takes them away. Stand-ins take the place of the servers: they start at
-once and answer after two seconds."""
+"""Ray Serve adds replicas while requests wait, and takes them away. Stand-ins take the place of the servers: they start
+at once and answer after two seconds."""
 
 from __future__ import annotations
 
