@@ -9,10 +9,11 @@
 # make reload  10 minutes: posteriors loaded and unloaded every 5 s under 16 clients (RELOAD='--minutes 1')
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
+# make replicas  two servers behind one address, on Ray Serve in .venv-replicas    make replicas-test  kill one, check the Helm chart
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test test-long oracles clients docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients replicas replicas-test docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -43,6 +44,15 @@ clients: setup # LangChain and LiteLLM leave sockets of their async clients open
 	@CLIENTS=1 $(SETUP)
 	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest \
 	    -W ignore::ResourceWarning tests/clients/run_*.py
+
+replicas: setup
+	@REPLICAS=1 $(SETUP)
+	PATH=$(CURDIR)/$(BIN):$$PATH RAY_USAGE_STATS_ENABLED=0 .venv-replicas/bin/serve run clients/ray/serve.yaml
+
+replicas-test: setup
+	@REPLICAS=1 $(SETUP)
+	.venv-replicas/bin/python -m pytest tests/replicas/run_chart.py
+	$(BIN)/python -m pytest tests/replicas/run_scaling.py tests/replicas/run_ray.py
 
 docs:
 	@DOCS=1 $(SETUP)
@@ -97,4 +107,4 @@ fuzz: setup
 	CASES=2000 $(BIN)/python -m pytest tests/server/http/test_fuzz.py
 
 clean:
-	rm -rf .venv .venv-oracles .venv-clients
+	rm -rf .venv .venv-oracles .venv-clients .venv-replicas

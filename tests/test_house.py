@@ -21,7 +21,7 @@ SERVER: Sequence[Sequence[str]] = (
     ("engine", "workers", "store"),
     ("services",),
     ("http",),
-    ("main", "doctor"),
+    ("main", "doctor", "replicas"),
     ("calibrate",),
     ("cli",),
 )
@@ -48,11 +48,13 @@ FOREIGN = {"server": ("posterior",), "posterior": ()}  # the other packages of t
 ONLY = {
     "vllm": {"server.engine"},
     "fastapi": {"server.http"},
-    "starlette": {"server.http"},
+    "starlette": {"server.http", "server.replicas"},
     "uvicorn": {"server.http"},
     "sqlalchemy": {"server.store"},
     "alembic": {"server.store"},
     "opentelemetry": {"server.tracing"},
+    "aiohttp": {"server.replicas"},
+    "ray": {"server.replicas"},
 }
 
 

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from posterior.errors import PosteriorError, shortened
@@ -82,7 +83,7 @@ def as_api_error(error: Exception) -> ApiError:
     return as_api_error(Fault())
 
 
-def register(app: FastAPI) -> None:
+def register(app: Starlette) -> None:
     """Answer every exception of `app` in OpenAI's format."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
