@@ -268,11 +268,10 @@ def _say_ready(served: Registry, port: int, args: argparse.Namespace, start: flo
 
 def _curl(served: Registry, port: int, args: argparse.Namespace) -> str:
     """A command that asks the first posterior."""
-    entry = next(entry for entry in served.entries if entry.particles and entry.posterior is not None)
-    task = entry.posterior.task
+    name, task = next((each.name, each.posterior.task) for each in served.entries if each.posterior and each.particles)
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if args.api_key or args.keys else ""
     fields = {field: "The food was good, the service was slow." for field in task.fields}
-    body = {"model": entry.name, "inputs": [fields]}
+    body = {"model": name, "inputs": [fields]}
     if task.answers is None:
         body["answers"] = [" yes", " no"]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, f"[{args.host}]" if ":" in args.host else args.host)
