@@ -238,11 +238,10 @@ def _own_length(base: Base) -> int:
 
 def _curl(served: Registry, lobby: Lobby, *, keyed: bool) -> str:
     """A command that asks the first posterior."""
-    entry = next(entry for entry in served.entries if entry.particles and entry.posterior is not None)
-    task = entry.posterior.task
+    name, task = next((each.name, each.posterior.task) for each in served.entries if each.posterior and each.particles)
     key = ' -H "Authorization: Bearer $POSTERIOR_API_KEY"' if keyed else ""
     fields = {field: "The food was good, the service was slow." for field in task.fields}
-    body = {"model": entry.name, "inputs": [fields]}
+    body = {"model": name, "inputs": [fields]}
     if task.answers is None:
         body["answers"] = [" yes", " no"]
     url = f"{lobby.place.curl(lobby.port)}/v1/predictive"

@@ -130,8 +130,8 @@ class LinearizedModel:
         self.remove(name)
         adapter = f"p{next(self._numbers)}"
         if self._model is None:
-            model = load_model(self._base, self._dtype, self.device)
-            self._model = lora.load_peft(model, posterior.map_dir, name=adapter).eval()
+            base = load_model(self._base, self._dtype, self.device)
+            self._model = lora.load_peft(base, posterior.map_dir, name=adapter).eval()
         else:
             self._model.load_adapter(str(posterior.map_dir), adapter_name=adapter, is_trainable=False)
         matrices, covariance = lora.matrices(self._model, adapter), posterior.covariance.to(self.device)

@@ -121,7 +121,7 @@ def add(app: FastAPI) -> None:
         ("PUT", ALIAS, _point, "Let an alias lead to a posterior", AliasCard, changing),
         ("DELETE", ALIAS, _unpoint, "Delete an alias", AliasDeleted, changing),
     )
-    bodies = {("POST", ALL): LoadRequest, ("PUT", ALIAS): AliasRequest}
+    bodies: dict[tuple[str, str], type[BaseModel]] = {("POST", ALL): LoadRequest, ("PUT", ALIAS): AliasRequest}
     for method, path, handler, summary, reply, statuses in routes:
         body = bodies.get((method, path))
         app.add_api_route(
@@ -194,7 +194,7 @@ def _card(lifecycle: Lifecycle, one: Loaded) -> dict[str, Any]:
         "family": posterior.family,
         "state": one.state,
         "created": int(one.since),
-        "models": [each.name for each in leading if each.key == one.label] if one.state == "loaded" else [],
+        "models": [each.name for each in leading if each.map == mixture.map] if one.state == "loaded" else [],
         "particles": len(mixture.particles),
         "memory": {"adapters": n, "bytes_per_adapter": one.bytes, "bytes": n * one.bytes},
         "requests": mixture.users.count,

@@ -97,7 +97,7 @@ class Lifecycle:
         Raises PosteriorError where nothing is left, RequestError where the engine or the worker does not answer.
         """
         async with self._lock:
-            lines = []
+            lines: list[str] = []
             for label, one in list(self._loaded.items()):
                 one.verdict = await probing.examine(self._service, one.mixture)
                 lines += one.verdict.notes

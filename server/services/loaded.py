@@ -53,7 +53,7 @@ class Loaded:
     def arithmetic(self) -> str:
         """What it takes of the engine's memory, in words."""
         n = len(self.adapters)
-        return f"{n} adapters x {self.bytes / 1e6:.2f} MB = {n * self.bytes / 1e6:.1f} MB"
+        return f"{n} adapters x {self.bytes / 1e6:.3g} MB = {n * self.bytes / 1e6:.3g} MB"
 
 
 def loaded(version: Version, dtype: str) -> Loaded:

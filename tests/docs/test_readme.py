@@ -17,7 +17,7 @@ from posterior.data.reading import read_rows
 from server.cli import main
 from tests.docs.blocks import PAGES, README, ROOT, RUN, SHOWN, Block, blocks, prose
 
-VERBS = ("fit", "import", "calibrate", "evaluate", "inspect", "serve", "doctor", "key", "ask")
+VERBS = ("fit", "import", "calibrate", "evaluate", "probe", "inspect", "serve", "doctor", "key", "ask")
 LINKING = (*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").rglob("*.md")))
 ROOMS = ("server/http/", "server/services/", "server/engine/compat/", "server/workers/")  # server/ moves into them
 COMMANDS = re.compile(r"(posterior|make|curl|git|python|pip|\$|\.venv/bin/\S+) ")

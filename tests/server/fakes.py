@@ -258,6 +258,8 @@ class Linearizer:
     problem: Exception | None = None
     held: set[str] = field(default_factory=set)
 
+    async def start(self) -> None: ...
+
     async def load(self, name: str, folder: Any) -> None:
         self.check()
         self.held.add(name)

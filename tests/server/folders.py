@@ -83,10 +83,10 @@ def laplace(
     mean = random_theta(base, seed)
     generator = torch.Generator().manual_seed(0)
     curvature = {}
-    for name, value in mean.items():
-        small, large = (value.shape[0], value.shape[1]) if name.endswith("A") else (value.shape[1], value.shape[0])
+    for key, value in mean.items():
+        small, large = (value.shape[0], value.shape[1]) if key.endswith("A") else (value.shape[1], value.shape[0])
         bases = [torch.linalg.qr(torch.randn(d, k, generator=generator))[0] for d, k in ((small, small), (large, 4))]
-        curvature[name] = Kronecker(
+        curvature[key] = Kronecker(
             Factor(bases[0], torch.rand(small, generator=generator), 0.0), Factor(bases[1], torch.ones(4), 0.1)
         )
     return artefact.save(

@@ -64,7 +64,7 @@ async def test_a_new_version_takes_the_name_and_the_old_one_keeps_its_id(managed
     assert len(names) == 6, "vLLM keys its prefix cache by them"
     assert managed.metric("posterior_info", posterior="gang", hash=new.posterior.hash, family="particles", base="tiny")  # type: ignore[union-attr]
     assert managed.metric("posterior_adapters") == 5 + 4 + 4
-    assert "4 adapters x 0.01 MB = " in managed.lines[-1] and "13 of 40 places" in managed.lines[-1]
+    assert "4 adapters x 0.00179 MB = 0.00717 MB; " in managed.lines[-1] and "13 of 40 places" in managed.lines[-1]
 
 
 @pytest.mark.asyncio
@@ -225,7 +225,7 @@ ROOMS = [
     (Room(9, 40, 1, None), "has rank 8, and this engine was started for 1; restart the server"),
     (Room(9, 40, 8, ("q_proj",)), "adapts v_proj, and this engine was started for q_proj; restart"),
     (Room(3, 40, 8, None), "has 3 particles, and this engine was started for 2 in a batch; restart"),
-    (Room(9, 12, 8, None), "needs 4 adapters x 0.01 MB = 0.0 MB, and 9 of 12 places .*--hot-load-gib"),
+    (Room(9, 12, 8, None), "needs 4 adapters x 0.00179 MB = 0.00717 MB, and 9 of 12 places .*--hot-load-gib"),
 ]
 
 
