@@ -7,9 +7,11 @@ Gammerman & Shafer 2005, section 7.1). A gambler who starts with a capital of 1 
 that the capital ever reaches 1 / a with probability a at most (Ville 1939): however often one looks, LEVEL bounds the
 false alarms of a record's whole life.
 
-The bets are those of the simple jumper, which are MAPIE 1.6's too (a test compares both). MAPIE's class is not used: it
-takes features and an estimator, whose scores it computes, and here the scores are there already, half of them in a
-record.
+The bettors of the simple jumper take power bets: they win by small p-values, which are of answers that were worse than
+their confidence, and find nothing in better ones, which keep every promise. MAPIE 1.6 has such a test, whose p-values
+are these. Its bets are linear in p and find both sides: where 2 % of 60 rows are wrong and 30 % of 200 answers, they
+found it in 45 % of simulations, and these in 91 %. It also takes features and an estimator, whose scores it computes,
+and here the scores are there already, half of them in a record.
 """
 
 from __future__ import annotations
@@ -23,20 +25,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 JUMP = 0.01  # of the capital goes from each bettor to all in equal parts before every bet, so that none is ruined
-BETS = (-1.0, 0.0, 1.0)  # 1 + bet (p - 1/2) is what a bettor's capital is multiplied by
+BETS = (0.5, 0.75, 1.0)  # bet p^(bet - 1), whose mean over uniform p is 1, multiplies a bettor's capital
 LEVEL = 0.01  # probability of an alarm, at most, where nothing has changed
+TINY = 1e-300
 MOST = 10_000  # labelled answers that are looked at, the newest
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Against exchangeability, after n labelled answers: log10 of the capital `now` and of its `largest`; mean_p: below
-    1/2 where answers are worse than the record's rows, above where they are better."""
+    """Against exchangeability, after n labelled answers: log10 of the capital `now` and of its `largest`."""
 
     n: int
     now: float
     largest: float
-    mean_p: float
 
     @property
     def rejected(self) -> bool:
@@ -48,9 +49,8 @@ def evidence(held: Sequence[float], live: Sequence[float]) -> Evidence | None:
     """Of the `scores` of a record's rows and of labelled answers, in their order; None without any."""
     if not len(live) or not len(held):
         return None
-    p = p_values(held, live)
-    capital = log_capital(p)
-    return Evidence(len(p), float(capital[-1]), max(0.0, float(capital.max())), float(p.mean()))
+    capital = log_capital(p_values(held, live))
+    return Evidence(len(capital), float(capital[-1]), max(0.0, float(capital.max())))
 
 
 def scores(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:
@@ -76,9 +76,9 @@ def log_capital(p: NDArray[np.float64]) -> NDArray[np.float64]:
     count = len(BETS)
     share = [1 / count] * count  # of the capital, a bettor each
     logarithm, found = 0.0, np.empty(len(p))
-    for t, value in enumerate(p.tolist()):
+    for t, value in enumerate(p.clip(min=TINY).tolist()):
         won = [
-            ((1 - JUMP) * part + JUMP / count) * (1 + bet * (value - 0.5))
+            ((1 - JUMP) * part + JUMP / count) * bet * value ** (bet - 1)
             for part, bet in zip(share, BETS, strict=True)
         ]  # fmt: skip
         total = sum(won)

@@ -381,7 +381,6 @@ class ExchangeabilityRecord(BaseModel):
     n: int
     now: float
     largest: float
-    mean_p: float
     rejected: bool
 
 

@@ -112,7 +112,6 @@ class Exchangeability:
     n: int
     now: float
     largest: float
-    mean_p: float
     rejected: bool
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import pytest
 
-from posterior.calibration.exchangeability import LEVEL, Evidence, evidence, log_capital, p_values, scores
+from posterior.calibration.exchangeability import BETS, JUMP, LEVEL, Evidence, evidence, log_capital, p_values, scores
 
 
 def rows(n: int, wrong: float, generator: np.random.Generator) -> list[float]:
@@ -35,18 +36,27 @@ def test_p_values_are_mapie_s() -> None:
     assert p_values(held, live).tolist() == pytest.approx(expected)
 
 
-def test_the_capital_is_mapie_s() -> None:
-    from mapie.exchangeability_testing import OnlineMartingaleTest
+def test_the_capital_is_the_mean_of_all_ways_to_bet() -> None:
+    """A way to bet is a bettor for each p-value, who stays with probability 1 - JUMP and is drawn anew else."""
+    p = [0.03, 0.5, 0.2, 0.01, 0.9]
+    expected = 0.0
+    for way in product(range(len(BETS)), repeat=len(p)):
+        probability = 1 / len(BETS)
+        for before, after in pairwise(way):
+            probability *= JUMP / len(BETS) + (1 - JUMP) * (before == after)
+        expected += probability * math.prod(
+            BETS[bettor] * x ** (BETS[bettor] - 1) for bettor, x in zip(way, p, strict=True)
+        )
+    assert log_capital(np.array(p))[-1] == pytest.approx(math.log10(expected))
 
-    theirs = OnlineMartingaleTest(task="classification", warn=False)
-    p = np.random.default_rng(1).beta(0.6, 1.4, 500)
-    expected = [math.log10(theirs.update_simple_jumper_martingale(float(value))) for value in p]
-    assert expected[-1] > 2, "the case must hold a large capital"
-    assert log_capital(p).tolist() == pytest.approx(expected)
+
+def test_every_bet_is_fair() -> None:
+    p = (np.arange(10**6) + 0.5) / 10**6
+    assert [float((bet * p ** (bet - 1)).mean()) for bet in BETS] == pytest.approx([1.0] * len(BETS), abs=1e-3)
 
 
 def test_the_capital_does_not_overflow() -> None:
-    assert log_capital(np.full(5000, 0.001))[-1] > 400
+    assert math.isfinite(log_capital(np.full(5000, 0.0))[-1]) and log_capital(np.full(5000, 0.001))[-1] > 400
 
 
 def test_p_values_are_uniform_and_independent_where_nothing_has_changed() -> None:
@@ -58,24 +68,26 @@ def test_p_values_are_uniform_and_independent_where_nothing_has_changed() -> Non
     assert abs(spearmanr(p[:, 0], p[:, 1]).statistic) < 4 / math.sqrt(len(p))
 
 
-def simulated(runs: int, wrong: float, seed: int) -> list[Evidence]:
-    """Of 100 rows of which a tenth is wrong, and 400 answers of which the share `wrong` is."""
+def simulated(runs: int, wrong: tuple[float, float], seed: int, n: int = 400) -> list[Evidence]:
+    """Of 60 rows of which the first share is wrong, and n answers of which the second is."""
     generator = np.random.default_rng(seed)
-    found = [evidence(rows(100, 0.1, generator), rows(400, wrong, generator)) for _ in range(runs)]
+    found = [evidence(rows(60, wrong[0], generator), rows(n, wrong[1], generator)) for _ in range(runs)]
     return [each for each in found if each is not None]
 
 
 def test_false_alarms_are_as_rare_as_promised() -> None:
-    found = simulated(200, 0.1, seed=3)
+    found = simulated(200, (0.1, 0.1), seed=3)
     for level in (0.2, 0.05, LEVEL):
         alarms = sum(each.largest >= -math.log10(level) for each in found)
         assert alarms <= 200 * level + 3 * math.sqrt(200 * level * (1 - level)), level
 
 
 def test_answers_that_are_wrong_more_often_are_found() -> None:
-    found = simulated(40, 0.35, seed=4)
-    assert sum(each.rejected for each in found) >= 36
-    assert sum(each.mean_p < 0.5 for each in found) == 40
+    assert sum(each.rejected for each in simulated(50, (0.02, 0.3), seed=4, n=200)) >= 40
+
+
+def test_answers_that_are_right_more_often_are_no_alarm() -> None:
+    assert not any(each.rejected for each in simulated(20, (0.3, 0.02), seed=5))
 
 
 def test_nothing_is_known_without_rows_or_answers() -> None:
