@@ -36,15 +36,16 @@ def run(args: argparse.Namespace) -> None:
 
 def lines(args: argparse.Namespace) -> list[Line]:
     """Every check, in the order in which a start would meet it."""
+    file = reading.config(args)
     try:
         settings = reading.read(args)
-        first = [Line("settings", "ok", f"as asked for{f' in {args.config}' if args.config else ''}")]
+        first = [Line("settings", "ok", f"of {file}, the environment and options" if file else "as asked for")]
     except PosteriorError as error:
         settings = ServeSettings()
         first = [Line("settings", "fail", str(error), "change it; the other checks are of the defaults")]
     return [
         *first,
-        *machine.secrets(args.config),
+        *machine.secrets(file),
         *stack.python(),
         *stack.packages(),
         *stack.options(settings),
