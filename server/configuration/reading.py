@@ -103,7 +103,7 @@ def from_file(path: Path) -> dict[str, Any]:
 
 
 def exposed(path: Path | None) -> str | None:
-    """What to say of a file whose secrets other users of the machine can read; None of others. Raises PosteriorError."""
+    """What to say of a file whose secrets other users of the machine can read, else None. Raises PosteriorError."""
     found = [] if path is None else [name for name in SECRETS if isinstance(from_file(path).get(name), str)]
     if path is None or not found or not path.stat().st_mode & 0o044:
         return None

@@ -51,7 +51,7 @@ def access(settings: ServeSettings) -> Iterator[Line]:
     for warning in warnings:
         yield Line("keys", "warn", warning)
     if not warnings:
-        what = f"{len(keys)} of them" if keys else "none, which only clients on this machine can use"
+        what = f"{len(keys)} of them" if keys else "none, so only clients on this machine are answered"
         yield Line("keys", "ok", what)
 
 

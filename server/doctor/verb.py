@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 
-from posterior.cli import arguments
 from posterior.errors import PosteriorError
 from server.configuration import reading
 from server.configuration.schema import ServeSettings
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of `posterior serve`, and --json."""
     reading.add_arguments(parser)
     parser.epilog = "Status 0: the server can start; lines that begin with warn are advice. Status 1: a line says fail."
-    arguments.add_json(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(args: argparse.Namespace) -> None:
