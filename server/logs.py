@@ -38,9 +38,9 @@ class Formatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         if self._json:
             said: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "logger": record.name}
-            said |= {"message": record.getMessage(), **fields}
+            said |= {"message": record.getMessage().rstrip(), **fields}
             return json.dumps(said if trace is None else {**said, "exception": trace}, default=str)
-        parts = [f"{time} {record.levelname} {record.name}:", record.getMessage()]
+        parts = [f"{time} {record.levelname} {record.name}:", record.getMessage().rstrip()]
         parts += [f"{name}={value}" for name, value in fields.items()]
         return " ".join(parts) + ("" if trace is None else f"\n{trace}")
 

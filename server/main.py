@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> None:
     contract.check_version()
     if settings.compile and shutil.which("g++") is None:
         raise PosteriorError("--compile needs a C++ compiler: install g++, or leave it out")
+    exposed = reading.exposed(reading.config(args))
+    if exposed is not None:
+        say(f"warning: {exposed}")
     keys = Keys(secret(settings.api_key), settings.keys)
     place = Place.of(settings)
     if settings.uds is None:

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import os
 import re
-import stat
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ def read(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
 
     Raises PosteriorError, one line that calls a setting what the user called it.
     """
-    file = args.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
+    file = config(args, environment)
     found: dict[str, tuple[Any, str]] = {}  # value and name
     if file is not None:
         found |= {name: (value, f"{file}: {name}") for name, value in from_file(file).items()}
@@ -61,6 +60,12 @@ def read(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
     except SettingError as error:
         named = error.named(lambda name: found[name][1] if name in found else options.option(name))
         raise PosteriorError(named) from error
+
+
+def config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The file of settings, if one is named."""
+    given: Path | None = args.config
+    return given or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -97,10 +102,12 @@ def from_file(path: Path) -> dict[str, Any]:
     return {name: _read(FORMS[name], value, path.parent) for name, value in body.items()}
 
 
-def exposed(path: Path) -> list[str]:
-    """The secrets in a file of settings that other users of the machine can read."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    return [name for name in SECRETS if mode & 0o044 and isinstance(from_file(path).get(name), str)]
+def exposed(path: Path | None) -> str | None:
+    """What to say of a file whose secrets other users of the machine can read, else None. Raises PosteriorError."""
+    found = [] if path is None else [name for name in SECRETS if isinstance(from_file(path).get(name), str)]
+    if path is None or not found or not path.stat().st_mode & 0o044:
+        return None
+    return f"other users of this machine can read {' and '.join(found)} in {path}; run `chmod 600 {path}`"
 
 
 def _parsed(form: Form, text: str) -> Any:

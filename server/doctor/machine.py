@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,14 +23,9 @@ SMALL_DISK = 2 * GIB  # bytes: a converted base and some samples
 
 def secrets(config: Path | None) -> Iterator[Line]:
     """Whether others can read what only the server should."""
-    file = config or (Path(os.environ[reading.CONFIG]) if os.environ.get(reading.CONFIG) else None)
-    try:
-        names = reading.exposed(file) if file is not None else []
-    except (OSError, PosteriorError):
-        return  # the settings' own line says so
-    if names:
-        what = f"other users of this machine can read {', '.join(names)} in {file}"
-        yield Line("settings", "warn", what, f"run `chmod 600 {file}`")
+    with contextlib.suppress(PosteriorError):  # the settings' own line says so
+        if (said := reading.exposed(config)) is not None:
+            yield Line("settings", "warn", said)
 
 
 def compiler(settings: ServeSettings) -> Iterator[Line]:
@@ -55,7 +51,7 @@ def access(settings: ServeSettings) -> Iterator[Line]:
     for warning in warnings:
         yield Line("keys", "warn", warning)
     if not warnings:
-        what = f"{len(keys)} of them" if keys else "none, which only clients on this machine can use"
+        what = f"{len(keys)} of them" if keys else "none, so only clients on this machine are answered"
         yield Line("keys", "ok", what)
 
 

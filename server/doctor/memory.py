@@ -104,7 +104,7 @@ def _on_gpu(
 def _sum(check: str, parts: Mapping[str, float], free: float, do: str) -> Line:
     """Whether the parts fit, written as the sum that they are."""
     total = sum(parts.values())
-    said = " + ".join(f"{size / GIB:.2f} {name}" for name, size in parts.items())
+    said = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     what = f"{said} = {total / GIB:.2f} of {free / GIB:.2f} GiB"
     if total > free:
         return Line(check, "fail", what, do)

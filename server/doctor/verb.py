@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 
-from posterior.cli import arguments
 from posterior.errors import PosteriorError
 from server.configuration import reading
 from server.configuration.schema import ServeSettings
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of `posterior serve`, and --json."""
     reading.add_arguments(parser)
     parser.epilog = "Status 0: the server can start; lines that begin with warn are advice. Status 1: a line says fail."
-    arguments.add_json(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,15 +35,16 @@ def run(args: argparse.Namespace) -> None:
 
 def lines(args: argparse.Namespace) -> list[Line]:
     """Every check, in the order in which a start would meet it."""
+    file = reading.config(args)
     try:
         settings = reading.read(args)
-        first = [Line("settings", "ok", f"as asked for{f' in {args.config}' if args.config else ''}")]
+        first = [Line("settings", "ok", f"of {file}, the environment and options" if file else "as asked for")]
     except PosteriorError as error:
         settings = ServeSettings()
         first = [Line("settings", "fail", str(error), "change it; the other checks are of the defaults")]
     return [
         *first,
-        *machine.secrets(args.config),
+        *machine.secrets(file),
         *stack.python(),
         *stack.packages(),
         *stack.options(settings),

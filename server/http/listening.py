@@ -93,6 +93,6 @@ async def _drain(running: Running, service: Service, seconds: float) -> None:
     running.stopping = True
     service.metrics.ready.set(0)
     if not await running.ended(seconds):
-        say(f"warning: some requests still ran after {seconds:.0f} s; they end with an error")
+        say(f"warning: some requests still ran after {seconds:g} s; they end with an error")
         running.abort()
         await running.ended(LAST_SECONDS)

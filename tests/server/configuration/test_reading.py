@@ -158,9 +158,10 @@ def test_what_makes_no_sense_is_refused(words: str) -> None:
 def test_secrets_that_others_can_read(file: Path) -> None:
     file.write_text('api_key = "s3cret"\nport = 1\n')
     file.chmod(0o644)
-    assert reading.exposed(file) == ["api_key"]
+    said = f"other users of this machine can read api_key in {file}; run `chmod 600 {file}`"
+    assert reading.exposed(file) == said and reading.exposed(None) is None
     file.chmod(0o600)
-    assert reading.exposed(file) == []
+    assert reading.exposed(file) is None
 
 
 def test_help_groups_every_setting_and_says_where_else_it_can_stand(capsys: pytest.CaptureFixture[str]) -> None:
