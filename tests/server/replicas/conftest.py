@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from server.replicas.affinity import order
 from server.replicas.front import create_front
@@ -77,7 +78,7 @@ def replicas() -> Scripted:
     return Scripted()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture
 async def client(replicas: Scripted) -> AsyncGenerator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(create_front(replicas), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:

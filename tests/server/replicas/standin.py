@@ -35,7 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.1)
             os._exit(9)
         time.sleep(float(OPTIONS.get("--answers-after", 0)))
-        self.answer(201, self.path.encode() + b" " + str(self.headers).encode() + body)
+        headers = "".join(f"{name}: {value}\n" for name, value in self.headers.items())
+        self.answer(201, f"{self.path} {headers}\n".encode("latin-1") + body)
 
     def answer(self, status: int, content: bytes) -> None:
         self.send_response(status)

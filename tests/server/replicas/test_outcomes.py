@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from sqlalchemy import func, select
 
 from server.http.app import create_app
@@ -70,7 +71,7 @@ def replicas(service: Service, stores: list[Store]) -> Applications:
     return Applications(apps)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture
 async def client(replicas: Applications) -> AsyncGenerator[httpx.AsyncClient]:
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(create_front(replicas)), base_url="http://front"
