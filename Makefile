@@ -8,10 +8,11 @@
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
+# make page-test   the page at / in Chromium: against canned replies, then against a real server
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test test-long oracles clients docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients page-test docs test-docs check bench grid soak fuzz fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -42,6 +43,10 @@ clients: setup # LangChain and LiteLLM leave sockets of their async clients open
 	@CLIENTS=1 $(SETUP)
 	SERVER_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest \
 	    -W ignore::ResourceWarning tests/clients/run_*.py
+
+page-test: setup # needs node 20, npm, and Debian's package chromium
+	cd tests/web && npm ci --no-audit --no-fund
+	PYTHON=$(CURDIR)/$(BIN)/python node --test tests/web/*.test.js
 
 docs:
 	@DOCS=1 $(SETUP)

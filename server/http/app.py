@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 import posterior
 from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, RequestError, Unavailable
-from server.http import answers, decisions, errors, openapi, outcomes, predictive, systemone
+from server.http import answers, decisions, errors, openapi, outcomes, page, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.body import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
@@ -51,7 +51,8 @@ T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
-PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+# The routes that need no key: they hold no data.
+PUBLIC = frozenset({"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"})
 ADMIN = frozenset({"/metrics"})  # those for admins: it names every model and every key
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx, which would hold a stream back
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # OpenAPI 3.1 has no schema of events
@@ -101,6 +102,8 @@ def create_app(service: Service, keys: Keys | None) -> FastAPI:
     html = openapi.replies(None)
     app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
     app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
+    app.get("/", summary="A page to ask with", response_class=HTMLResponse, responses=html)(page.show)
+    app.get("/web/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(page.part)
     app.state.description = functools.cache(partial(openapi.describe, app, key=bool(keys), public=PUBLIC))
     return app
 
@@ -170,7 +173,9 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
     }
     if served.posterior is None:
         return card
-    return {**card, "family": served.posterior.family, "predictives": list(served.predictives)}
+    task = served.posterior.task
+    asked = {"task": task.kind, "fields": list(task.fields)}
+    return {**card, "family": served.posterior.family, "predictives": list(served.predictives), **asked}
 
 
 STARTED = int(time.time())

@@ -20,13 +20,13 @@ from tests.server import fakes
 from tests.server.conftest import error_of
 
 PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
-OPEN = {"/health", "/ready", "/docs", "/docs/{name}"}
+OPEN = {"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
     ("POST", "/v1/systemone"), ("POST", "/v1/outcomes"), ("DELETE", "/v1/outcomes/{id:path}"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
-    ("GET", "/docs/{name}"),
+    ("GET", "/docs/{name}"), ("GET", "/"), ("GET", "/web/{name}"),
 }  # fmt: skip
 
 
