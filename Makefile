@@ -10,10 +10,11 @@
 # make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make replicas  two servers behind one address, on Ray Serve in .venv-replicas    make replicas-test  kill one, check the Helm chart
+# make page-test   the page at / in Chromium: against canned replies, then against a real server
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test test-long oracles clients replicas replicas-test docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients replicas replicas-test page-test docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -53,6 +54,10 @@ replicas-test: setup
 	@REPLICAS=1 $(SETUP)
 	.venv-replicas/bin/python -m pytest tests/replicas/run_chart.py
 	$(BIN)/python -m pytest tests/replicas/run_scaling.py tests/replicas/run_ray.py
+
+page-test: setup # needs node 20, npm, and Debian's package chromium
+	cd tests/web && npm ci --no-audit --no-fund
+	PYTHON=$(CURDIR)/$(BIN)/python node --test tests/web/*.test.js
 
 docs:
 	@DOCS=1 $(SETUP)

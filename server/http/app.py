@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 import posterior
 from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, RequestError, Stopping, Unavailable
-from server.http import answers, decisions, errors, managing, openapi, outcomes, predictive, systemone
+from server.http import answers, decisions, errors, managing, openapi, outcomes, page, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.body import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
@@ -57,7 +57,8 @@ T = TypeVar("T")
 Handler = Callable[[dict[str, Any], Request, Observation], Awaitable[Reply]]
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
-PUBLIC = frozenset({"/health", "/ready", "/docs", "/docs/{name}"})  # the routes that need no key: they hold no data
+# The routes that need no key: they hold no data.
+PUBLIC = frozenset({"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"})
 ADMIN = frozenset({"/metrics", *managing.PATHS})  # those for admins: they name every model, or change what is served
 MOST = 1024  # requests for answers at a time, unless the server's owner says otherwise
 EXPOSED = (HEADER, "Retry-After", *(  # headers that pages of other origins may read
@@ -134,6 +135,8 @@ def create_app(
     html = openapi.replies(None)
     app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
     app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
+    app.get("/", summary="A page to ask with", response_class=HTMLResponse, responses=html)(page.show)
+    app.get("/web/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(page.part)
     app.state.description = functools.cache(partial(openapi.describe, app, key=bool(keys), public=PUBLIC))
     return app
 
@@ -203,7 +206,9 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
     }
     if served.posterior is None:
         return card
-    return {**card, "family": served.posterior.family, "predictives": list(served.predictives)}
+    task = served.posterior.task
+    asked = {"task": task.kind, "fields": list(task.fields)}
+    return {**card, "family": served.posterior.family, "predictives": list(served.predictives), **asked}
 
 
 STARTED = int(time.time())

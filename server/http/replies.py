@@ -37,8 +37,8 @@ class Version(BaseModel):
 
 
 class ModelCard(_Reply):
-    """One model name. `parent`: the base; `max_model_len`: longest prompt plus answer in tokens; `predictives`: its
-    default first."""
+    """One model name. `parent`: the base; `max_model_len`: longest prompt plus answer in tokens. Of a posterior also
+    `predictives`: its default first; `task`: what it was fitted to; `fields`: those of its template."""
 
     id: str
     object: Literal["model"]

@@ -20,7 +20,7 @@ from tests.server import fakes
 from tests.server.conftest import error_of
 
 PREDICT = {"model": "gang", "inputs": [{"text": "good"}]}
-OPEN = {"/health", "/ready", "/docs", "/docs/{name}"}
+OPEN = {"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"}
 ROUTES = {
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/{name:path}"), ("POST", "/v1/predictive"), ("POST", "/v1/decisions"),
@@ -29,7 +29,7 @@ ROUTES = {
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"),
     ("GET", "/docs/{name}"), ("GET", "/v1/posteriors"), ("POST", "/v1/posteriors"),
     ("DELETE", "/v1/posteriors/{name}"), ("GET", "/v1/aliases"), ("PUT", "/v1/aliases/{name}"),
-    ("DELETE", "/v1/aliases/{name}"),
+    ("DELETE", "/v1/aliases/{name}"), ("GET", "/"), ("GET", "/web/{name}"),
 }  # fmt: skip
 
 
