@@ -16,18 +16,17 @@ import torch
 
 from posterior.calibration import probes as stored
 from posterior.calibration.probes import Probe, Probes
-from posterior.calibration.records import find, template_hash
+from posterior.calibration.records import Record
 from posterior.data.examples import Example, Examples
 from posterior.errors import PosteriorError
 from posterior.models.devices import Dtype
 from posterior.predictive.mixture import from_gaussian
 from posterior.storage.artefact import Posterior
 from server.errors import first
-from server.services.options import Uncertainty
 from server.services.predictive import Service
-from server.services.questions import Question
 from server.services.registry import Served
 
+PARTICLE_ROWS, LINEARIZED_ROWS = 4, 2  # that are computed under every particle, and linearised: the start waits
 Z = 3.0  # standard errors: a calibrated posterior is beyond them once in 370 times
 
 
@@ -82,7 +81,9 @@ async def examine(service: Service, served: Served) -> Verdict:
             f"explains {worst[1]:g}; compare the base, its tokenizer and --dtype with those of the fit"
         )
         return replace(verdict, refusal=refusal)
-    return await _with_gap(service, served, examples, verdict) if probes.heldout else verdict
+    if not probes.heldout or not posterior.task.has_candidates:
+        return verdict
+    return _with_gap(service, served, posterior, probes, verdict)
 
 
 def _alike(example: Example, probe: Probe) -> bool:
@@ -109,24 +110,29 @@ async def _by_engine(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(service.engine.score([list(each.prompt)], each.continuations, adapters))
-                for each in examples
+                group.create_task(
+                    service.engine.score(
+                        [list(each.prompt)], each.continuations, adapters if row < PARTICLE_ROWS else adapters[:1]
+                    )
+                )
+                for row, each in enumerate(examples)
             ]
     except ExceptionGroup as errors:
         raise first(errors) from errors
     worst = 0.0
     for example, task, probe in zip(examples, tasks, probes.rows, strict=True):
+        log_p = task.result().log_p[0]
         lengths = torch.tensor([len(tokens) for tokens in example.continuations])
-        found = stored.probabilities(task.result().log_p[0], lengths, examples.scoring)
-        worst = _larger(worst, found, torch.tensor(probe.probability[: particles + 1], dtype=torch.float64))
+        found = stored.probabilities(log_p, lengths, examples.scoring)
+        worst = _larger(worst, found, torch.tensor(probe.probability[: len(log_p)], dtype=torch.float64))
     return worst, stored.tolerance(cast(Dtype, service.engine.dtype), probes.dtype)
 
 
 async def _linearized(service: Service, served: Served, examples: Examples, probes: Probes) -> tuple[float, float]:
-    """The same of the linearised predictive."""
+    """The same of the linearised predictive, on a few rows."""
     assert service.linearizer is not None
     worst = 0.0
-    for example, probe in zip(examples, probes.rows, strict=True):
+    for example, probe in list(zip(examples, probes.rows, strict=True))[:LINEARIZED_ROWS]:
         ((mean, covariance),) = await service.linearizer.moments(
             served.key, [list(example.prompt)], example.continuations
         )
@@ -141,20 +147,16 @@ def _larger(worst: float, found: torch.Tensor, expected: torch.Tensor) -> float:
     return max(worst, math.inf if math.isnan(difference) else difference)
 
 
-async def _with_gap(service: Service, served: Served, examples: Examples, verdict: Verdict) -> Verdict:
-    """The verdict with how much too sure the answers are that clients get by default."""
-    posterior = served.posterior
-    if posterior is None or posterior.probes is None or not posterior.task.has_candidates:
-        return verdict
+def _with_gap(service: Service, served: Served, posterior: Posterior, probes: Probes, verdict: Verdict) -> Verdict:
+    """The verdict with how much too sure the answers are that clients get by default. They are as stored, or the
+    posterior would have been refused; nothing is computed again."""
     confidence, right = [], []
-    for example, probe in zip(examples, posterior.probes.rows, strict=True):
-        question = _question(served, posterior, example, probe)
-        (answer,) = await service.answer(question)
-        key = service.key(question, answer.predictive)
-        record = None if key is None else find(posterior.calibration, key)
-        p = answer.predictive.probability if record is None else record.apply(answer.predictive.probability)
+    for probe in probes.rows:
+        p = _default(served, probe)
+        record = _record(service, posterior, probe, served)
+        p = p if record is None else record.apply(p)
         confidence.append(float(p.max()))
-        right.append(int(p.argmax()) == example.label)
+        right.append(int(p.argmax()) == probe.label)
     gap, z = stored.signed_gap(confidence, right)
     verdict = replace(verdict, gap=gap, z=z)
     if abs(z) <= Z:
@@ -168,16 +170,26 @@ async def _with_gap(service: Service, served: Served, examples: Examples, verdic
     return replace(verdict, notes=(*verdict.notes, note))
 
 
-def _question(served: Served, posterior: Posterior, example: Example, probe: Probe) -> Question:
-    """The question of a probe as a client would ask it."""
-    task = posterior.task
-    return Question(
-        served,
-        served.predictives[0],
-        [list(example.prompt)],
-        task.answers_of(probe.row),
-        example.continuations,
-        Uncertainty(),
-        template_hash(task),
-        task.question_of(probe.row).type if task.kind == "decision" else None,
-    )
+def _default(served: Served, probe: Probe) -> torch.Tensor:
+    """The probabilities [C] of a probe's answers by the default predictive."""
+    name, table = served.predictives[0], torch.tensor(probe.probability, dtype=torch.float64)
+    if name == "linearized" and probe.linearized is not None:
+        return torch.tensor(probe.linearized, dtype=torch.float64)
+    if name == "mixture" and len(table) > 1:
+        weights = torch.tensor(served.weights[: len(table) - 1], dtype=torch.float64)
+        return (weights / weights.sum()) @ table[1 : len(weights) + 1]
+    return table[0]
+
+
+def _record(service: Service, posterior: Posterior, probe: Probe, served: Served) -> Record | None:
+    """The calibration that such answers get, if there is one: of the question's kind, or of all kinds."""
+    name = served.predictives[0]
+    kind = posterior.task.question_of(probe.row).type if posterior.task.kind == "decision" else None
+    found = {
+        key.question: record
+        for key, record in posterior.calibration.items()
+        if (key.predictive, key.dtype) == (name, service.dtype(name))
+        and key.answers in (None, len(probe.probability[0]))
+        and (name != "mixture" or key.particles == len(served.particles))
+    }
+    return found.get(kind) or found.get("any")

@@ -11,6 +11,8 @@ from posterior.errors import PosteriorError
 from posterior.models.base import Base
 from posterior.storage import artefact
 from server.errors import Conflict
+from server.http import predictive
+from server.metrics import Observation
 from server.services import probing
 from server.services.warming import warm_up
 from tests.server import folders
@@ -130,41 +132,33 @@ async def test_particles_of_another_sampler_are_not_compared(root: Path, base: B
     assert one.verdict.difference is not None and any("were drawn by v1.torch1.0" in line for line in managed.lines)
 
 
-@pytest.mark.parametrize(("labels", "kind"), [((0, 1, 1, 0), "too sure"), ((1, 0, 0, 1), None)])
+@pytest.mark.parametrize(("right", "kind"), [(0, "too sure"), (2, None), (4, "not sure enough")])
 @pytest.mark.asyncio
 async def test_a_posterior_that_is_too_sure_is_a_warning_and_a_metric(
-    root: Path, base: Base, labels: tuple[int, ...], kind: str | None, monkeypatch: pytest.MonkeyPatch
+    root: Path, base: Base, right: int, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every answer is the same one, of the same confidence: the labels say how many are right."""
     managed = with_probes(root, base, heldout=True)
     gang = managed.service.find("gang")
     assert gang.posterior is not None and gang.posterior.probes is not None
+    asked = {"model": "gang", "inputs": [{"text": "good"}]}
+    reply = await predictive.reply(managed.service, asked, Observation(managed.service.metrics, "test"))
+    (item,) = reply["data"]
+    confidence, best = item["confidence"], [" negative", " positive"].index(item["answer"])
     made = gang.posterior.probes
-    (answer,) = await managed.service.answer(
-        probing._question(gang, gang.posterior, _example(managed, made.rows[0].row), made.rows[0])
-    )
-    best = int(answer.predictive.probability.argmax())
-    right = [best if label == 1 else 1 - best for label in labels] if kind is None else [1 - best] * 4
+    labels = [best if number < right else 1 - best for number in range(4)]
     rows = [
         probe.model_copy(update={"label": label, "row": {**probe.row, "label": label}})
-        for probe, label in zip(made.rows, right, strict=True)
+        for probe, label in zip(made.rows, labels, strict=True)
     ]
     gang.posterior.add_probes(made.model_copy(update={"rows": tuple(rows)}))
-    monkeypatch.setattr(probing, "Z", 1.5)
+    monkeypatch.setattr(probing, "Z", 1.0)
     one = await managed.lifecycle.load("gang")
-    confidence = float(answer.predictive.probability.max())
-    gap = confidence - (0.5 if kind is None else 0.0)
-    assert one.verdict.gap == pytest.approx(gap) and one.verdict.z is not None
+    gap = confidence - right / 4
     hash = one.label.partition("@")[2]
     assert managed.metric("posterior_probe_gap", posterior="gang", hash=hash) == pytest.approx(gap)
     z = gap * 4 / (4 * confidence * (1 - confidence)) ** 0.5
     assert managed.metric("posterior_probe_gap_z", posterior="gang", hash=hash) == pytest.approx(z)
-    assert any(f"is {kind}" in line for line in managed.lines) == (kind is not None)
+    assert (one.verdict.gap, one.verdict.z) == (pytest.approx(gap), pytest.approx(z))
+    assert any(f"is {kind}" in line for line in managed.lines) == (kind is not None), (z, managed.lines)
     assert "gang" in managed.names(), "it is served all the same"
-
-
-def _example(managed: Managed, row: dict[str, Any]) -> Any:
-    from posterior.calibration.probes import examples
-
-    task: Any = folders.TASK
-    return examples(task, managed.service.tokenizer, [row])[0]
