@@ -1,4 +1,4 @@
-"""The real engine with JSON logs and a collector of traces: whoever writes, every line is an object, and vLLM's spans
+"""The real engine with JSON logs and a collector of traces: whoever logs, a line is an object, and vLLM's spans
 stand in the requests' own."""
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def test_logs_and_traces_of_the_real_engine(tmp_path: Path, monkeypatch: pytest.
         linear = {"prompts": ["A secret"], "answers": [" a", " b"], "model": "mood"}
         assert httpx.post(f"{url}/v1/predictive", json=linear, headers=KEYED, timeout=60).status_code == 200
 
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    text = (tmp_path / "log").read_text()
+    assert not re.search(r"^(\(|[A-Z]+[ :])", text, re.MULTILINE), "nothing in vLLM's own form"
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]  # others print without a logger
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     assert {"posterior", "posterior.access"} <= {line["logger"] for line in lines}
     vllm = [line for line in lines if line["logger"].startswith("vllm")]

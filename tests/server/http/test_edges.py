@@ -10,9 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from posterior.errors import PosteriorError
+from server.access.exposure import check_exposure
 from server.access.keys import Keys, secret
 from server.http.app import create_app
-from server.http.auth import check_exposure
 from server.services.predictive import Service
 from tests.server import fakes
 from tests.server.conftest import error_of
