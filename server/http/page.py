@@ -20,9 +20,7 @@ HEADERS = {  # nothing but the page's own files runs or loads, and no string bec
     "Cache-Control": "no-cache",
 }
 FOLDER = files("server.http") / "web"  # a link to clients/web; in a wheel, a folder
-PARTS = {
-    file.name: kind for file in FOLDER.iterdir() for suffix, kind in KINDS.items() if file.name.endswith(suffix)
-}
+PARTS = {file.name: kind for file in FOLDER.iterdir() for suffix, kind in KINDS.items() if file.name.endswith(suffix)}
 
 
 async def show() -> Response:
