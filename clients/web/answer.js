@@ -13,10 +13,10 @@ const STRANGE = 0.05; // at most so many held-out rows are as strange
 /**
  * A card.
  *
- * record: the reply's `uncertainty`. asked: {title, names: option -> text, level, risk}. reply: {id, index} for outcomes.
+ * record: the reply's `uncertainty`. asked: {title, subtitle, names: option -> text, note, level, risk}. reply: {id, index} for outcomes.
  * refused: whether the server refused to answer.
  */
-export function card(record, { title, subtitle, names, level, risk }, reply, refused = false) {
+export function card(record, { title, subtitle, names, note, level, risk }, reply, refused = false) {
   const name = (value) => names?.get(value) ?? shown(value);
   const inside = new Set(record.prediction_set ?? []);
   const items = record.answers.map((each) => ({
@@ -33,6 +33,7 @@ export function card(record, { title, subtitle, names, level, risk }, reply, ref
     h("h3", {}, title, subtitle ? h("small", {}, subtitle) : null),
     refused ? refusal(record, name, risk)
       : h("p", { class: "verdict" }, h("strong", {}, name(record.answer)), ` ${percent(record.confidence)}`),
+    note ? h("p", { class: "hint" }, note) : null,
     bars("Probability of each answer", items, { heads: calibrated, level }),
     h("p", {}, setOf(record, name, level)),
     split(record.entropy, Math.log(record.answers.length)),

@@ -114,7 +114,8 @@ async function one({ path, inputs, coverage, risk, question }, model, predictive
   const names = new Map(question.levels?.map(({ label }, number) => [number, label]));
   names.ordered = question.type === "score";
   const refused = answer.type === "refusal";
-  const told = { title: question.instructions, subtitle, names, level: coverage, risk: risk === null ? null : percent(risk) };
+  const note = typeof answer.score === "number" ? `Mean level ${answer.score.toFixed(2)}, counted from 0.` : null;
+  const told = { title: question.instructions, subtitle, names, note, level: coverage, risk: risk === null ? null : percent(risk) };
   return { record, refused, card: answerCard(record, told, { id: reply.id, index: 0 }, refused) };
 }
 

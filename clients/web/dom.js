@@ -35,7 +35,7 @@ export const shown = (value) => String(value).trim() || JSON.stringify(value);
 
 /** A table; the first cell of a row is its head. */
 export function table(caption, heads, rows) {
-  return h("div", { class: "scroll", role: "region", "aria-label": caption, tabindex: 0 },
+  return h("div", { class: "scroll", role: "group", "aria-label": caption, tabindex: 0 },
     h("table", {},
       h("caption", {}, caption),
       h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),

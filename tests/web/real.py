@@ -20,6 +20,7 @@ from tests.web.stub import REPLIES, reply_name
 
 SHIPPED = Path(__file__).parents[2] / "posterior/shipped"
 BANK = "The machine swallowed my card, and now there are payments on my statement that I did not make."
+MEAL = "The food was good, the service was slow."
 DEPARTMENTS = ("account", "cards", "cash", "exchange", "payments", "security", "top-ups", "transfers")
 CHOICE = {
     "type": "choice", "instructions": "Which department should answer?",
@@ -49,7 +50,7 @@ REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     _asked(CHOICE, max_risk=RISK),
     _asked(PREDICATE),
     _asked(SCORE),
-    ("v1/predictive", {"model": "sentiment", "inputs": [{"text": "The food was good, the service was slow."}], **COVERAGE}),
+    ("v1/predictive", {"model": "sentiment", "inputs": [{"text": MEAL}], **COVERAGE}),
     ("v1/chat/completions", {
         "model": "support", "messages": CHAT, "logprobs": True, "top_logprobs": 5, "max_tokens": 40, "temperature": 0.7,
         "seed": 1, "stream": True, "uncertainty": {"per_particle": True},

@@ -1,4 +1,4 @@
-"""The page with canned replies, for tests in a browser: the server's own files and headers, and replies of a real server.
+"""The page with canned replies, for tests in a browser: the server's own files and headers, and real replies.
 
 `python -m tests.web.stub` prints its URL and runs until standard input ends. `python -m tests.web.real --record` makes
 the replies anew.
