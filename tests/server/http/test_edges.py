@@ -249,14 +249,8 @@ def test_every_route_is_described_and_only_with_the_key(service: Service) -> Non
         routes = {route.path.replace(":path", "") for route in client.app.routes}  # type: ignore[attr-defined]
         assert set(document["paths"]) == routes
         public = [p for p, item in document["paths"].items() if all(o.get("security") == [] for o in item.values())]
-<<<<<<< HEAD
-        assert set(public) == {"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"} and document[
-            "security"
-        ] == [{"key": []}]
-=======
         assert set(public) == {"/health", "/ready", "/", "/web/{name}", "/docs", "/docs/{name}"}
         assert document["security"] == [{"key": []}]
->>>>>>> page
         assert {"PredictiveRequest", "ChatRequest", "CompletionRequest", "PredictiveReply", "Error"} <= set(
             document["components"]["schemas"]
         )
