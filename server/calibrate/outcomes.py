@@ -104,9 +104,9 @@ def made(
     choices: list[Record] = []
     texts: list[TextRecord] = []
     if kind == "text":
-        for key, part in _grouped(TextKey, rows):
-            if _enough(key.file_name, part, notes):
-                texts.append(_text(posterior, key, part, settings, until))
+        for text_key, part in _grouped(TextKey, rows):
+            if _enough(text_key.file_name, part, notes):
+                texts.append(_text(posterior, text_key, part, settings, until))
     else:
         for key, part in _grouped(Key, rows):
             for own, each in _kinds(key, part):

@@ -70,7 +70,7 @@ def _front() -> Starlette:
 class Replica:
     """An actor that runs a server. One does not outlive the other."""
 
-    async def __init__(self, command: Sequence[str], options: Sequence[str]) -> None:
+    async def __init__(self, command: Sequence[str], options: Sequence[str]) -> None:  # type: ignore[misc]  # Ray awaits it
         self._name = serve.get_replica_context().replica_id.unique_id
         self._child = await Child.start(self._name, command, options)
         self._watch = asyncio.create_task(self._end_with_child())

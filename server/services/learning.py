@@ -92,19 +92,18 @@ def _learnt(
 ) -> Learnt:
     parts: dict[Sample, Sequence[Stored]] = {"all": known, "requested": [row for row in known if row.requested]}
     missing: dict[Literal["drift", "exchangeability"], str] = {}
-    moved = _drift(posterior, seen, dtype)
+    moved, against = _drift(posterior, seen, dtype), _evidence(posterior, asked)
     if isinstance(moved, str):
-        moved, missing["drift"] = _familiar(posterior, seen, dtype), moved
-    against = _evidence(posterior, asked)
+        missing["drift"] = moved
     if isinstance(against, str):
-        against, missing["exchangeability"] = None, against
+        missing["exchangeability"] = against
     return Learnt(
         *place,
         figures={name: _figures(rows) for name, rows in parts.items() if rows},
         requested=sum(row.requested for row in seen),
         reported=sum(row.requested and row.reported is not None for row in seen),
-        drift=moved,
-        evidence=against,
+        drift=_familiar(posterior, seen, dtype) if isinstance(moved, str) else moved,
+        evidence=None if isinstance(against, str) else against,
         missing=missing,
     )
 

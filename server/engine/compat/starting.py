@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -56,7 +56,8 @@ async def serving_classes(llm: MixingLLM, args: Namespace) -> Any:
 def _bound_series(llm: AsyncLLM) -> None:
     """Switch off vLLM's metric that gets one more series for each combination of adapters that ever ran together: with
     K particles there is no end to them, neither in this process nor in Prometheus."""
-    for logger in llm.logger_manager.stat_loggers if llm.logger_manager else ():
+    loggers: Sequence[Any] = llm.logger_manager.stat_loggers if llm.logger_manager else ()
+    for logger in loggers:
         gauge = getattr(logger, "gauge_lora_info", None)
         if gauge is not None:
             logger.gauge_lora_info = None
