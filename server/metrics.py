@@ -105,6 +105,12 @@ class Metrics:
         self.total = Histogram(
             "posterior_total_entropy_nats", "Entropy of the predictive.", answer, registry=own, buckets=NATS
         )
+        self.abstentions = Counter(
+            "posterior_abstentions",
+            "Answers that were withheld, and texts that came with abstain, since `max_risk` allowed too little error.",
+            ("posterior", "reason"),
+            registry=own,
+        )
         self.familiarity = Histogram(
             "posterior_familiarity",
             "Share of held-out rows that are at least as strange as the question.",

@@ -37,7 +37,7 @@ def ece(p: Tensor, y: Tensor, bins: int = BINS) -> float:
 
 def right_ece(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
     """The same of confidences [N] in answers that are right or not [N]."""
-    count, mean, share = _reliability(confidence, right, bins)
+    count, mean, share = reliability_bins(confidence, right, bins)
     return float((count * (mean - share).abs()).nansum() / len(right))
 
 
@@ -159,10 +159,12 @@ def estimate(
 
 def reliability(p: Tensor, y: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, mean confidence and accuracy, each [bins], of bins (lower, upper] of equal width; nan where empty."""
-    return _reliability(*_top(p, y), bins)
+    return reliability_bins(*_top(p, y), bins)
 
 
-def _reliability(confidence: Tensor, right: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def reliability_bins(confidence: Tensor, right: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the confidences [N] in bins of equal width, each with its upper edge: how many, their mean, and the share of
+    right answers [bins]; nan where there are none."""
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     columns = torch.stack([torch.ones_like(confidence), confidence, right.to(confidence)], 1)
     count, *sums = torch.zeros(bins, 3).to(confidence).index_add(0, index, columns).T

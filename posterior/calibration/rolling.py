@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posterior.calibration.metrics import Estimate, estimate, right_ece
+from posterior.calibration.metrics import Estimate, estimate, reliability_bins, right_ece
 from posterior.calibration.scalers import FLOOR
 
 WIDTH = 1.959964  # standard errors on either side
 DRAWS = 200  # resamples of the bootstrap
+BINS = 10  # of the reliability diagram
 
 PROMISED = {"coverage": "coverage", "risk": "max_risk"}  # figures, and the means of what was asked for
 
@@ -54,6 +55,25 @@ def figures(rows: Sequence[Labelled]) -> dict[str, Estimate]:
     if answered := [not row.right for row in rows if row.max_risk is not None]:
         found["risk"] = share(answered)
     return found
+
+
+class Bin(NamedTuple):
+    """n answers whose confidence is above the bin before and at most `upper`: their mean confidence, and the share of
+    right ones."""
+
+    upper: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(rows: Sequence[Labelled]) -> list[Bin]:
+    """The reliability diagram of the confidences: BINS bins of equal width, without those that are empty."""
+    sure = [(row.confidence, row.right) for row in rows if row.confidence is not None]
+    confidence = torch.tensor([each for each, _ in sure], dtype=torch.float64)
+    columns = reliability_bins(confidence, torch.tensor([right for _, right in sure]), BINS)
+    each = zip(*(column.tolist() for column in columns), strict=True)
+    return [Bin((index + 1) / BINS, int(n), *rest) for index, (n, *rest) in enumerate(each) if n]
 
 
 def promised(rows: Sequence[Labelled]) -> dict[str, float]:

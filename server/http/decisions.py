@@ -32,6 +32,8 @@ async def reply(service: Service, body: dict[str, Any], observation: Observation
     judged, usage = await decide(service, served, request.input, questions, options, observation, orders=options.orders)
     if options.max_risk is not None:
         judged = [within_risk(name, each, options.max_risk) for name, each in zip(questions, judged, strict=True)]
+        for reason in [each.refusal for each in judged if each.refusal is not None]:
+            service.metrics.abstentions.labels(served.owner, reason).inc()
     id = f"decision-{uuid.uuid4().hex}"
     Keeper(service, observation.owner, body).choices(id, judged, request.questions, options.max_risk)
     return {

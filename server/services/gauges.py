@@ -29,7 +29,7 @@ Rows = Sequence[tuple[tuple[str, str, str], Learnt]]  # by the values of OWN
 
 def gauges(rows: Rows) -> Iterator[Metric]:
     """All of them."""
-    for part in (_of_figures, _of_labels, _of_drift, _of_evidence):
+    for part in (_of_figures, _of_reliability, _of_labels, _of_drift, _of_evidence):
         yield from part(rows)
 
 
@@ -54,6 +54,17 @@ def _of_figures(rows: Rows) -> Iterator[Metric]:
                 if (promise := figures.promised.get(PROMISED[name])) is not None:
                     goal.add_metric((*own, sample), promise)
     yield from (count, *gauges.values(), *goals.values())
+
+
+def _of_reliability(rows: Rows) -> Iterator[Metric]:
+    about = "Of the answers in a bin of the reliability diagram: their mean confidence, the share of right ones, and n."
+    gauge = GaugeMetricFamily("posterior_rolling_reliability", about, labels=(*OWN, "sample", "bin", "of"))
+    for own, each in rows:
+        for sample, figures in each.figures.items():
+            for one in figures.reliability:
+                for of in ("confidence", "accuracy", "n"):
+                    gauge.add_metric((*own, sample, f"{one.upper:g}", of), getattr(one, of))
+    yield gauge
 
 
 def _of_labels(rows: Rows) -> Iterator[Metric]:

@@ -23,7 +23,7 @@ from posterior.calibration.familiarity import adapter_of
 from posterior.calibration.metrics import Estimate
 from posterior.calibration.records import Key, PredictiveName, Record
 from posterior.calibration.rightness import Features, TextKey, TextRecord
-from posterior.calibration.rolling import Labelled, figures, promised
+from posterior.calibration.rolling import Bin, Labelled, figures, promised, reliability
 from posterior.models.devices import Dtype
 from posterior.storage.artefact import Posterior
 from server.store.reading import Newest, Stored
@@ -40,11 +40,12 @@ NO_LABELS = "no label that the server asked for (--label-share) has come since t
 
 @dataclass(frozen=True)
 class Figures:
-    """Of n outcomes: what they say, and what was promised (posterior/calibration/rolling.py)."""
+    """Of n outcomes: what they say, what was promised, the reliability diagram (posterior/calibration/rolling.py)."""
 
     n: int
     found: Mapping[str, Estimate]
     promised: Mapping[str, float]
+    reliability: Sequence[Bin]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _learnt(
 
 def _figures(rows: Sequence[Stored]) -> Figures:
     labelled = [_labelled(row) for row in rows]
-    return Figures(len(rows), figures(labelled), promised(labelled))
+    return Figures(len(rows), figures(labelled), promised(labelled), reliability(labelled))
 
 
 def _labelled(row: Stored) -> Labelled:

@@ -106,7 +106,10 @@ class Writer:
         if self.judge is None or not len(text.logprob):
             return None
         right = self.judge(text, found, own)
-        self.service.metrics.text_confidence.labels(self.served.owner).observe(right.confidence)
+        metrics, owner = self.service.metrics, self.served.owner
+        metrics.text_confidence.labels(owner).observe(right.confidence)
+        if right.reason is not None:
+            metrics.abstentions.labels(owner, right.reason).inc()
         return right
 
     def part(self, choice: int, *, last: bool) -> Written | None:

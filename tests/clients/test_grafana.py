@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from server.services.gauges import gauges
 from tests.clients.grafana import DASHBOARD, GRAFANA, PANELS, expression, promtool
 
 COMPOSE = yaml.safe_load((GRAFANA / "compose.yaml").read_text())
@@ -25,7 +26,11 @@ HISTOGRAMS = {
     "posterior_linearized_batch_size",
     "posterior_linearized_queue_seconds",
     "vllm:time_to_first_token_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
 }
+LEARNT = {metric.name for metric in gauges([])}
 METRICS = {
     "posterior_requests_total",
     "posterior_prompt_tokens_total",
@@ -36,8 +41,18 @@ METRICS = {
     "posterior_key_tokens_total",
     "posterior_outcomes_total",
     "posterior_answers_dropped_total",
+    "posterior_abstentions_total",
     "posterior_ready",
     "posterior_info",
+    "posterior_alias_info",
+    "posterior_adapters",
+    "posterior_adapter_places",
+    "posterior_draining",
+    "posterior_probe_difference",
+    "posterior_probe_gap",
+    "posterior_probe_gap_z",
+    *LEARNT,
+    "vllm:num_preemptions_total",
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -54,8 +69,8 @@ def family(name: str) -> str:
 
 def named_metrics(expression: str) -> set[str]:
     """The metrics an expression reads: its identifiers that are neither labels, functions nor keywords."""
-    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\bby \([^)]*\)", " ", expression)
-    return set(re.findall(r"\b[a-zA-Z_:][\w:]*(?!\w|:| *\()", bare)) - {"sum", "by"}
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(by|on) \([^)]*\)", " ", expression)
+    return set(re.findall(r"\b[a-zA-Z_:][\w:]*(?!\w|:| *\()", bare)) - {"sum", "by", "and", "or", "group_left"}
 
 
 def test_every_expression_parses(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from posterior.calibration.rolling import Labelled, figures, mean, promised, share
+from posterior.calibration.metrics import right_ece
+from posterior.calibration.rolling import Labelled, figures, mean, promised, reliability, share
 
 CONFIDENCE = 0.5 + 0.5 * np.random.default_rng(0).beta(3, 1, 300)
 RIGHT = np.random.default_rng(1).random(300) < CONFIDENCE - 0.1
@@ -28,6 +29,23 @@ def test_the_figures_of_confidence_are_scikit_learn_s_and_torchmetrics() -> None
     }
     assert {name: each.value for name, each in found.items()} == pytest.approx(expected, abs=1e-6)
     assert all(each.low < each.value < each.high for each in found.values())
+
+
+def test_the_diagram_is_numpys_and_its_gaps_are_the_ece() -> None:
+    rows = [Labelled(bool(r), float(c)) for c, r in zip(CONFIDENCE, RIGHT, strict=True)]
+    found = reliability([*rows, Labelled(True), Labelled(False)])
+    counts, bounds = np.histogram(CONFIDENCE, bins=10, range=(0, 1))
+    inside = np.digitize(CONFIDENCE, bounds[1:-1], right=True)
+    for bin in found:
+        index = round(10 * bin.upper) - 1
+        assert bin.n == counts[index] and bin.confidence == pytest.approx(CONFIDENCE[inside == index].mean())
+        assert bin.accuracy == pytest.approx(RIGHT[inside == index].mean())
+    ece = sum(bin.n * abs(bin.confidence - bin.accuracy) for bin in found) / 300
+    assert ece == pytest.approx(right_ece(torch.tensor(CONFIDENCE), torch.tensor(RIGHT), bins=10))
+    assert [bin.upper for bin in reliability([Labelled(True, 0.0), Labelled(True, 0.1), Labelled(True, 1.0)])] == [
+        0.1,
+        1,
+    ]
 
 
 def test_a_share_has_wilson_s_interval() -> None:

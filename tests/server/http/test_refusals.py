@@ -65,6 +65,11 @@ def test_answers_below_the_threshold_are_refused_with_their_reason(client: TestC
             assert after["uncertainty"] == before["uncertainty"] | {"reason": reason}
             assert "probability" not in after and "choice" not in after
     assert kinds == {True, False}, "the case must hold both"
+    reasons = [after["uncertainty"]["reason"] for after in held if after["type"] == "refusal"]
+    for reason in ("ambiguous", "unfamiliar"):  # asked twice
+        labels = {"posterior": "gang", "reason": reason}
+        counted = service.metrics.registry.get_sample_value("posterior_abstentions_total", labels) or 0
+        assert counted == 2 * reasons.count(reason)
 
 
 def test_a_risk_needs_a_record_that_can_tell(client: TestClient, service: Service) -> None:

@@ -101,6 +101,9 @@ def test_figures_are_of_all_outcomes_and_of_those_that_were_asked_for(
     assert requested.found["gap"].value == pytest.approx(0.05) and requested.found["coverage"].value == 0.75
     assert every.found["risk"].value == 0.1 and every.promised == pytest.approx({"coverage": 0.9, "max_risk": 0.2})
     assert value(service, "rolling_outcomes", sample="all") == 19
+    own = {"sample": "all", "bin": "0.9"}
+    assert value(service, "rolling_reliability", **own, of="n") == 10
+    assert value(service, "rolling_reliability", **own, of="accuracy") == 0.9
     for bound in ("value", "low", "high"):
         expected = getattr(every.found["accuracy"], bound)
         assert value(service, "rolling_accuracy", sample="all", bound=bound) == expected
