@@ -132,10 +132,10 @@ async def test_particles_of_another_sampler_are_not_compared(root: Path, base: B
     assert one.verdict.difference is not None and any("were drawn by v1.torch1.0" in line for line in managed.lines)
 
 
-@pytest.mark.parametrize(("right", "kind"), [(0, "too sure"), (2, None), (4, "not sure enough")])
+@pytest.mark.parametrize("right", [0, 2, 4])
 @pytest.mark.asyncio
 async def test_a_posterior_that_is_too_sure_is_a_warning_and_a_metric(
-    root: Path, base: Base, right: int, kind: str | None, monkeypatch: pytest.MonkeyPatch
+    root: Path, base: Base, right: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every answer is the same one, of the same confidence: the labels say how many are right."""
     managed = with_probes(root, base, heldout=True)
@@ -160,5 +160,6 @@ async def test_a_posterior_that_is_too_sure_is_a_warning_and_a_metric(
     z = gap * 4 / (4 * confidence * (1 - confidence)) ** 0.5
     assert managed.metric("posterior_probe_gap_z", posterior="gang", hash=hash) == pytest.approx(z)
     assert (one.verdict.gap, one.verdict.z) == (pytest.approx(gap), pytest.approx(z))
-    assert any(f"is {kind}" in line for line in managed.lines) == (kind is not None), (z, managed.lines)
+    warned = ["too sure" in line for line in managed.lines if "held-out probes" in line]
+    assert warned == ([z > 0] if abs(z) > 1 else []) and (right or warned == [True])
     assert "gang" in managed.names(), "it is served all the same"

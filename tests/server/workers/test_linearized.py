@@ -125,6 +125,35 @@ async def test_batches_and_survives_the_loss_of_its_worker(
 
 
 @pytest.mark.asyncio
+async def test_posteriors_come_and_go_and_a_new_worker_knows_which(
+    tiny: tuple[Base, Posterior], linearizer: Linearizer, tmp_path: Path
+) -> None:
+    base, mood = tiny
+    await linearizer.start()
+    other = folders.laplace(tmp_path, base, precision=3.0, name="other", seed=3)
+
+    async def check(name: str, posterior: Posterior) -> None:
+        expected = LinearizedModel(base, {name: posterior}).logits(name, PROMPTS, [CANDIDATES] * 3)
+        for (mean, covariance), want in zip(await linearizer.moments(name, PROMPTS, CANDIDATES), expected, strict=True):
+            assert torch.allclose(mean, want[0], atol=1e-5) and torch.allclose(covariance, want[1], atol=1e-5)
+
+    await linearizer.load("other", (other.path, other.hash))
+    await check("other", other)
+    await check("mood", mood)
+    with pytest.raises(PosteriorError, match="has changed since the server loaded it"):
+        await linearizer.load("third", (other.path, "sha256:another"))
+    await linearizer.unload("mood")
+    await check("other", other)
+    os.kill(worker(linearizer), signal.SIGKILL)
+    await asyncio.sleep(0.2)
+    await ready(linearizer)
+    await check("other", other)
+    await linearizer.unload("other")
+    await linearizer.load("mood", (mood.path, mood.hash))
+    await check("mood", mood)
+
+
+@pytest.mark.asyncio
 async def test_a_signal_to_the_whole_group_leaves_the_worker_to_the_server(linearizer: Linearizer) -> None:
     """systemd sends SIGTERM to every process, a terminal SIGINT: the server then drains, and the worker must answer."""
     await linearizer.start()
