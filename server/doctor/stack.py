@@ -59,7 +59,7 @@ def _own() -> tuple[str | None, list[str]]:
         own = importlib.metadata.metadata(OWN)
     except importlib.metadata.PackageNotFoundError:
         return None, []
-    return own["Requires-Python"] if "Requires-Python" in own else None, own.get_all("Requires-Dist") or []
+    return own["Requires-Python"], own.get_all("Requires-Dist") or []
 
 
 def _package(wanted: Requirement, names: tuple[str, ...]) -> Iterator[Line]:
