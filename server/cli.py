@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -173,6 +174,9 @@ def _close_stdout() -> None:
         with contextlib.suppress(OSError, ValueError):  # a stream of tests has no number
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
+if multiprocessing.current_process().name != "MainProcess":
+    logs.start()  # a process that this command started, and which imports it first: an engine, a worker
 
 if __name__ == "__main__":
     sys.exit(main())

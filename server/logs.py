@@ -1,7 +1,7 @@
 """The log: one line a record, for people or in JSON, of this server, uvicorn, vLLM and the workers alike.
 
 The form is in the environment, where the processes of this server find it too. vLLM reads vllm-logging.json, which
-names `handler` below, in each of its processes.
+names `handler` below, in each of its processes; before it does, `start` has been called (server/cli.py).
 """
 
 from __future__ import annotations

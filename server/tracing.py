@@ -29,7 +29,9 @@ def collector(given: str | None, environment: Mapping[str, str] = os.environ) ->
     if given is None and whole:
         return whole
     address = (given or environment.get("OTEL_EXPORTER_OTLP_ENDPOINT") or "").rstrip("/")
-    return address if not address or _protocol(environment) == "grpc" else f"{address.removesuffix(PATH)}{PATH}"
+    if not address:
+        return None
+    return address if _protocol(environment) == "grpc" else f"{address.removesuffix(PATH)}{PATH}"
 
 
 def _protocol(environment: Mapping[str, str]) -> str:

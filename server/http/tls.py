@@ -49,4 +49,6 @@ def context(
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "reason", None) or getattr(error, "strerror", None) or first_line(error)
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "it is no PEM, or its password is wrong"
+    return getattr(error, "strerror", None) or first_line(error)

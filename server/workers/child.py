@@ -8,14 +8,11 @@ import signal
 import threading
 from typing import Any
 
-from server import logs
-
 THREADS = 2  # of torch, on the CPU
 
 
 def belong_to_the_server() -> None:
-    """Log as the server does; end when it does, and not before it says so."""
-    logs.start()
+    """End when the server does, and not before it says so."""
     for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group; the server decides
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

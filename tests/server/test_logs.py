@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,31 @@ def test_plain_lines_are_for_people() -> None:
     assert lines[:3] == ["posterior: ours", "posterior: warning: odd", "and so on"]
     assert lines[3].endswith(" INFO posterior.access: request request_id=r-1 status=200")
     assert lines[4].endswith(" WARNING vllm.engine: from vLLM") and "ZeroDivisionError" in lines[-1]
+
+
+CHILD = """
+import logging, multiprocessing
+
+from server import cli, logs
+
+
+def work():
+    logging.getLogger("vllm.x").warning("from a child")
+
+
+if __name__ == "__main__":
+    logs.choose("json")
+    child = multiprocessing.get_context("spawn").Process(target=work, name="EngineCore")
+    child.start(), child.join()
+"""
+
+
+def test_processes_that_the_command_starts_have_the_form_from_their_first_line(tmp_path: Path) -> None:
+    (tmp_path / "posterior").write_text(CHILD)  # imports the command, as its own script does
+    command = [sys.executable, str(tmp_path / "posterior")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    said = json.loads(done.stderr)
+    assert (said["message"], said["process"]) == ("from a child", "EngineCore")
 
 
 def test_vllm_says_as_much_as_it_is_asked_to() -> None:

@@ -29,14 +29,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from server.engine.compat.blocks import groups_of, needed
 from server.engine.gang import LEADER, NOTE, SIBLING
-from server.engine.orphan import belong_to_the_server
+from server.engine.orphan import die_with_parent
 
 
 class GangScheduler(Scheduler):
     """`gangs` has the members of each gang by its leader's id, the leader first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        belong_to_the_server()
+        die_with_parent()
         super().__init__(*args, **kwargs)
         if self.has_mamba_layers:
             raise ValueError("a mixture of particles needs attention layers only: a recurrent state cannot step back")

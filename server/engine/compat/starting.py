@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from server.engine.compat.client import MixingLLM
 from server.engine.config import EngineConfig
@@ -56,12 +57,10 @@ async def serving_classes(llm: MixingLLM, args: Namespace) -> Any:
 def _bound_series(llm: AsyncLLM) -> None:
     """Switch off vLLM's metric that gets one more series for each combination of adapters that ever ran together: with
     K particles there is no end to them, neither in this process nor in Prometheus."""
-    loggers: Sequence[Any] = llm.logger_manager.stat_loggers if llm.logger_manager else ()
-    for logger in loggers:
-        gauge = getattr(logger, "gauge_lora_info", None)
-        if gauge is not None:
+    for logger in llm.logger_manager.stat_loggers if llm.logger_manager else ():
+        if isinstance(logger, PrometheusStatLogger) and logger.gauge_lora_info is not None:
+            REGISTRY.unregister(logger.gauge_lora_info)
             logger.gauge_lora_info = None
-            REGISTRY.unregister(gauge)
 
 
 def _choose_runner(engine_config: VllmConfig, device: str) -> None:

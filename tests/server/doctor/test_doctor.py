@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from posterior.errors import PosteriorError
 from posterior.storage import record
 from server import cli
 from server.configuration.schema import SHIPPED, ServeSettings
@@ -203,10 +204,10 @@ def test_where_a_base_lies(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "model.gguf").write_text("")
     assert bases.find(str(home / "model.gguf")) is None
     for wrong, words in {"org/name": "not pinned", "x": "is no model", str(home / "a/b"): "is no model"}.items():
-        with pytest.raises(Exception, match=words):
+        with pytest.raises(PosteriorError, match=words):
             bases.find(wrong)
-    _, warned = [*memory.lines(ServeSettings(base=f"org/name@{'b' * 40}")), None]
-    assert warned is None
+    (line,) = memory.lines(ServeSettings(base=f"org/name@{'b' * 40}"))
+    assert line.status == "warn" and "not on this machine yet" in line.what
 
 
 def test_the_default_base_is_where_serve_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.orphan import belong_to_the_server
+from server.engine.orphan import die_with_parent
 
 
 def _child(pipe: Connection) -> None:
-    belong_to_the_server()
+    die_with_parent()
     pipe.send(os.getpid())
     time.sleep(600)
 
