@@ -17,6 +17,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 3
 BATCH = (1, 2, 4, 8, 16, 32)
 FAMILIARITY = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PARTICLES = (2, 3, 4, 6, 8, 9, 13, 16, 32, 64, 128)
+NO_MODEL = "none"  # of a request that has found no model, or the base alone
 
 
 class Metrics:
@@ -230,8 +231,8 @@ class Observation:
         self._key = key
         self.owner = owner(key)
         self._start = time.monotonic()
-        self.posterior = "none"  # never a name a client made up
-        self.predictive = "none"
+        self.posterior = NO_MODEL  # never a name a client made up
+        self.predictive = NO_MODEL
         self.tokens = 0  # counted so far
         self.status: int | None = None  # that it ended with
         self._release: Callable[[], None] = lambda: None

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import logs, tracing
 from server.http.errors import as_api_error
 from server.http.running import Running
+from server.metrics import NO_MODEL
 
 HEADER = "X-Request-Id"
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # others could forge lines of logs, or be too long for an id of a reply
@@ -81,8 +82,9 @@ class Requests:
         if key is not None:
             fields["key"] = key.name
         if observation is not None:
-            fields |= {"model": observation.posterior, "predictive": observation.predictive}
-            fields["tokens"] = observation.tokens
+            served = (observation.posterior, observation.predictive) != (NO_MODEL, NO_MODEL)
+            fields["model"] = state["body"]["model"] if served else NO_MODEL
+            fields |= {"predictive": observation.predictive, "tokens": observation.tokens}
         if span is not None:
             span.update_name(f"{scope['method']} {route}" if route else scope["method"])
             span.set_attributes({f"posterior.{name}": value for name, value in fields.items()})

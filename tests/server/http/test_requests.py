@@ -82,13 +82,16 @@ def test_without_a_key_and_after_a_fault_there_is_an_id_too(
 def test_a_line_says_what_was_asked_and_nothing_of_the_prompt(keyed: TestClient, lines: Any) -> None:
     keyed.post("/v1/predictive", json=PREDICT, headers=KEY | {"X-Request-Id": "mine"})
     keyed.post("/v1/completions", json=TEXT, headers=KEY)
+    keyed.post("/v1/completions", json=TEXT | {"model": "tiny-base"}, headers=KEY)
+    keyed.post("/v1/completions", json=TEXT | {"model": "made up"}, headers=KEY)
     keyed.get("/ready")
-    keyed.get("/v1/../etc/passwd\nforged")
-    choice, text, lost = lines()
+    keyed.get("/v1/etc/passwd%0Aforged")
+    choice, text, base, unknown, lost = lines()
     expected = {"request_id": "mine", "method": "POST", "route": "/v1/predictive", "status": 200, "key": "default"}
     expected |= {"model": "gang", "predictive": "mixture"}
     assert expected.items() <= choice.items() and choice["tokens"] > 0 and 0 <= choice["seconds"] < 10
     assert (text["route"], text["tokens"]) == ("/v1/completions", 4)
+    assert (base["model"], unknown["model"], unknown["status"]) == ("tiny-base", "none", 404)
     assert lost["route"] == "unknown" and lost["status"] == 404
     assert "secret prompt" not in str(lines()) and "body" not in choice
 
