@@ -128,5 +128,5 @@ function comparison(answered) {
     return [name, String(record.answer).trim(), percent(record.confidence), between(top.interval), exact(total), exact(aleatoric),
       exact(epistemic), record.calibrated ? "yes" : "no"];
   });
-  return table("Side by side; entropies in nats", ["", "Answer", "Confidence", "Interval", "Total", "Aleatoric", "Epistemic", "Calibrated"], rows);
+  return table("Side by side; entropies in nats", ["Model", "Answer", "Confidence", "Interval", "Total", "Aleatoric", "Epistemic", "Calibrated"], rows);
 }

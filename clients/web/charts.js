@@ -18,7 +18,7 @@ export function bars(caption, items, { heads = [], level = null } = {}) {
     h("figcaption", {}, caption),
     h("ul", {}, shown.map((item) => row(item, covered))),
     items.length > MOST ? h("p", { class: "hint" }, `${items.length - MOST} more are in the table.`) : null,
-    asTable(caption, ["", "Probability", `${covered[0].toUpperCase()}${covered.slice(1)}`, ...heads], cells));
+    asTable(caption, ["Answer", "Probability", `${covered[0].toUpperCase()}${covered.slice(1)}`, ...heads], cells));
 }
 
 function row({ name, probability, interval, notes = [], best = false }, covered) {

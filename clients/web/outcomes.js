@@ -65,7 +65,7 @@ export function draw() {
     without ? h("p", { class: "hint" }, `${without} more have no probability of being right, and are not in the diagram.`) : null,
     known.length && known.length < 50 ? h("p", { class: "hint" }, "So few answers show how it works. Judge a calibration by hundreds.") : null,
     reliability(binned(known)),
-    marked.length ? table("What you marked", ["", "Answer", "Confidence", "Calibrated", "Outcome"], rows) : null,
+    marked.length ? table("What you marked", ["Asked", "Answer", "Confidence", "Calibrated", "Outcome"], rows) : null,
   ].filter(Boolean));
 }
 
