@@ -42,7 +42,7 @@ function clear() {
   conversation = [];
   texts.length = 0;
   $("#messages").replaceChildren(h("p", { class: "empty" }, "A new chat."));
-  $("#token").replaceChildren(h("p", { class: "empty" }, "No token is chosen."));
+  forget();
   get("message").focus();
 }
 
@@ -138,8 +138,12 @@ function summary(record, text, id, what) {
   ].filter(Boolean);
 }
 
+function forget() {
+  $("#token").replaceChildren(h("p", { class: "empty" }, "No token is chosen."));
+}
+
 function show(token, byKeyboard) {
-  $("#token").replaceChildren(...detail(token));
+  $("#token").replaceChildren(h("button", { type: "button", class: "quiet close", onclick: forget }, "Close"), ...detail(token));
   if (!byKeyboard) return;
   const doubt = token.record ? `, doubt ${nats(token.record.entropy.total)}, epistemic ${nats(token.record.entropy.epistemic)}` : "";
   $("#spoken").textContent = `${visible(token.name)}: ${percent(Math.exp(token.logprob))}${doubt}`;
