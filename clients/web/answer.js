@@ -25,16 +25,16 @@ export function card(record, { title, subtitle, names, note, level, risk }, repl
     interval: each.interval,
     best: each.answer === record.answer,
     notes: inside.has(each.answer) ? ["in the set"] : [],
-    extra: [exact(each.std), each.uncalibrated === undefined ? "" : exact(each.uncalibrated)],
+    extra: [exact(each.std), ...(record.calibrated ? [exact(each.uncalibrated)] : [])],
   }));
   if (!names?.ordered) items.sort((a, b) => b.probability - a.probability);
-  const calibrated = record.calibrated ? ["Std", "Before calibration"] : ["Std", ""];
+  const heads = record.calibrated ? ["Std", "Before calibration"] : ["Std"];
   return h("article", { class: "card" },
     h("h3", {}, title, subtitle ? h("small", {}, subtitle) : null),
     refused ? refusal(record, name, risk)
       : h("p", { class: "verdict" }, h("strong", {}, name(record.answer)), ` ${percent(record.confidence)}`),
     note ? h("p", { class: "hint" }, note) : null,
-    bars("Probability of each answer", items, { heads: calibrated, level }),
+    bars("Probability of each answer", items, { heads, level }),
     h("p", {}, setOf(record, name, level)),
     split(record.entropy, Math.log(record.answers.length)),
     familiarity(record.familiarity),

@@ -91,7 +91,7 @@ async function ask() {
   if (found.length === 1 && found[0].status === "rejected") throw found[0].reason;
   const cards = found.map((each, i) => each.status === "fulfilled" ? each.value.card
     : h("article", { class: "card" }, h("h3", {}, nameOf(all[i])), h("p", { class: "trouble" }, each.reason.message)));
-  const answered = found.flatMap((each, i) => each.status === "fulfilled" ? [[nameOf(all[i]), each.value.record]] : []);
+  const answered = found.flatMap((each, i) => each.status === "fulfilled" ? [[nameOf(all[i]), each.value]] : []);
   $("#answers").replaceChildren(...(found.length > 1 ? [comparison(answered)] : []), h("div", { class: "cards" }, cards));
   $("#answers").focus({ preventScroll: window.innerWidth > 900 });
   const { record, refused } = found[0].value ?? {};
@@ -122,11 +122,11 @@ async function one({ path, inputs, coverage, risk, question }, model, predictive
 const nameOf = ([model, predictive]) => (predictive ? `${model}, ${predictive}` : model);
 
 function comparison(answered) {
-  const rows = answered.map(([name, record]) => {
+  const rows = answered.map(([name, { record, refused }]) => {
     const top = record.answers.find(({ answer }) => answer === record.answer);
     const { total, aleatoric, epistemic } = record.entropy;
-    return [name, String(record.answer).trim(), percent(record.confidence), between(top.interval), exact(total), exact(aleatoric),
+    return [name, `${String(record.answer).trim()}${refused ? ", refused" : ""}`, percent(record.confidence), between(top.interval), exact(total), exact(aleatoric),
       exact(epistemic), record.calibrated ? "yes" : "no"];
   });
-  return table("Side by side; entropies in nats", ["", "Answer", "Confidence", "Interval", "Total", "Aleatoric", "Epistemic", "Calibrated"], rows);
+  return table("Side by side; entropies in nats", ["Model", "Answer", "Confidence", "Interval", "Total", "Aleatoric", "Epistemic", "Calibrated"], rows);
 }

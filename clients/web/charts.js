@@ -18,7 +18,7 @@ export function bars(caption, items, { heads = [], level = null } = {}) {
     h("figcaption", {}, caption),
     h("ul", {}, shown.map((item) => row(item, covered))),
     items.length > MOST ? h("p", { class: "hint" }, `${items.length - MOST} more are in the table.`) : null,
-    asTable(caption, ["", "Probability", `${covered[0].toUpperCase()}${covered.slice(1)}`, ...heads], cells));
+    asTable(caption, ["Answer", "Probability", `${covered[0].toUpperCase()}${covered.slice(1)}`, ...heads], cells));
 }
 
 function row({ name, probability, interval, notes = [], best = false }, covered) {
@@ -31,17 +31,14 @@ function row({ name, probability, interval, notes = [], best = false }, covered)
 
 function drawn(probability, interval) {
   const at = (p) => `${(100 * p).toFixed(2)}%`;
-  const line = (kind, x1, y1, x2, y2) => svg("line", { class: kind, x1: at(x1), y1, x2: at(x2), y2 });
+  const line = (x1, y1, x2, y2) => svg("line", { class: "whisker", x1: at(x1), y1, x2: at(x2), y2 });
   const parts = [
     svg("rect", { class: "track", x: 0, y: 3, width: "100%", height: 12, rx: 2 }),
     svg("rect", { class: "bar", x: 0, y: 3, width: at(probability), height: 12, rx: 2 }),
   ];
   if (!interval) return parts;
   const [low, high] = interval;
-  for (const kind of ["halo", "whisker"]) {
-    parts.push(line(kind, low, 9, high, 9), line(kind, low, 4, low, 14), line(kind, high, 4, high, 14));
-  }
-  return parts;
+  return [...parts, line(low, 9, high, 9), line(low, 4, low, 14), line(high, 4, high, 14)];
 }
 
 /** Where the doubt comes from. `most`: the largest entropy there can be, or null. */
@@ -66,14 +63,14 @@ export function split({ total, aleatoric, epistemic }, most = null) {
 
 /** How often answers of a confidence were right. bins: [{from, to, n, right, confidence, interval}], none of n = 0. */
 export function reliability(bins) {
-  const [left, bottom, size] = [44, 292, 272];
+  const [left, bottom, size] = [44, 304, 272];
   const x = (p) => left + size * p;
   const y = (p) => bottom - size * p;
   const ticks = [0, 0.25, 0.5, 0.75, 1];
   const caption = "How often answers were right, by their confidence";
   const share = (bin) => bin.right / bin.n;
   const said = bins.map((bin) => `${bin.n} answers of about ${percent(bin.confidence)}: ${percent(share(bin))} right`).join("; ");
-  const picture = svg("svg", { role: "img", "aria-label": `${caption}. ${said || "Nothing is marked yet."}`, viewBox: "0 0 330 340" },
+  const picture = svg("svg", { role: "img", "aria-label": `${caption}. ${said || "Nothing is marked yet."}`, viewBox: "0 0 330 350" },
     ticks.map((t) => [
       svg("line", { class: "grid", x1: x(t), y1: y(0), x2: x(t), y2: y(1) }),
       svg("line", { class: "grid", x1: x(0), y1: y(t), x2: x(1), y2: y(t) }),
@@ -81,7 +78,7 @@ export function reliability(bins) {
       svg("text", { x: left - 8, y: y(t) + 4, "text-anchor": "end" }, String(100 * t)),
     ]).flat(),
     svg("line", { class: "ideal", x1: x(0), y1: y(0), x2: x(1), y2: y(1) }),
-    svg("text", { x: x(0.5), y: 334, "text-anchor": "middle" }, "confidence, %"),
+    svg("text", { x: x(0.5), y: 346, "text-anchor": "middle" }, "confidence, %"),
     svg("text", { x: 4, y: 12 }, "right, %"),
     bins.map((bin) => [
       svg("line", { class: "whisker", x1: x(bin.confidence), y1: y(bin.interval[0]), x2: x(bin.confidence), y2: y(bin.interval[1]) }),

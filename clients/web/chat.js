@@ -42,7 +42,7 @@ function clear() {
   conversation = [];
   texts.length = 0;
   $("#messages").replaceChildren(h("p", { class: "empty" }, "A new chat."));
-  $("#token").replaceChildren(h("p", { class: "empty" }, "No token is chosen."));
+  forget();
   get("message").focus();
 }
 
@@ -91,6 +91,7 @@ async function write(text, model, messages, signal) {
   for await (const chunk of stream("v1/chat/completions", body, signal)) {
     id = chunk.id;
     for (const choice of chunk.choices) {
+      text.describe(choice.uncertainty?.tokens ?? []);
       tokensOf(choice).forEach((token) => text.add(token));
       speaker(choice.delta?.content ?? "", choice.finish_reason !== null);
       if (choice.finish_reason) record = choice.uncertainty;
@@ -103,10 +104,11 @@ async function write(text, model, messages, signal) {
 function tokensOf(choice) {
   const content = choice.delta?.content ?? "";
   const listed = choice.logprobs?.content ?? [];
-  const records = choice.uncertainty?.tokens ?? [];
   const joined = listed.map(({ token }) => token).join("") === content;
-  return listed.map(({ token, logprob, top_logprobs: alternatives }, i) => (
-    { text: joined ? token : i ? "" : content, logprob, alternatives, record: records[i] ?? null }));
+  return listed.map(({ token, logprob, top_logprobs: alternatives }, i) => {
+    const text = joined ? token : i ? "" : content;
+    return { text, name: token, logprob, alternatives, ends: choice.finish_reason === "stop" && text === "" };
+  });
 }
 
 /** Says whole sentences to a screen reader, and not each token by itself. */
@@ -136,9 +138,13 @@ function summary(record, text, id, what) {
   ].filter(Boolean);
 }
 
+function forget() {
+  $("#token").replaceChildren(h("p", { class: "empty" }, "No token is chosen."));
+}
+
 function show(token, byKeyboard) {
-  $("#token").replaceChildren(...detail(token));
+  $("#token").replaceChildren(h("button", { type: "button", class: "quiet close", onclick: forget }, "Close"), ...detail(token));
   if (!byKeyboard) return;
   const doubt = token.record ? `, doubt ${nats(token.record.entropy.total)}, epistemic ${nats(token.record.entropy.epistemic)}` : "";
-  $("#spoken").textContent = `${visible(token.text)}: ${percent(Math.exp(token.logprob))}${doubt}`;
+  $("#spoken").textContent = `${visible(token.name)}: ${percent(Math.exp(token.logprob))}${doubt}`;
 }

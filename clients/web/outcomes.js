@@ -2,21 +2,22 @@
 
 import { call } from "./api.js";
 import { reliability } from "./charts.js";
-import { $, exact, h, percent, table } from "./dom.js";
+import { $, exact, h, percent, svg, table } from "./dom.js";
 
 const BINS = 5;
 const Z = 1.645; // of 90 % intervals
 const NOT_KEPT = "this server keeps no answers";
+const THUMB = "M2 9h3v9H2z M7 9l3-7c1.6 0 2.5 1.2 2.1 3l-.6 3H17c1 0 1.7 1 1.4 2l-2 7c-.2.6-.8 1-1.4 1H7z";
 const marked = []; // {what, said, confidence, calibrated, right}
 
 /** Two buttons that say whether an answer was right. answer: {id, index, confidence, calibrated, what, said}. */
 export function thumbs(answer) {
   const said = h("span", { role: "status" });
-  const button = (right, sign, label) => h("button", {
+  const button = (right, label) => h("button", {
     type: "button", class: "quiet", "aria-pressed": "false", onclick: ({ currentTarget }) => mark(answer, right, currentTarget, said),
-  }, h("span", { "aria-hidden": "true" }, sign), ` ${label}`);
+  }, svg("svg", { class: right ? "thumb" : "thumb down", viewBox: "0 0 20 20", "aria-hidden": "true" }, svg("path", { d: THUMB })), label);
   return h("div", { class: "thumbs", role: "group", "aria-label": `Was the answer to "${answer.what}" right?` },
-    button(true, "👍", "Right"), button(false, "👎", "Wrong"), said);
+    button(true, "Right"), button(false, "Wrong"), said);
 }
 
 async function mark(answer, right, button, said) {
@@ -65,7 +66,7 @@ export function draw() {
     without ? h("p", { class: "hint" }, `${without} more have no probability of being right, and are not in the diagram.`) : null,
     known.length && known.length < 50 ? h("p", { class: "hint" }, "So few answers show how it works. Judge a calibration by hundreds.") : null,
     reliability(binned(known)),
-    marked.length ? table("What you marked", ["", "Answer", "Confidence", "Calibrated", "Outcome"], rows) : null,
+    marked.length ? table("What you marked", ["Asked", "Answer", "Confidence", "Calibrated", "Outcome"], rows) : null,
   ].filter(Boolean));
 }
 

@@ -21,11 +21,13 @@ export function legend(view) {
 /**
  * A text that grows. `chosen(token, byKeyboard)` is called for the token that somebody points at or moves to.
  *
- * A token: {text, logprob, alternatives: [{token, logprob}], record: the reply's record of it, or null}.
+ * A token: {text, name, logprob, alternatives: [{token, logprob}], record: the reply's record of it, if it has come}. Its text is
+ * empty where it is half a character, or ends the answer.
  */
 export class TokenText {
   tokens = [];
   element = h("div", { class: "text", role: "group", "aria-label": "Text of the answer; the arrow keys move from token to token" });
+  #records = [];
   #current = 0;
   #view;
 
@@ -53,9 +55,20 @@ export class TokenText {
   }
 
   add(token) {
-    this.tokens.push(token);
-    const first = this.tokens.length === 1;
-    this.element.append(h("span", { class: "token", tabindex: first ? 0 : -1, "data-level": this.#level(token) }, token.text));
+    const index = this.tokens.push(token) - 1;
+    token.record = this.#records[index];
+    this.element.append(h("span", { class: "token", tabindex: index ? -1 : 0, "data-level": this.#level(token) },
+      token.ends ? h("span", { class: "end" }, "end") : token.text));
+  }
+
+  /** Takes the records of the next tokens, some of which may come later. */
+  describe(records) {
+    for (const record of records) {
+      const index = this.#records.push(record) - 1;
+      if (index >= this.tokens.length) continue;
+      this.tokens[index].record = record;
+      this.#spans[index].dataset.level = this.#level(this.tokens[index]);
+    }
   }
 
   /** Marks the tokens by another part of the doubt. */
@@ -77,13 +90,13 @@ export class TokenText {
 }
 
 /** Everything about a token. */
-export function detail({ text, logprob, alternatives, record }) {
+export function detail({ name, logprob, alternatives, record }) {
   const p = Math.exp(logprob);
   const listed = alternatives.map((each) => ({
-    name: visible(each.token), probability: Math.exp(each.logprob), best: each.logprob === logprob && each.token === text,
+    name: visible(each.token), probability: Math.exp(each.logprob), best: each.token === name,
   }));
   return [
-    h("h3", {}, h("code", {}, visible(text))),
+    h("h3", {}, h("code", {}, visible(name))),
     h("p", { class: "verdict" }, h("strong", {}, percent(p)), " to come next here"),
     record ? doubts(record) : h("p", { class: "hint" }, "One adapter wrote this: there is no doubt about weights to show."),
     listed.length ? bars("What else could have come", listed) : null,
@@ -108,9 +121,9 @@ export const visible = (text) => text.replaceAll(" ", "â£").replaceAll("\n", "â
 
 /** All tokens of a text as a table. */
 export const tokenTable = (tokens) => asTable("Tokens of the answer; entropies in nats",
-  ["", "Probability", "Total", "Aleatoric", "Epistemic", "Next best"],
-  tokens.map(({ text, logprob, alternatives, record }) => {
-    const other = alternatives.find(({ token }) => token !== text);
-    return [visible(text), exact(Math.exp(logprob)), ...split3(record?.entropy),
+  ["Token", "Probability", "Total", "Aleatoric", "Epistemic", "Next best"],
+  tokens.map(({ name, logprob, alternatives, record }) => {
+    const other = alternatives.find(({ token }) => token !== name);
+    return [visible(name), exact(Math.exp(logprob)), ...split3(record?.entropy),
       other ? `${visible(other.token)} ${exact(Math.exp(other.logprob))}` : ""];
   }));

@@ -34,7 +34,7 @@ SCORE = {
 COVERAGE = {"coverage": 0.9}
 RISK = 0.3  # the rows of its calibration prove this error, and the example is not sure enough for it
 CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
-TOMATO = [{"role": "user", "content": "Is a tomato a fruit or a vegetable? Answer with one word."}]
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def _asked(question: dict[str, Any], **options: Any) -> tuple[str, dict[str, Any]]:
@@ -56,7 +56,7 @@ REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
         "seed": 1, "stream": True, "uncertainty": {"per_particle": True},
     }),
     ("v1/chat/completions", {
-        "model": "support", "messages": TOMATO, "max_tokens": 6, "seed": 1,
+        "model": "support", "messages": PARIS, "max_tokens": 12, "seed": 1,
         "uncertainty": {"samples": 16, "meaning": "exact", "return": "meaning", "coverage": 0.9},
     }),
 )  # fmt: skip

@@ -61,7 +61,7 @@ for (const [scheme, size] of [["light", WIDE], ["dark", PHONE]]) {
 
     await go(page, "Meanings");
     await page.getByRole("button", { name: "Draw samples" }).click();
-    await page.getByText("What 16 samples mean", { exact: true }).waitFor();
+    await page.getByRole("figure", { name: "What 16 samples mean" }).waitFor();
     await sound(page);
     await shot(page, name("meanings"), { fullPage: size === PHONE });
 

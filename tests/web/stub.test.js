@@ -65,7 +65,7 @@ test("predicate, score, refusal and the posterior's own question", async () => {
   await page.getByLabel("Score").check();
   await page.getByRole("button", { name: "Show an example" }).click();
   await ask(page);
-  await region.getByText("any time", { exact: true }).waitFor();
+  await region.locator(".bars .name", { hasText: "any time" }).waitFor();
   assert.deepEqual(await region.locator(".bars .name").allInnerTexts(), ["any time", "today", "at once"]);
   await page.getByLabel("Choice").check();
   await page.getByRole("button", { name: "Show an example" }).click();
@@ -125,8 +125,8 @@ test("a chat streams, tokens carry their doubt, and the keyboard moves between t
   assert.equal(await page.locator('#messages .token[tabindex="0"]').count(), 1);
   await tokens.nth(2).hover();
   const aside = page.getByRole("region", { name: "The token" });
-  await aside.getByText("What else could have come").waitFor();
-  await aside.getByText("What each particle gives this token").waitFor();
+  await aside.getByRole("figure", { name: "What else could have come" }).waitFor();
+  await aside.getByRole("figure", { name: "What each particle gives this token" }).waitFor();
   assert.equal(await aside.locator("figure").last().locator("li").count(), 8);
   await page.locator("#messages").getByText("As a table").click();
   assert.equal(await page.locator("#messages tbody tr").count(), await tokens.count());
@@ -156,7 +156,7 @@ test("samples are counted by what they mean", async () => {
   await go(page, "Meanings");
   await page.getByRole("button", { name: "Draw samples" }).click();
   const region = page.getByRole("region", { name: "Meanings" });
-  await region.getByText("What 16 samples mean", { exact: true }).waitFor();
+  await region.getByRole("figure", { name: "What 16 samples mean" }).waitFor();
   await region.getByText("returned", { exact: true }).waitFor();
   await region.getByRole("img", { name: /nats of doubt/ }).waitFor();
   await sound(page);
@@ -170,7 +170,7 @@ test("thumbs are reported once and drawn in the reliability diagram", async () =
   await ask(page);
   await answers(page).getByRole("button", { name: "Right" }).click();
   await answers(page).getByText("The server keeps it.").waitFor();
-  await answers(page).getByRole("button", { name: "Wrong" }).click();
+  await answers(page).getByRole("button", { name: "Wrong" }).click({ force: true }); // too late
   await go(page, "Outcomes");
   const region = page.getByRole("region", { name: "Reliability" }).first();
   await region.getByText(/^1 answer is marked, 1 of them right/).waitFor();
