@@ -29,8 +29,9 @@ ROWS = 8  # of the probes that are made
 PARTICLES = 8  # whose probabilities are kept, at most
 MAX_TOKENS = 256  # of a row that becomes a probe
 RESPONSE_TOKENS = 8  # of a text's response that are compared
-# The largest difference of a probability that only rounding makes. float32: between vLLM and transformers on a CPU,
-# docs/lifecycle.md has the measurement. Half precision: of logits that are right to 2^-8 of about 16.
+# The largest difference of a probability that only rounding makes. float32: vLLM and transformers differ by less on a
+# CPU (tests/server/test_hot_load.py). Half precision is derived, not measured: logits of about 16 are right to 2^-8 of
+# that in bfloat16.
 TOLERANCE: dict[Dtype, float] = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
