@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, select
+from sqlalchemy import ColumnElement, Connection, and_, select
 
 from posterior.data.decisions import Value
 from server.store.tables import answers, outcomes, replies
@@ -100,8 +100,4 @@ def _rows(
         .order_by(order.desc(), answers.c.id.desc(), answers.c.item.desc())
         .limit(limit)
     )  # fmt: skip
-    return [_stored(row) for row in connection.execute(query)]
-
-
-def _stored(row: Row[Any]) -> Stored:
-    return Stored(**row._mapping)
+    return [Stored(**row._mapping) for row in connection.execute(query)]
