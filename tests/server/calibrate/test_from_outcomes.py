@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from posterior.calibration import metrics
 from posterior.calibration.conformal import Conformal
 from posterior.calibration.records import Key, Record, template_hash
 from posterior.calibration.rightness import PLAIN, TextKey, TextRecord
@@ -61,6 +62,12 @@ def rows(key: Key | TextKey, n: int, *, came: int | None = None, wrong: float = 
             )
         )  # fmt: skip
     return found
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about the intervals of a record."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
 
 
 @pytest.fixture(scope="module")
