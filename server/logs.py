@@ -48,12 +48,9 @@ class Formatter(logging.Formatter):
 class _Stderr(logging.StreamHandler[Any]):
     """Writes to what sys.stderr is when a record comes."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def handler() -> logging.Handler:
