@@ -27,6 +27,7 @@ from server.replicas.front import create_front
 from server.replicas.messages import Busy, Forwarded, Head, ReplicaLost, Whole
 
 SECRETS = ("POSTERIOR_API_KEY", "POSTERIOR_KEYS")
+ALL_SECONDS = 10.0  # for the answers of all replicas
 END_SECONDS = 5.0  # for a server that broke off to be seen to have ended
 
 
@@ -140,10 +141,15 @@ class RayReplicas:
             raise
         except (RayError, DeploymentUnavailableError) as error:
             raise ReplicaLost from error
-        finally:
+        except (asyncio.CancelledError, GeneratorExit):  # whoever asked has left
             answer.cancel()
+            raise
 
     async def ask_all(self, request: Forwarded) -> Sequence[Whole]:
         """See messages.Replicas."""
-        answers = await self._handle.broadcast("ask", request).results_async(timeout_s=10, return_exceptions=True)
+        asked = self._handle.broadcast("ask", request)
+        try:
+            answers = await asked.results_async(timeout_s=ALL_SECONDS, return_exceptions=True)
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+            raise ReplicaLost from error
         return [each for each in answers if isinstance(each, Whole)]

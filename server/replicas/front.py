@@ -40,7 +40,10 @@ def create_front(replicas: Replicas) -> Starlette:
         return await _answer(replicas, await _forwarded(request))
 
     async def metrics(request: Request) -> Response:
-        answers = await replicas.ask_all(await _forwarded(request))
+        try:
+            answers = await replicas.ask_all(await _forwarded(request))
+        except ReplicaLost as error:
+            raise ApiError(503, "not all replicas answered in time; try again", code="unavailable") from error
         refused = next((each for each in answers if each.head.status != 200), None)
         if refused is not None:
             return _response(refused.head, refused.body)

@@ -63,5 +63,5 @@ class Replicas(Protocol):
         ...
 
     async def ask_all(self, request: Forwarded) -> Sequence[Whole]:
-        """The answer of each of them. Those that are lost are left out."""
+        """The answer of each of them. Those that are lost are left out. Raises ReplicaLost if they take too long."""
         ...

@@ -39,6 +39,7 @@ class Scripted:
     asked: list[tuple[str, Forwarded]] = field(default_factory=list)
     avoided: list[frozenset[str]] = field(default_factory=list)
     closed: int = 0
+    late: bool = False
 
     async def send(self, request: Forwarded, key: str, avoided: Collection[str]) -> AsyncGenerator[Head | bytes]:
         name = order(key, dict.fromkeys(self.scripts, 0), avoided)[0]
@@ -54,6 +55,8 @@ class Scripted:
             self.closed += 1
 
     async def ask_all(self, request: Forwarded) -> Sequence[Whole]:
+        if self.late:
+            raise ReplicaLost
         found = []
         for name, scripts in self.scripts.items():
             self.asked.append((name, request))

@@ -203,6 +203,8 @@ async def test_metrics_are_those_of_all_replicas(client: httpx.AsyncClient, repl
     assert all(("authorization", "Bearer admin") in request.headers for _, request in replicas.asked)
     replicas.scripts["b"] = [said("b", {"error": "key"}, 401)]
     assert (await client.get("/metrics")).status_code == 401
+    replicas.late = True
+    assert (await client.get("/metrics")).status_code == 503
 
 
 async def test_the_same_prompt_goes_to_the_same_replica() -> None:
