@@ -245,7 +245,7 @@ def test_the_command_writes_a_record_and_the_server_takes_it_up(
     assert list(fresh) == [gang.hash] and fresh[gang.hash].calibration == {record.key: record}
     service.registry = service.registry.calibrated(fresh)
     assert service.registry.served["gang"].posterior.calibration == {record.key: record}
-    assert watcher.changed() == {} and "the calibration of gang was read again: 1 record" in capsys.readouterr().out
+    assert watcher.changed() == {} and "the calibration of gang was read again: 1 record" in capsys.readouterr().err
 
 
 def test_a_record_that_cannot_be_read_is_not_taken_up(gang: Posterior, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +254,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_up(gang: Posterior, capsys: p
     (gang.path / "calibration").mkdir()
     (gang.path / "calibration" / "mixture-3-bfloat16.json").write_text("{}")
     assert [watcher.changed() for _ in range(3)] == [{}] * 3
-    assert capsys.readouterr().out.count("warning: gang keeps the calibration that it had: ") == 1
+    assert capsys.readouterr().err.count("warning: gang keeps the calibration that it had: ") == 1
 
 
 def test_the_watch_replaces_what_the_service_has(gang: Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
