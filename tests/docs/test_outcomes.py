@@ -45,7 +45,7 @@ def test_every_field_of_the_report_has_a_row() -> None:
     )  # fmt: skip
     assert fields(*own) == rows(PAGE, "Field of a report")
     assert fields(replies.DriftRecord, replies.ExchangeabilityRecord) == rows(PAGE, "Field")
-    assert fields(replies.DriftRecords) <= spans(PAGE)
+    assert all(f"`{name}`" in PAGE for name in fields(replies.DriftRecords))
 
 
 def test_every_gauge_and_option_has_a_row() -> None:

@@ -333,18 +333,18 @@ def test_deletion(client: TestClient, store: Store) -> None:
     assert error_of(client.delete("/v1/outcomes/%00"), 404)["code"] == "answer_not_found"
 
 
-def test_answers_belong_to_the_key_that_got_them(service: Service, store: Store) -> None:
-    clients = []
-    for key in ("first", "second"):
-        app = create_app(service, Keys(key))
-        app.state.ready = True
-        clients.append(TestClient(app, headers={"Authorization": f"Bearer {key}"}))
-    first, second = clients
+def test_answers_belong_to_the_key_that_got_them(service: Service, store: Store, tmp_path: Path) -> None:
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("first", "second")}
+    entries = [f'[keys.{name}]\nsha256 = "{digest}"\n' for name, digest in digests.items()]
+    (tmp_path / "keys.toml").write_text("".join(entries))
+    app = create_app(service, Keys(None, tmp_path / "keys.toml"))
+    app.state.ready = True
+    first, second = (TestClient(app, headers={"Authorization": f"Bearer {name}"}) for name in digests)
     id = predict(first)["id"]
     error_of(report(second, id=id, correct=True), 404)
     error_of(second.delete(f"/v1/outcomes/{id}"), 404)
     assert report(first, id=id, correct=True).status_code == 200
-    assert rows(first, store, id)[0]["owner"] == hashlib.sha256(b"first").hexdigest()
+    assert rows(first, store, id)[0]["owner"] == digests["first"]
     error_of(TestClient(first.app).post("/v1/outcomes", json={"id": id, "correct": True}), 401)
 
 

@@ -112,11 +112,12 @@ def test_figures_are_of_all_outcomes_and_of_those_that_were_asked_for(
     assert (value(service, "labels_requested"), value(service, "labels_reported")) == (10, 8)
 
 
-def test_the_window_counts_the_newest(service: Service, store: Store) -> None:
+def test_the_window_counts_the_newest(store: Store, monitor: Monitor) -> None:
     keep(store, [answered(0.9, requested=True)], [None], name="old", created=time.time() - 3 * DAY)
     keep(store, [answered(0.9, requested=n % 2 == 0) for n in range(20)], [False] * 10 + [True] * 10)
     for window, n, accuracy in ((Window(10), 10, 1.0), (Window(15), 15, 10 / 15), (Window(days=1), 20, 0.5)):
-        found = only(Monitor(service, store, window))
+        monitor.window = window
+        found = only(monitor)
         assert (found.figures["all"].n, found.figures["all"].found["accuracy"].value) == (n, accuracy), str(window)
     assert found.requested == 10
 
