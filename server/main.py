@@ -24,6 +24,7 @@ from server.access.exposure import check_exposure
 from server.access.keys import Keys, secret
 from server.configuration import reading
 from server.configuration.schema import LONGEST_DEFAULT, ServeSettings
+from server.configuration.window import Window
 from server.console import quiet, say
 from server.engine.compat import contract
 from server.engine.config import EngineConfig, lora_targets, set_environment
@@ -33,7 +34,6 @@ from server.metrics import Metrics
 from server.services.lifecycle import Lifecycle
 from server.services.loaded import places
 from server.services.registry import Registry, Source
-from server.store.window import Window
 from server.workers.comparer import Comparer
 from server.workers.linearized import Linearizer
 

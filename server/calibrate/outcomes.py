@@ -11,12 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
-from sqlalchemy import URL
 
 from posterior.calibration.choice import Choice
 from posterior.calibration.conformal import MIN_ROWS, Score
@@ -32,9 +30,9 @@ from posterior.evaluation.calibrate import by_kind, methods_of
 from posterior.evaluation.choosing import Predicted, compare
 from posterior.settings import Range, SettingError, Settings, setting
 from posterior.storage.artefact import Posterior
+from server.configuration.window import DAY
 from server.store import database
 from server.store.reading import Stored, collected
-from server.store.window import DAY
 
 K = TypeVar("K", Key, TextKey)
 R = TypeVar("R", Record, TextRecord)
@@ -79,20 +77,12 @@ class Made(NamedTuple):
 def read(source: str, posterior: Posterior, settings: OutcomeCalibration) -> list[Stored]:
     """The answers that count, the oldest first, from a database or a SQLite file. Raises PosteriorError."""
     since = 0.0 if settings.days is None else time.time() - DAY * settings.days
-    engine = database.connect(_url(source))
+    engine = database.connect(database.existing(source))
     try:
         with engine.connect() as connection:
             return collected(connection, posterior.hash, since, requested=not settings.confidence_only)
     finally:
         engine.dispose()
-
-
-def _url(source: str) -> URL:
-    """Raises PosteriorError for what is neither a database nor a file that is there: none is made here."""
-    url = database.read_url(source if "://" in source else f"sqlite:///{source}")
-    if url.drivername == database.SQLITE and not Path(url.database or "").is_file():
-        raise PosteriorError(f"there is no file {url.database} of outcomes; name what `posterior serve --outcomes` has")
-    return url
 
 
 def made(

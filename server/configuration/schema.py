@@ -14,7 +14,7 @@ from typing import Literal
 import posterior
 from posterior.meaning import THRESHOLD
 from posterior.settings import Range, SettingError, Settings, setting
-from server.store.window import COUNT, WINDOW
+from server.configuration.window import COUNT, WINDOW
 
 SHIPPED = Path(posterior.__file__).parent / "shipped"
 LONGEST_DEFAULT = 8192  # tokens: many models claim far more than a small machine can hold

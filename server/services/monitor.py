@@ -18,12 +18,12 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from posterior.errors import first_line
 from posterior.models.devices import Dtype
 from posterior.storage.artefact import Posterior
+from server.configuration.window import Window
 from server.errors import Unavailable
 from server.services.gauges import gauges
 from server.services.learning import Learnt, learnt
 from server.store.reading import Newest, newest
 from server.store.store import Store
-from server.store.window import Window
 
 if TYPE_CHECKING:
     from server.services.predictive import Service

@@ -49,6 +49,14 @@ def read_url(given: str) -> URL:
     raise PosteriorError(f"outcomes cannot be kept in {_named(url)}; write it as {FORMS}")
 
 
+def existing(source: str) -> URL:
+    """The URL of a database, or of a SQLite file that is there. Raises PosteriorError: no file is made here."""
+    url = read_url(source if "://" in source else f"sqlite:///{source}")
+    if url.drivername == SQLITE and not Path(url.database or "").is_file():
+        raise PosteriorError(f"there is no file {url.database} of outcomes; name what `posterior serve --outcomes` has")
+    return url
+
+
 def connect(url: URL) -> Engine:
     """An engine for the database, whose schema is the newest. Raises PosteriorError."""
     try:

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, select
 
 from posterior.data.decisions import Value
+from server.configuration.window import MOST, Window
 from server.store.tables import answers, outcomes, replies
-from server.store.window import MOST, Window
 
 
 @dataclass(frozen=True)

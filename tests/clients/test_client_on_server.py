@@ -27,12 +27,12 @@ from posterior_client import (
 )
 
 from server.access.keys import Keys
+from server.configuration.window import Window
 from server.http.app import create_app
 from server.metrics import Metrics
 from server.services.monitor import Monitor
 from server.services.predictive import Service
 from server.store.store import Store
-from server.store.window import Window
 from tests.clients.conftest import serving
 from tests.server import fakes
 from tests.server.http.test_refusals import with_risk

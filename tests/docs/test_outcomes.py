@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from server.calibrate.outcomes import OutcomeCalibration
 from server.configuration.schema import ServeSettings
+from server.configuration.window import COUNT, MOST, Window
 from server.http import replies
 from server.http.replies import OutcomeResult, OutcomesDeleted, OutcomesReply
 from server.http.schemas import MAX_ID, MAX_OUTCOMES, Outcome
@@ -14,7 +15,6 @@ from server.metrics import Metrics
 from server.services.monitor import Monitor
 from server.store import tables
 from server.store.values import Status
-from server.store.window import COUNT, MOST, Window
 from tests.docs.test_answers import page
 from tests.docs.test_decisions import fields, rows, spans
 

@@ -11,11 +11,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.access.keys import Keys
+from server.configuration.window import Window
 from server.http.app import create_app
 from server.services.monitor import Monitor
 from server.services.predictive import Service
 from server.store.store import Store
-from server.store.window import Window
 from tests.server import fakes
 from tests.server.conftest import error_of
 from tests.server.http.asking import decide

@@ -19,13 +19,13 @@ from posterior.calibration.exchangeability import evidence, scores
 from posterior.calibration.familiarity import Center, Familiarity
 from posterior.calibration.records import Collected, Record
 from posterior.calibration.risk import Risk
+from server.configuration.window import Window
 from server.services import monitor as monitors
 from server.services.learning import NO_HISTOGRAMS, NO_LABELS, NO_RECORD, NO_RISK, Learnt
 from server.services.monitor import Monitor
 from server.services.predictive import Service
 from server.store.store import DAY, Store
 from server.store.values import Answer, Reply, Report, Reporter
-from server.store.window import Window
 from tests.server import fakes
 from tests.server.http.test_rightness import record as text_record
 from tests.server.services.test_calibrated import KEY, give, record
