@@ -16,8 +16,9 @@ def table() -> str:
         lines += [f"| {group} | Default | Meaning |", "|---|---|---|"]
         for each in fields(ServeSettings):
             if each.metadata["group"] == group:
-                said, _, given = each.metadata["help"].removesuffix(")").partition(" (default: ")
-                default = given or {False: "off", None: "none"}.get(each.default, f"`{each.default}`")
+                said, _, given = each.metadata["help"].partition(" (default: ")
+                plain = "off" if each.default is False else "none" if each.default is None else f"`{each.default}`"
+                default = given.removesuffix(")") or plain
                 lines.append(f"| `{option(each.name)}` | {default} | {said} |")
         lines.append("")
     return "\n".join(lines)
