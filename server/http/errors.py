@@ -65,7 +65,7 @@ class ApiError(Exception):
         """The answer; a 429 and a 503 say when to try again, a 401 how to show a key."""
         again = {"Retry-After": str(RETRY_SECONDS)}
         headers = {429: again, 503: again, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status, {})
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers | headers)
+        return JSONResponse(self.body(), status_code=self.status, headers=headers | self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -79,7 +79,7 @@ def test_what_outcomes_say_of_given_texts_and_a_calibration_of_them_that_is_take
         return dict(own)
 
     n = told()["outcomes"]["all"]["n"]
-    labels = ",".join(f'{name}="{value}"' for name, value in {**named, "sample": "all"}.items())
+    labels = ",".join(f'{name}="{value}"' for name, value in sorted({**named, "sample": "all"}.items()))
     series = f"posterior_rolling_outcomes{{{labels}}}"
     assert n >= 1 and soon(lambda: server.metrics().get(series) == n)
     record = next(iter(server.gang.texts.values()))

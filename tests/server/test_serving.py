@@ -286,12 +286,13 @@ def test_prompts_at_the_limit(server: Running, model: str) -> None:
     longest = card["max_model_len"]
     written = server.post("/v1/completions", model=model, prompt=[5] * (longest - 1), max_tokens=1)
     assert written["usage"]["total_tokens"] == longest
-    asked = {"model": model, "answers": [" a", " b"], "predictive": "map"}
-    assert server.predict(prompts=[[5] * (longest - 1)], **asked)["usage"]["prompt_tokens"] == longest - 1
+    asked = {"model": model, "uncertainty": {"answers": [" a", " b"], "predictive": "map"}}
+    chosen = server.post("/v1/completions", prompt=[5] * (longest - 1), **asked)
+    assert chosen["usage"]["prompt_tokens"] == longest - 1
     for path, body in (
         ("/v1/completions", {"model": model, "prompt": [5] * longest, "max_tokens": 1}),
         ("/v1/completions", {"model": model, "prompt": [5] * (longest - 1), "max_tokens": 2}),
-        ("/v1/predictive", {"prompts": [[5] * longest], **asked}),
+        ("/v1/completions", {"prompt": [5] * longest, **asked}),
     ):
         response = httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"})
         assert response.status_code == 400 and str(longest) in response.json()["error"]["message"], response.text

@@ -58,7 +58,9 @@ def test_vllm_continues_the_request_s_span(
         body = {"model": "gang", "prompt": "x", "max_tokens": 1, "stream": stream}
         assert client.post("/v1/completions", json=body).status_code == 200
     for call, span in zip(calls, spans.get_finished_spans(), strict=True):
-        assert call.headers["traceparent"] == f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{span.context.trace_flags:02x}"
+        own = span.context
+        expected = f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}"
+        assert call.headers["traceparent"] == expected
 
 
 def test_spans_stand_inside_each_other_and_without_a_tracer_there_are_none(spans: InMemorySpanExporter) -> None:

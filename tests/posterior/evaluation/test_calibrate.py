@@ -51,6 +51,7 @@ def fitted(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write(folder / "train.jsonl", [row(index) for index in range(1000, 1000 + ROWS)])
     options = ["--out", folder / "tiny", "--template", "{text}:", "--answers", "p", "n", "--base", tiny_base]
     fit.call(arguments(fit, data, *options, "--rank", 2, "--epochs", 1))
+    shutil.rmtree(folder / "tiny" / "calibration")  # the probes
     return folder
 
 

@@ -85,7 +85,7 @@ def rows(tmp_path: Path) -> Path:
     [
         (["--samples", "1"], "--samples is 1; give at least 2, or 0 for none"),
         (["--predictive", "map", "--particles", "3"], "--particles belongs to the mixture; --predictive map has none"),
-        (["--coverage", ".5"], "--coverage belongs to --task choice; text does not use it"),
+        (["--coverage", ".5"], "--coverage belongs to --task choice, outcomes; text does not use it"),
         (["--predictive", "linearized"], "linearized"),
         (["--meaning", "nli"], "--meaning is nli; give its model's folder, --meaning-nli"),
         (["--device", "cuda:7"], "text is written on cpu or cuda"),

@@ -216,7 +216,7 @@ def test_a_stream_ends_with_an_error_event_when_the_server_gives_up(monkeypatch:
 
     monkeypatch.setattr(fakes.Engine, "complete", endless)
     found: list[str] = []
-    body = {"model": "gang", "prompt": "x", "stream": True}
+    body = {"model": "gang/map", "prompt": "x", "stream": True}
 
     def read(port: int) -> None:
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20) as response:

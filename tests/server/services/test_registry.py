@@ -49,7 +49,10 @@ def test_names_adapters_and_weights(root: Path, base: Base) -> None:
     assert mood.posterior is not None and mood.label == f"mood@{mood.posterior.hash[:12]}"
     assert [a.name for a in mood.particles] == [f"{mood.label}/{k:03d}" for k in range(4)]
     assert all((a.path / "adapter_model.safetensors").is_file() for a in served.adapters)
-    assert set(served.public) == {"gang", "gang/map", "mood", "mood/map"}
+    hashes = [each.posterior.hash[:12] for each in (gang, mood) if each.posterior is not None]
+    assert set(served.public) == {
+        f"{name}{end}@{hash}" for name, hash in zip(("gang", "mood"), hashes, strict=True) for end in ("", "/map")
+    }
 
 
 def test_the_heaviest_particles_come_first(root: Path, base: Base) -> None:

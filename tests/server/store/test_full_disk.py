@@ -15,7 +15,7 @@ from server.store.values import Report
 from tests.server.store.made import reply
 from tests.server.store.test_store import counted, dropped, report, statuses
 
-PAGES = 2**31
+PAGES = 2**30
 
 
 def limited(pages: list[int]) -> Any:
@@ -39,11 +39,9 @@ def test_what_was_acknowledged_stays_and_the_rest_is_counted(tmp_path: Path) -> 
         lost = [f"meanwhile {number}" for number in range(300)]  # more than the last page holds
         for id in lost:
             store.keep(reply(id))
-        counted(store)
+        with pytest.raises(Unavailable, match="cannot be reached now"):
+            counted(store)
         assert dropped(store) > 0
-        with pytest.raises(Unavailable, match="cannot"):
-            for id in ("before", *lost):
-                report(store, Report(id, correct=True))
         pages.append(PAGES)
         store.keep(reply("after"))
         results = report(store, Report("before", correct=True), Report("after", correct=False))

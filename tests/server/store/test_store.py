@@ -169,7 +169,8 @@ def test_answers_whose_labels_were_asked_for_wait_on(opened: Opened) -> None:
 
 
 def test_chance_alone_asks_for_labels(opened: Opened) -> None:
-    assert not any(opened().asks() for _ in range(100)) and all(opened(share=1.0).asks() for _ in range(100))
+    never, always = opened(), opened(share=1.0)
+    assert not any(never.asks() for _ in range(100)) and all(always.asks() for _ in range(100))
     store = opened(share=0.25)
     asked = sum(store.asks() for _ in range(10_000))
     assert abs(asked - 2500) < 5 * math.sqrt(10_000 * 0.25 * 0.75)

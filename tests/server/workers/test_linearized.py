@@ -247,7 +247,7 @@ async def test_a_prompt_that_memory_cannot_hold_is_refused_with_the_arithmetic(l
 def test_another_posterior_is_not_loaded_under_the_same_name(tiny: tuple[Base, Posterior]) -> None:
     _, posterior = tiny
     assert _unchanged(posterior.path, posterior.hash).hash == posterior.hash
-    with pytest.raises(PosteriorError, match="has changed since the server started"):
+    with pytest.raises(PosteriorError, match="has changed since the server loaded it"):
         _unchanged(posterior.path, "sha256:other")
 
 
