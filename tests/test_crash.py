@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 
+@pytest.mark.long
 def test_whatever_is_killed_leaves_the_old_or_the_new_state() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tests.crash"], env={**os.environ, "CRASHES": "20"}, capture_output=True, text=True

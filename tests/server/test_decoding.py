@@ -95,7 +95,7 @@ def test_logprobs_are_those_of_the_mixture(server: Running, reference: Reference
         )
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, pytest.param(0.7, marks=pytest.mark.long)])
 def test_sampled_pairs_follow_the_analytic_mixture(
     server: Running, reference: Reference, tokenizer: Any, top_p: float
 ) -> None:

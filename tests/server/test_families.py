@@ -84,6 +84,7 @@ def tokenizer(base: Base) -> Any:
     return load_tokenizer(base)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_served_answers_are_those_of_the_fitted_posterior(
     base: Base, tokenizer: Any, fitted: Path, url: str, name: str

@@ -116,6 +116,7 @@ def test_versions_come_and_go_under_requests(admin: Admin, versions: tuple[Poste
     assert admin.answers("live")[0] == b, "the alias stays where it is"
 
 
+@pytest.mark.long
 def test_a_stream_goes_on_with_what_was_unloaded(admin: Admin, versions: tuple[Posterior, Posterior]) -> None:
     admin.put(versions[0], "hot")
     label = admin.load("hot")["id"]

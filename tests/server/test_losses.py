@@ -31,6 +31,7 @@ from tests.server.running import KEY, PARTICLES, Running, started
 TOLERANCE = 0.06
 TEXTS = ["The food was wonderful.", "I waited an hour and left hungry.", "It was a restaurant.", "ok"]
 ASK = {"inputs": [{"text": "good"}]}
+pytestmark = pytest.mark.long
 KEYED = {"Authorization": f"Bearer {KEY}"}
 
 

@@ -279,7 +279,7 @@ def test_a_chat_is_read_the_same_way_whatever_is_asked_about_it(server: Running,
     assert confidence == pytest.approx(known, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", ["mood", "mood/map"])
+@pytest.mark.parametrize("model", [pytest.param("mood", marks=pytest.mark.long), "mood/map"])
 def test_prompts_at_the_limit(server: Running, model: str) -> None:
     """A prompt and the tokens that follow it fill the context, or are one token too many."""
     (card,) = [card for card in server.get("/v1/models")["data"] if card["id"] == model]

@@ -124,6 +124,7 @@ async def test_batches_and_survives_the_loss_of_its_worker(
     await asyncio.wait_for(check(), 60)
 
 
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_posteriors_come_and_go_and_a_new_worker_knows_which(
     tiny: tuple[Base, Posterior], linearizer: Linearizer, tmp_path: Path
