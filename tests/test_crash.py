@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 
 @pytest.mark.long
 def test_whatever_is_killed_leaves_the_old_or_the_new_state() -> None:
