@@ -10,7 +10,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from server.services.lifecycle import Lifecycle
 from server.services.loaded import places
 from server.services.registry import Registry, Source
 from server.workers.comparer import Comparer
+from server.workers.inside import Folder
 from server.workers.linearized import Linearizer
 
 if TYPE_CHECKING:
@@ -96,26 +97,19 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         say(f"base {base.id} on {device}")
         source = Source(settings.posteriors, base, settings.particles, cache_folder())
         served = source.all()
-        calibrations = renewing.looks(served)
-        _say_refused(served.refused)
+        calibrations, known = renewing.looks(served), served.refused
+        _say_refused(known)
         say(f"posteriors {', '.join(f'{p.name} ({p.family})' for p in served.posteriors)}")
         metrics = Metrics()
         store = _store(settings, metrics)
         if store is not None:
             stack.callback(store.close)
         make = partial(Linearizer, base, device=device, metrics=metrics)
-        linearizer = make(laplace) if (laplace := served.laplace) else None
-        if linearizer is not None:
-            stack.callback(linearizer.stop)
-        folders = comparers(settings.meaning_embedding, settings.meaning_nli)
-        comparer = Comparer(folders, settings.meaning_threshold, metrics) if folders else None
-        if comparer is not None:
-            stack.callback(comparer.stop)
+        linearizer, comparer = _workers(settings, make, served, metrics, stack)
         say("starting vLLM (up to a minute)")
         engine = await start_engine(settings, base, device, served, traces)
         stack.callback(engine.stop)
-        known, served = served.refused, served.without(engine.refused)
-        _say_refused({name: reason for name, reason in served.refused.items() if name not in known})
+        served = served.without(engine.refused)
         served.check(settings.posteriors)
         service = Service(served, engine, linearizer, load_tokenizer(base), metrics, comparer, store)
         if store is not None:
@@ -124,7 +118,7 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
             stack.callback(service.monitor.close)
         service.lifecycle = lifecycle = Lifecycle(service, source, make, say)
         stack.callback(lifecycle.stop)
-        _say_refused({name: why for name, why in service.registry.refused.items() if name not in served.refused})
+        _say_refused({name: why for name, why in service.registry.refused.items() if name not in known})
         for line in (*service.unapplied(), lifecycle.arithmetic):
             say(line)
         for line in keys.warnings(service.registry.served):
@@ -147,6 +141,23 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
             place=lobby.place,
             drain_seconds=settings.drain_seconds,
         )
+
+
+def _workers(
+    settings: ServeSettings,
+    make: Callable[[Mapping[str, Folder]], Linearizer],
+    served: Registry,
+    metrics: Metrics,
+    stack: contextlib.ExitStack,
+) -> tuple[Linearizer | None, Comparer | None]:
+    """The processes beside the engine that these posteriors and settings need; they end with the stack."""
+    linearizer = make(served.laplace) if served.laplace else None
+    folders = comparers(settings.meaning_embedding, settings.meaning_nli)
+    comparer = Comparer(folders, settings.meaning_threshold, metrics) if folders else None
+    for worker in (linearizer, comparer):
+        if worker is not None:
+            stack.callback(worker.stop)
+    return linearizer, comparer
 
 
 def follow(keys: Keys) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -121,5 +121,4 @@ def _kept(task: Task, row: Row) -> dict[str, Any]:
 
 def _dtype(model: Any) -> Dtype:
     """Of the base's weights; adapters may be more precise."""
-    found: Dtype = str(model.get_base_model().dtype).removeprefix("torch.")  # type: ignore[assignment]
-    return found
+    return cast(Dtype, str(model.get_base_model().dtype).removeprefix("torch."))

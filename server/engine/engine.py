@@ -205,12 +205,14 @@ class VllmEngine:
         )
 
     async def render(self, kind: Kind, body: dict[str, Any]) -> list[list[int]]:
-        parsed = self._parsed(kind, body)
-        with refusals(body):
+        parsed, longest = self._parsed(kind, body), self.max_model_len
+        with refusals(body, longest):
             if kind == "chat":
-                _, found = result(await self._classes.openai_serving_chat.render_chat_request(parsed), body)
+                _, found = result(await self._classes.openai_serving_chat.render_chat_request(parsed), body, longest)
             else:
-                found = result(await self._classes.openai_serving_completion.render_completion_request(parsed), body)
+                found = result(
+                    await self._classes.openai_serving_completion.render_completion_request(parsed), body, longest
+                )
         return [list(prompt["prompt_token_ids"]) for prompt in found]
 
     async def chat(
@@ -235,7 +237,7 @@ class VllmEngine:
                 "tools are not served here; start the server with --tool-call-parser NAME (how this base writes calls)",
                 "tools",
             )
-        with refusals(body):
+        with refusals(body, self.max_model_len):
             return model.model_validate(body)
 
     async def _serve(
@@ -244,8 +246,8 @@ class VllmEngine:
         """What vLLM's `create` answers, with `trace` as the one being handed to it."""
         token = CURRENT.set(trace)
         try:
-            with refusals(body):
-                answer = result(await create(parsed, call), body)
+            with refusals(body, self.max_model_len):
+                answer = result(await create(parsed, call), body, self.max_model_len)
         finally:
             CURRENT.reset(token)
         return answer.model_dump() if isinstance(answer, BaseModel) else answer

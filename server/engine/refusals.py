@@ -17,10 +17,12 @@ from server.engine.grammars import FIELDS
 from server.errors import EngineLost, Fault, NotFound, Refused, RequestError, Unavailable
 from server.validation import from_validation
 
+LENGTHS = ("max_tokens", "max_completion_tokens")
+
 
 @contextlib.contextmanager
-def refusals(body: dict[str, Any]) -> Iterator[None]:
-    """What vLLM raises about a request, raised as our kinds of error."""
+def refusals(body: dict[str, Any], longest: int) -> Iterator[None]:
+    """What vLLM raises about a request, raised as our kinds of error. longest: tokens of the context."""
     try:
         yield
     except ValidationError as error:
@@ -37,14 +39,22 @@ def refusals(body: dict[str, Any]) -> Iterator[None]:
             raise
         raise Refused("the grammar of this request cannot be used; simplify it", "structured_outputs") from error
     except (VLLMClientError, GracefulHTTPError, ValueError) as error:  # vLLM also raises bare ValueErrors
-        raise refusal(error) from error
+        raise _of_full(refusal(error), body, longest) from error
 
 
-def result(answer: Any, body: dict[str, Any]) -> Any:
+def result(answer: Any, body: dict[str, Any], longest: int) -> Any:
     """What vLLM answered. Raises RequestError where it is an error."""
     if isinstance(answer, ErrorResponse):
-        raise _from_response(answer, body)
+        raise _of_full(_from_response(answer, body), body, longest)
     return answer
+
+
+def _of_full(error: RequestError, body: dict[str, Any], longest: int) -> RequestError:
+    """The error; of a prompt that leaves no room for a token, where vLLM speaks of a `max_tokens` of 0 that nobody
+    gave, one that says so."""
+    if error.param != "max_tokens" or "got 0" not in error.message or 0 in (body.get(name) for name in LENGTHS):
+        return error
+    return Refused(f"the prompt fills the context of {longest} tokens, and an answer needs one of them; shorten it")
 
 
 def refusal(error: Exception) -> RequestError:

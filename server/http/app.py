@@ -18,20 +18,18 @@ from starlette.types import Receive, Scope, Send
 import posterior
 from server.access.keys import Key, Keys, owner
 from server.errors import EngineLost, RequestError, Stopping, Unavailable
-from server.http import answers, decisions, errors, managing, openapi, outcomes, page, predictive, systemone
+from server.http import answers, decisions, errors, managing, openapi, outcomes, predictive, systemone
 from server.http.auth import enter, require_key
 from server.http.body import read_json
 from server.http.decision_replies import DecisionReply, SystemOneReply
 from server.http.errors import as_api_error
+from server.http.outcome_replies import OutcomesDeleted, OutcomesReply, OutcomesReport
 from server.http.records import Reply
 from server.http.replies import (
     ChatReply,
     CompletionReply,
     ModelCard,
     ModelList,
-    OutcomesDeleted,
-    OutcomesReply,
-    OutcomesReport,
     PredictiveReply,
     Status,
     Version,
@@ -48,6 +46,7 @@ from server.http.schemas import (
     SystemOneRequest,
     TextRequest,
 )
+from server.http.static import DOCS, WEB
 from server.metrics import Observation
 from server.services.predictive import Service
 from server.services.registry import Served
@@ -100,6 +99,13 @@ def create_app(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
     app.add_middleware(Requests, running=app.state.running, prompts=log_prompts)  # the last one is the outermost
+    _route(app)
+    app.state.description = functools.cache(partial(openapi.describe, app, key=bool(keys), public=PUBLIC))
+    return app
+
+
+def _route(app: FastAPI) -> None:
+    """All routes, with what each takes and answers."""
     for path, handler, summary, reply, statuses in (
         ("/health", _health, "Whether the process lives", Status, (503,)),
         ("/ready", _ready, "Whether requests are answered", Status, (503,)),
@@ -133,12 +139,10 @@ def create_app(
     app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=metrics)(_metrics)
     app.get("/openapi.json", summary="This description", responses=openapi.replies(None, 401))(openapi.show)
     html = openapi.replies(None)
-    app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(openapi.page)
-    app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(openapi.part)
-    app.get("/", summary="A page to ask with", response_class=HTMLResponse, responses=html)(page.show)
-    app.get("/web/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(page.part)
-    app.state.description = functools.cache(partial(openapi.describe, app, key=bool(keys), public=PUBLIC))
-    return app
+    app.get("/docs", summary="This description for people", response_class=HTMLResponse, responses=html)(DOCS.show)
+    app.get("/docs/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(DOCS.part)
+    app.get("/", summary="A page to ask with", response_class=HTMLResponse, responses=html)(WEB.show)
+    app.get("/web/{name}", summary="A file of that page", responses=openapi.replies(None, 404))(WEB.part)
 
 
 def _service(request: Request) -> Service:

@@ -1,8 +1,7 @@
-"""The API as OpenAPI 3.1, and the page that shows it."""
+"""The API as OpenAPI 3.1."""
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import posterior
-from server.http.errors import RETRY_SECONDS, ApiError
+from server.http.errors import RETRY_SECONDS
 from server.http.replies import Error
 from server.http.schemas import (
     AliasRequest,
@@ -31,18 +30,6 @@ BODIES = (
     PredictiveRequest, SystemOneRequest,
 )  # fmt: skip
 REFERENCE = "#/components/schemas/{model}"
-PARTS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "start.js": "text/javascript",
-    "start.css": "text/css",
-}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 MEANINGS = {
     400: "The request is not valid",
     401: "The key is missing or wrong",
@@ -101,20 +88,3 @@ async def show(request: Request) -> Response:
     """GET /openapi.json"""
     document, prefix = request.app.state.description(), request.scope.get("root_path")
     return JSONResponse({**document, "servers": [{"url": prefix}]} if prefix else document)
-
-
-async def page() -> Response:
-    """GET /docs: it holds no data, and asks for the key."""
-    return _file("index.html", "text/html")
-
-
-async def part(name: str) -> Response:
-    """GET /docs/{name}: what the page needs."""
-    if name not in PARTS:
-        raise ApiError(404, "there is no such page")
-    return _file(name, PARTS[name])
-
-
-def _file(name: str, kind: str) -> Response:
-    content = (files("server.http") / "docs" / name).read_bytes()
-    return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)

@@ -24,7 +24,7 @@ from posterior.calibration.exchangeability import Evidence
 from posterior.calibration.rolling import Labelled, figures, promised, reliability
 from server.metrics import Metrics
 from server.services.gauges import gauges
-from server.services.learning import Figures, Learnt
+from server.services.learning import Figures, Learnt, Of, Sample
 from tests.clients.grafana import GRAFANA, PANELS, expression, promtool, tool
 from tests.server.running import KEY, Running
 
@@ -37,8 +37,9 @@ class Outcomes(Collector):
     def collect(self) -> Iterator[Metric]:
         rows = [Labelled(n % 3 > 0, 0.5 + n / 100, True, 0.9, 0.1) for n in range(40)]
         own = Figures(len(rows), figures(rows), promised(rows), reliability(rows))
-        moved = {"confidence": Drift(40, 100, 0.2, 0.1)}
-        found = Learnt("mixture", "answers", {"all": own}, 30, 20, moved, Evidence(20, 0.1, 0.3), {})  # type: ignore[arg-type]
+        moved: dict[Of, Drift] = {"confidence": Drift(40, 100, 0.2, 0.1)}
+        samples: dict[Sample, Figures] = {"all": own}
+        found = Learnt("mixture", "answers", samples, 30, 20, moved, Evidence(20, 0.1, 0.3), {})
         return gauges([(("mood", "mixture", "answers"), found)])
 
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from server.calibrate.outcomes import OutcomeCalibration
 from server.configuration.schema import ServeSettings
 from server.configuration.window import COUNT, MOST, Window
-from server.http import replies
-from server.http.replies import OutcomeResult, OutcomesDeleted, OutcomesReply
+from server.http import outcome_replies as replies
+from server.http.outcome_replies import OutcomeResult, OutcomesDeleted, OutcomesReply
 from server.http.schemas import MAX_ID, MAX_OUTCOMES, Outcome
 from server.metrics import Metrics
 from server.services.monitor import Monitor

@@ -37,6 +37,20 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was handed to the engine beside the body, of each text."""
+    found: list[Any] = []
+    whole = fakes.Engine.complete
+
+    async def complete(engine: Any, body: Any, call: Any, trace: Any = None) -> Any:
+        found.append(call)
+        return await whole(engine, body, call, trace)
+
+    monkeypatch.setattr(fakes.Engine, "complete", complete)
+    return found
+
+
 def error_of(response: Any, status: int) -> dict[str, Any]:
     """The error object of a failed response: OpenAI's four fields, one line, nothing of our inside."""
     assert response.status_code == status, response.text

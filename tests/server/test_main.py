@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -61,9 +62,29 @@ def url() -> str:
     return f"http://127.0.0.1:{free_port()}"
 
 
-def start(url: str, delay: float, *words: str) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def started(url: str, delay: float, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     port = url.rpartition(":")[2]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, port, str(delay), *words], stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", PROGRAM, port, str(delay), *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def asked(url: str) -> tuple[threading.Thread, list[httpx.Response]]:
+    """A thread that asks, begun some moments ago, and its answer when it has ended."""
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
+    asking.start()
+    time.sleep(0.3)
+    return asking, answers
+
+
+def said(process: subprocess.Popen[bytes]) -> str:
+    assert process.stderr is not None
+    return process.stderr.read().decode()
 
 
 def status(url: str) -> int | None:
@@ -81,15 +102,11 @@ def wait_for(url: str, wanted: int) -> None:
 
 
 def test_ready_after_the_warm_up_and_drained_on_sigterm(url: str) -> None:
-    process = start(url, delay=1)
-    try:
+    with started(url, delay=1) as process:
         wait_for(f"{url}/health", 200)
         assert status(f"{url}/ready") == 503, "still warming up: five models, a second each"
         wait_for(f"{url}/ready", 200)
-        answers: list[Any] = []
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
-        asking.start()
-        time.sleep(0.2)
+        asking, answers = asked(url)
         process.send_signal(signal.SIGTERM)
         wait_for(f"{url}/ready", 503)
         assert status(f"{url}/health") == 200
@@ -97,69 +114,40 @@ def test_ready_after_the_warm_up_and_drained_on_sigterm(url: str) -> None:
         assert late.status_code == 503 and late.headers["retry-after"] and "stopping" in late.text
         asking.join()
         assert answers[0].status_code == 200, "what had begun is finished"
-        assert process.wait(10) == 0
-        assert process.stderr is not None
-        assert f"curl {url}/v1/predictive" in process.stderr.read().decode()
+        assert process.wait(10) == 0 and f"curl {url}/v1/predictive" in said(process)
         assert status(f"{url}/health") is None
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_what_runs_too_long_ends_with_an_error(url: str) -> None:
     """The engine answers no more from the seventh question on."""
-    process = start(url, 0.0, "dies", "0.3")
-    try:
+    with started(url, 0.0, "dies", "0.3") as process:
         wait_for(f"{url}/ready", 200)
-        answers: list[Any] = []
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
-        asking.start()
-        time.sleep(0.3)
+        asking, answers = asked(url)
         process.send_signal(signal.SIGTERM)
         asking.join(10)
         assert answers[0].status_code == 503 and answers[0].headers["retry-after"]
         assert "the server is stopping" in answers[0].json()["error"]["message"]
-        assert process.wait(10) == 0
-        assert process.stderr is not None
-        assert "some requests still ran after 0.3 s" in process.stderr.read().decode()
-    finally:
-        process.kill()
-        process.communicate()
+        assert process.wait(10) == 0 and "some requests still ran after 0.3 s" in said(process)
 
 
 def test_a_second_signal_waits_no_longer(url: str) -> None:
-    process = start(url, 0.0, "dies", "60")
-    try:
+    with started(url, 0.0, "dies", "60") as process:
         wait_for(f"{url}/ready", 200)
-        answers: list[Any] = []
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
-        asking.start()
-        time.sleep(0.3)
+        asking, answers = asked(url)
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
         asking.join(10)
         assert answers[0].status_code == 503 and process.wait(10) == 0
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_dead_engine_ends_the_server_after_what_waits_is_answered(url: str) -> None:
-    process = start(url, 0.0, "dies")
-    try:
+    with started(url, 0.0, "dies") as process:
         wait_for(f"{url}/ready", 200)
-        answers: list[Any] = []
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/predictive", json=ASK)))
-        asking.start()
-        time.sleep(0.5)
+        asking, answers = asked(url)
         process.send_signal(signal.SIGUSR1)
         asking.join(10)
         assert answers[0].status_code == 503 and "retry-after" in answers[0].headers
         assert process.wait(10) == 1
-        assert process.stderr is not None
-        last = process.stderr.read().decode().strip().splitlines()[-1]
+        last = said(process).strip().splitlines()[-1]
         assert last.startswith("posterior: the engine has stopped, and the server with it")
-    finally:
-        process.kill()
-        process.communicate()

@@ -292,9 +292,10 @@ def test_prompts_at_the_limit(server: Running, model: str) -> None:
     for path, body in (
         ("/v1/completions", {"model": model, "prompt": [5] * longest, "max_tokens": 1}),
         ("/v1/completions", {"model": model, "prompt": [5] * (longest - 1), "max_tokens": 2}),
+        ("/v1/completions", {"prompt": [5] * longest, **asked}),
     ):
         response = httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"})
-        assert response.status_code == 400 and response.json()["error"]["message"], response.text
+        assert response.status_code == 400 and str(longest) in response.json()["error"]["message"], response.text
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

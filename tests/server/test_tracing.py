@@ -17,7 +17,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from posterior.errors import PosteriorError
 from server import tracing
-from tests.server import fakes
 
 PREDICT = {"model": "gang", "inputs": [{"text": "x"}]}
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -43,17 +42,7 @@ def test_a_request_is_a_span_that_continues_its_client_s(client: TestClient, spa
     assert {f"posterior.{name}": value for name, value in expected.items()}.items() <= span.attributes.items()
 
 
-def test_vllm_continues_the_request_s_span(
-    client: TestClient, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
-    whole = fakes.Engine.complete
-
-    async def complete(engine: Any, body: Any, call: Any, trace: Any = None) -> Any:
-        calls.append(call)
-        return await whole(engine, body, call, trace)
-
-    monkeypatch.setattr(fakes.Engine, "complete", complete)
+def test_vllm_continues_the_request_s_span(client: TestClient, spans: InMemorySpanExporter, calls: list[Any]) -> None:
     for stream in (False, True):
         body = {"model": "gang", "prompt": "x", "max_tokens": 1, "stream": stream}
         assert client.post("/v1/completions", json=body).status_code == 200

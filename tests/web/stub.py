@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from server.http import page
+from server.http.static import WEB
 from tests.server.running import free_port
 
 REPLIES = Path(__file__).parent / "replies"
@@ -29,8 +29,8 @@ CHUNK_SECONDS = 0.01
 
 def create_app() -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.get("/")(page.show)
-    app.get("/web/{name}")(page.part)
+    app.get("/")(WEB.show)
+    app.get("/web/{name}")(WEB.part)
     app.post("/v1/outcomes")(_outcome)
     app.api_route("/{path:path}", methods=["GET", "POST"])(_canned)
     return app

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from posterior.likelihood.states import last_states
 from posterior.models import lora
 from posterior.models.base import Base, load_model, load_tokenizer, resolve
 from posterior.storage import artefact
+from tests.posterior.evaluation.made import arguments, write
 from tests.sealed import edit
 
 ROWS = 60
@@ -31,17 +31,6 @@ WORDS = ("good", "fine", "poor", "bad")
 
 def row(index: int) -> dict[str, Any]:
     return {"text": f"{WORDS[index % 4]} thing {index}", "label": int(index % 4 > 1) ^ (index % 7 == 0)}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
-
-
-def arguments(module: Any, *words: Any) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,13 @@ from posterior.evaluation import probing
 from posterior.models import lora
 from posterior.models.base import load_model, load_tokenizer, resolve
 from posterior.storage import artefact
+from tests.posterior.evaluation.made import arguments, write
 
 WORDS = ("good", "fine", "poor", "bad")
 
 
 def row(index: int) -> dict[str, Any]:
     return {"text": f"{WORDS[index % 4]} thing {index}", "label": int(index % 4 > 1), "secret": "not kept"}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return path
-
-
-def arguments(module: Any, *words: Any) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,8 @@ def test_confidence_alone_leaves_what_is_promised(posterior: Any) -> None:
     (new,) = made(posterior, rows(own, 90), alone, "choice").choices
     assert (new.risk, new.conformal, new.n, new.reference) == (old.risk, old.conformal, old.n, old.reference)
     assert new.calibrator.method == "platt" and new.data != old.data
-    assert new.collected == old.collected.model_copy(update={"confidence_only": True})  # type: ignore[union-attr]
+    assert old.collected is not None
+    assert new.collected == old.collected.model_copy(update={"confidence_only": True})
 
 
 def test_texts_are_graded_by_their_outcomes(posterior: Any) -> None:
@@ -186,7 +187,8 @@ def test_texts_are_graded_by_their_outcomes(posterior: Any) -> None:
     (record,) = made(posterior, given, OutcomeCalibration(), "text").texts
     assert (record.key, record.n, record.grading, record.max_tokens) == (TEXT, 120, "outcomes", None)
     assert len(record.risk.right) == 50 + 20, "half of those that came, and all that did not"
-    table = record.guard.table([row.features for row in given[100:]])  # type: ignore[misc]
+    assert record.guard is not None
+    table = record.guard.table([row.features for row in given[100:] if row.features is not None])
     assert set(record.guard(table).tolist()) <= set(record.risk.confidence)
     posterior.texts = {TEXT: record}
     (new,) = made(posterior, rows(TEXT, 80, seed=2), OutcomeCalibration(confidence_only=True), "text").texts

@@ -31,7 +31,7 @@ def engine() -> fakes.Engine:
     return fakes.Engine(max_model_len=4096)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def store(service: Service, tmp_path: Path) -> Iterator[Store]:
     """One whose server asks for the label of every answer."""
     mood: Any = service.registry.served["mood"].posterior
@@ -40,14 +40,6 @@ def store(service: Service, tmp_path: Path) -> Iterator[Store]:
     service.monitor = Monitor(service, service.store, Window())
     yield service.store
     service.store.close()
-
-
-@pytest.fixture
-def client(service: Service, store: Store) -> Iterator[TestClient]:
-    app = create_app(service, None)
-    app.state.ready = True
-    with TestClient(app, raise_server_exceptions=False) as client:
-        yield client
 
 
 def test_every_kind_of_answer_says_that_its_label_is_asked_for(

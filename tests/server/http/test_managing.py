@@ -70,7 +70,8 @@ def test_only_admins_may(client: TestClient, managed: Managed, method: str, path
     for key, status in (("all", 403), ("gang", 403), ("nobody", 401)):
         reply = client.request(method, path, json=body, headers={"Authorization": f"Bearer {key}"})
         assert error_of(reply, status)
-    client.app.state.ready = False  # type: ignore[attr-defined]
+    app: Any = client.app
+    app.state.ready = False
     assert error_of(client.request(method, path, json=body), 503)
     assert managed.names() == before and not managed.lifecycle.aliases
 

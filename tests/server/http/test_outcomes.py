@@ -40,19 +40,11 @@ def engine() -> fakes.Engine:
     return fakes.Engine(max_model_len=4096)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def store(service: Service, tmp_path: Path) -> Iterator[Store]:
     service.store = Store(f"sqlite:///{tmp_path}/there/outcomes.db", service.metrics)
     yield service.store
     service.store.close()
-
-
-@pytest.fixture
-def client(service: Service, store: Store) -> Iterator[TestClient]:
-    app = create_app(service, None)
-    app.state.ready = True
-    with TestClient(app, raise_server_exceptions=False) as client:
-        yield client
 
 
 def predict(client: TestClient, **body: Any) -> dict[str, Any]:
@@ -385,10 +377,8 @@ def test_without_a_database_answers_go_on(client: TestClient, store: Store, serv
     error_of(report(client, id=lost, correct=True), 404)
 
 
-def test_a_server_that_keeps_nothing_says_so(service: Service) -> None:
-    app = create_app(service, None)
-    app.state.ready = True
-    client = TestClient(app)
+def test_a_server_that_keeps_nothing_says_so(client: TestClient, service: Service) -> None:
+    service.store = None
     assert predict(client)["data"] and len(decided(client)) == 3
     for response in (
         report(client, id="x", correct=True), client.delete("/v1/outcomes/x"), client.get("/v1/outcomes/report")

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.access.keys import Keys
-from server.http import page
+from server.http import static
 from server.http.app import create_app
 from server.services.predictive import Service
 
@@ -69,5 +69,5 @@ def test_no_other_file_is_served(name: str, closed: TestClient) -> None:
 def test_the_package_brings_every_file() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["server.http"]
     brought = {path.resolve() for pattern in patterns for path in (ROOT / "server/http").glob(pattern)}
-    assert {WEB / name for name in ("index.html", *page.PARTS)} <= brought
-    assert len(page.PARTS) == len([*WEB.glob("*.js"), *WEB.glob("*.css")]) > 10
+    assert {WEB / name for name in ("index.html", *static.WEB.parts)} <= brought
+    assert len(static.WEB.parts) == len([*WEB.glob("*.js"), *WEB.glob("*.css")]) > 10

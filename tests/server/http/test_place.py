@@ -86,7 +86,7 @@ def answering(place: Place, drain_seconds: float = 30.0) -> Iterator[int]:
 
     async def main(lobby: Lobby) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler = handlers.setdefault  # type: ignore[method-assign,assignment]
+        vars(loop)["add_signal_handler"] = handlers.setdefault
         loops.append(loop)
         await listen(app, lobby.leave(), service, ready.set, place=place, drain_seconds=drain_seconds)
 

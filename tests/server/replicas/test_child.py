@@ -86,6 +86,9 @@ async def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
     async with started("--deaf", "1") as child:
         pass
     assert await child.wait() == -signal.SIGKILL
+
+
+async def test_one_that_ends_in_time_is_not_killed() -> None:
     async with started() as child:
         pass
     assert await child.wait() == 0

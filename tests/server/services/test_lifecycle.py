@@ -62,7 +62,8 @@ async def test_a_new_version_takes_the_name_and_the_old_one_keeps_its_id(managed
     assert before < set(managed.engine.loaded) and len(added) == 4 and min(added) > max(before)
     names = {adapter.name for adapter in (*new.particles, *old.particles)}
     assert len(names) == 6, "vLLM keys its prefix cache by them"
-    assert managed.metric("posterior_info", posterior="gang", hash=new.posterior.hash, family="particles", base="tiny")  # type: ignore[union-attr]
+    assert new.posterior is not None
+    assert managed.metric("posterior_info", posterior="gang", hash=new.posterior.hash, family="particles", base="tiny")
     assert managed.metric("posterior_adapters") == 5 + 4 + 4
     assert "4 adapters x 0.00179 MB = 0.00717 MB; " in managed.lines[-1] and "13 of 40 places" in managed.lines[-1]
 
