@@ -42,9 +42,9 @@ def engine() -> fakes.Engine:
 
 @pytest.fixture(autouse=True)
 def store(service: Service, tmp_path: Path) -> Iterator[Store]:
-    service.store = Store(f"sqlite:///{tmp_path}/there/outcomes.db", service.metrics)
-    yield service.store
-    service.store.close()
+    service.store = store = Store(f"sqlite:///{tmp_path}/there/outcomes.db", service.metrics)
+    yield store
+    store.close()
 
 
 def predict(client: TestClient, **body: Any) -> dict[str, Any]:
