@@ -74,7 +74,7 @@ test("predicate, score, refusal and the posterior's own question", async () => {
   await ask(page);
   await region.getByText("Refused", { exact: true }).waitFor();
   assert.match(await region.innerText(), /for an error of at most 30 %[\s\S]*Ambiguous: [\s\S]*It would have said "payments" with 64 %/);
-  await page.getByLabel("Model").selectOption("sentiment");
+  await page.getByRole("combobox", { name: "Model", exact: true }).selectOption("sentiment");
   assert.ok(await page.getByLabel("Its own").isChecked());
   await page.getByRole("button", { name: "Show an example" }).click();
   await ask(page);
