@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Before torch is imported: OpenMP threads that spin while they wait make tests on shared cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process a core
 
 
 @cache

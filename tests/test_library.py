@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.posterior.conftest import save_tiny_base
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "library.py"
@@ -21,6 +23,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("server", "fa
 """
 
 
+@pytest.mark.long
 def test_the_example_runs_without_vllm(tmp_path: Path) -> None:
     base, out = save_tiny_base(tmp_path / "base"), tmp_path / "reviews"
     config = json.loads((base / "config.json").read_text())

@@ -119,7 +119,7 @@ def test_errors_are_the_clients_own(sdk: openai.OpenAI) -> None:
         ask(sdk, "nobody")
 
 
-@pytest.mark.parametrize("predictive", ["mixture", "linearized"])
+@pytest.mark.parametrize("predictive", ["mixture", pytest.param("linearized", marks=pytest.mark.long)])
 def test_each_question_is_the_prompt_of_its_task(sdk: openai.OpenAI, server: Running, predictive: str) -> None:
     """The same prompt and answers as a completion have the same distribution."""
     tokenizer, task = base_models.load_tokenizer(server.base), Task("decision", decisions.TEMPLATE, chat=True)
@@ -144,7 +144,10 @@ def test_auto_answers_by_the_first_particles(sdk: openai.OpenAI) -> None:
             assert p == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("predictive", "tolerance"), [("linearized", 0.0), ("mixture", 1e-5), ("map", 1e-5)])
+@pytest.mark.parametrize(
+    ("predictive", "tolerance"),
+    [pytest.param("linearized", 0.0, marks=pytest.mark.long), ("mixture", 1e-5), ("map", 1e-5)],
+)
 def test_the_same_request_gives_the_same_numbers_whatever_is_asked_meanwhile(
     sdk: openai.OpenAI, server: Running, predictive: str, tolerance: float
 ) -> None:

@@ -48,7 +48,7 @@ def write(server: Running, prompt: str, mixing: Mixing = "sequence", **body: Any
 
 
 @pytest.mark.parametrize("mixing", ["sequence", "token"])
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [*PROMPTS[:2], *(pytest.param(p, marks=pytest.mark.long) for p in PROMPTS[2:])])
 def test_greedy_text_equals_the_reference(
     server: Running, reference: Reference, tokenizer: Any, prompt: str, mixing: Mixing
 ) -> None:
@@ -95,7 +95,8 @@ def test_logprobs_are_those_of_the_mixture(server: Running, reference: Reference
         )
 
 
-@pytest.mark.parametrize("top_p", [1.0, pytest.param(0.7, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_sampled_pairs_follow_the_analytic_mixture(
     server: Running, reference: Reference, tokenizer: Any, top_p: float
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_stream_goes_on_with_what_was_unloaded(admin: Admin, versions: tuple[P
     assert text == whole
 
 
+@pytest.mark.long
 def test_a_laplace_posterior_brings_its_linearised_predictive(admin: Admin, tmp_path: Path) -> None:
     """The worker holds two covariances of the same name for a while, each with its own."""
     server = admin.server

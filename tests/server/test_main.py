@@ -118,6 +118,7 @@ def test_ready_after_the_warm_up_and_drained_on_sigterm(url: str) -> None:
         assert status(f"{url}/health") is None
 
 
+@pytest.mark.long
 def test_what_runs_too_long_ends_with_an_error(url: str) -> None:
     """The engine answers no more from the seventh question on."""
     with started(url, 0.0, "dies", "0.3") as process:
@@ -130,6 +131,7 @@ def test_what_runs_too_long_ends_with_an_error(url: str) -> None:
         assert process.wait(10) == 0 and "some requests still ran after 0.3 s" in said(process)
 
 
+@pytest.mark.long
 def test_a_second_signal_waits_no_longer(url: str) -> None:
     with started(url, 0.0, "dies", "60") as process:
         wait_for(f"{url}/ready", 200)

@@ -47,11 +47,12 @@ def drawn(server: Running, sent: dict[str, Any]) -> list[dict[str, Any]]:
     return list(server.post("/v1/completions", **plain, uncertainty=options)["choices"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(ENDED_BY_A_STOP_TOKEN, id="stop token"),
-        pytest.param(ENDED_BY_THE_BASE, id="end of sequence", marks=pytest.mark.long),
+        pytest.param(ENDED_BY_THE_BASE, id="end of sequence"),
     ],
 )
 def test_meanings_equal_those_of_transformers(server: Running, reference: Reference, case: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("count", [32, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [32, 1000])
 def test_mixed_requests_add_no_series(server: Running, count: int) -> None:
     def ask(number: int) -> None:
         path, body = KINDS[number % len(KINDS)]

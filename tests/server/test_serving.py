@@ -125,6 +125,7 @@ def test_more_answers_than_vllm_scores_in_one_request(server: Running, reference
     assert len(served) == 151 and served == pytest.approx(expected, abs=5e-3)
 
 
+@pytest.mark.long
 def test_answers_of_several_tokens_linearised(server: Running) -> None:
     """As in this process; without its variance, as vLLM scores them."""
     tokenizer = base_models.load_tokenizer(server.base)

@@ -38,7 +38,9 @@ def client(server: Running) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", pytest.param({"type": "function", "function": {"name": "book"}}, marks=pytest.mark.long)]
+)
 def test_a_call_is_written_by_the_mixture(client: openai.OpenAI, choice: Any) -> None:
     answer = client.chat.completions.create(**ASKED, tool_choice=choice)
     calls = answer.choices[0].message.tool_calls

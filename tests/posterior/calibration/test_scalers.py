@@ -23,6 +23,7 @@ def test_temperature_is_the_best_of_a_grid() -> None:
     assert found > 1.5, "the probabilities are over-confident"
 
 
+@pytest.mark.long
 def test_the_temperature_of_rows_of_different_widths_is_the_best_of_a_grid() -> None:
     """By a loop over rows with their own options; what is behind them says nothing."""
     p, y, widths = ragged(300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from posterior.calibration.metrics import accuracy, nll
@@ -18,6 +19,7 @@ from server.configuration.schema import SHIPPED
 TEST = Path(__file__).parents[3] / "benchmarks" / "data" / "yelp.test.jsonl"
 
 
+@pytest.mark.long
 def test_the_shipped_posterior_answers_well():
     """32 sentences it has not seen; chance is 0.5 and log 2. `make bench` measures it on all of them."""
     posterior = artefact.load(SHIPPED / "sentiment")

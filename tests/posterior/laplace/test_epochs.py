@@ -18,8 +18,10 @@ NOISE = torch.randint(0, 2, (48,), generator=torch.Generator().manual_seed(0)).t
 
 @pytest.mark.parametrize(
     ("labels", "tried", "kept"),
-    [(NOISE, [8, 4, 2, 1], 2), ([0, 1] * 12, [8, 4, 16, 32], 32)],
-    ids=["nothing to learn", "all to learn"],
+    [
+        pytest.param(NOISE, [8, 4, 2, 1], 2, id="nothing to learn"),
+        pytest.param([0, 1] * 12, [8, 4, 16, 32], 32, id="all to learn", marks=pytest.mark.long),
+    ],
 )
 def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
     """Against fits of the numbers of epochs that are kept and tried last, which know nothing of other trainings."""
@@ -37,6 +39,7 @@ def test_the_last_rise_is_kept(run_fit, tmp_path, labels, tried, kept):
             assert (chosen.precision, chosen.fit["coupling"]) == (alone.precision, alone.fit["coupling"])
 
 
+@pytest.mark.long
 def test_an_interrupted_choice_goes_on(run_fit, tmp_path, monkeypatch):
     """Killed in the second training, of 4 epochs, the next run ends where an uninterrupted one does."""
     options = {"epochs": "evidence", "learning_rate": 0.01}

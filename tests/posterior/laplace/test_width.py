@@ -43,7 +43,7 @@ def brute_force(model, law, examples, w, seed=0) -> float:
     return total
 
 
-@pytest.mark.parametrize("tokens", [1, 2], ids=["single-token", "two-token"])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_no_width_is_nearer_to_the_linearised_predictive(model, tokens):
     """A grid of 9 widths finds none whose divergence is more than 1 % (the tolerance in w) below the chosen one's."""
     examples = make_examples(9, tokens=tokens)

@@ -154,6 +154,7 @@ async def test_posteriors_come_and_go_and_a_new_worker_knows_which(
     await check("mood", mood)
 
 
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_a_signal_to_the_whole_group_leaves_the_worker_to_the_server(linearizer: Linearizer) -> None:
     """systemd sends SIGTERM to every process, a terminal SIGINT: the server then drains, and the worker must answer."""
