@@ -1,11 +1,13 @@
-"""A fault of its own kind: posteriors are loaded, moved and unloaded every few seconds under many clients.
+"""A fault of its own kind, and a soak: posteriors are loaded, moved and unloaded every few seconds under many clients.
 
-    python -m tests.server.reloading --minutes 10 --clients 16 --every 5      (`make reload`)
+    python -m tests.server.reloading --minutes 30 --clients 16 --every 5      (`make reload`)
 
 It starts a server of the default base's first layers (--whole: all of them) in float32. The folder "swap" holds two
-fits in turn. Clients ask for "swap", for the alias "live" and for "steady", which stays. Nothing may go wrong: every
-answer is that of the posterior which it names, text too, and no status is anything but 200, the 404 of a model that is
-not loaded, and 429. At the end the server holds the adapters that it held at the start, and no request.
+fits in turn. Clients ask for "swap", for the alias "live" and for "steady", which stays: choices, decisions, texts,
+streams and samples. They report outcomes, some leave, and the metrics are scraped. Nothing may go wrong: every answer
+is that of the posterior which it names, text too, every outcome is stored, and no status is anything but 200, the 404
+of a model that is not loaded, and 429. At the end the server holds the adapters that it held at the start, and no
+request. Memory and open files are printed every minute.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from tests.server.running import KEY, launched
 INPUTS = [{"text": text} for text in ("Good.", "I left hungry after an hour.", "so so", "The best of all places!")]
 PROMPT = "It was"
 MODELS = ("swap", "live", "steady")
+KINDS = ("choice", "decision", "text", "stream", "samples")
+QUESTION = {"type": "choice", "instructions": "How?", "choices": [{"value": "glad"}, {"value": "cross"}]}
 ALLOWED = {200, 404, 429}
 CLOSE = 2e-3  # of a probability: between a batch and another
 
@@ -46,7 +50,9 @@ class Report:
     statuses: Counter[int] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
     changes: int = 0
+    outcomes: int = 0
     grown: float = 0.0  # MiB of all processes, over the second half
+    opened: int = 0  # files of all processes, over the second half
     longest: float = 0.0  # seconds for one answer
 
     def __str__(self) -> str:
@@ -54,7 +60,8 @@ class Report:
         asked = ", ".join(f"{n} by {label}" for label, n in sorted(self.models.items()))
         return (
             f"{self.changes} changes; answers: {counts} ({asked}); the longest took {self.longest:.1f} s; "
-            f"memory {self.grown:+.0f} MiB over the second half; wrong: {len(self.wrong)}"
+            f"{self.outcomes} outcomes; over the second half memory {self.grown:+.0f} MiB, open files {self.opened:+d};"
+            f" wrong: {len(self.wrong)}"
         )
 
 
@@ -79,12 +86,16 @@ class Crowd:
         await self._learn()
         before = await self._settled()
         asking = [asyncio.create_task(self._client(random.Random(number))) for number in range(clients)]
-        start, half = time.monotonic(), 0.0
+        asking.append(asyncio.create_task(self._scrape()))
+        start, sizes = time.monotonic(), [size()]
         while (passed := time.monotonic() - start) < seconds and not self.report.wrong:
-            half = half or (memory() if passed > seconds / 2 else 0.0)
+            if passed > len(sizes) * min(60, seconds / 4):
+                sizes.append(size())
+                print(f"{passed:.0f} s: {sizes[-1][0]:.0f} MiB, {sizes[-1][1]} open files", flush=True)
             await self._change()
             await asyncio.sleep(every)
-        self.report.grown = memory() - half if half else 0.0
+        half, end = sizes[len(sizes) // 2], size()
+        self.report.grown, self.report.opened = end[0] - half[0], end[1] - half[1]
         self.stop = True
         await asyncio.gather(*asking)
         if (after := await self._settled()) != before:
@@ -97,12 +108,12 @@ class Crowd:
         for number in (1, 0):
             self._put(number)
             label = await self._load()
-            for kind in ("choice", "text"):
+            for kind in KINDS:
                 await self._ask(label, kind, learn=True)
             if number:
                 await self._admin("DELETE", f"/v1/posteriors/{label}")
         await self._admin("PUT", "/v1/aliases/live", {"posterior": label})
-        for kind in ("choice", "text"):
+        for kind in KINDS:
             await self._ask("steady", kind, learn=True)
 
     async def _change(self) -> None:
@@ -139,7 +150,7 @@ class Crowd:
 
     async def _client(self, rng: random.Random) -> None:
         while not self.stop:
-            model, kind = rng.choice(MODELS), rng.choice(("choice", "choice", "text", "stream"))
+            model, kind = rng.choice(MODELS), rng.choice(KINDS)
             start = time.monotonic()
             try:
                 if rng.random() < 0.05:  # one that leaves
@@ -154,24 +165,36 @@ class Crowd:
 
     async def _ask(self, model: str, kind: str, *, learn: bool = False) -> None:
         """One question, and whether its answer is that of the posterior which it names."""
-        if kind == "choice":
-            body = {"model": model, "inputs": INPUTS, "predictive": "mixture"}
-            reply = await self.http.post("/v1/predictive", json=body)
-        else:
-            body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-            reply = await self.http.post("/v1/completions", json=body | {"stream": kind == "stream"})
+        path, body = _request(kind)
+        reply = await self.http.post(path, json=body | {"model": model})
         self.report.statuses[reply.status_code] += 1
         if reply.status_code != 200:
             if reply.status_code not in ALLOWED or learn:
                 self.report.wrong.append(f"{model} {kind}: {reply.status_code} {reply.text[:500]}")
             return
-        label, found = _read(kind, reply)
+        id, label, found = _read(kind, reply)
         self.report.models[label] += 1
-        key = (label, "choice" if kind == "choice" else "text")
+        key = (label, "text" if kind == "stream" else kind)
         if learn:
             self.expected[key] = found
         elif key not in self.expected or _far(found, self.expected[key]):
             self.report.wrong.append(f"{model} {kind} by {label}: {found}, expected {self.expected.get(key)}")
+        if not learn and self.report.statuses[200] % 4 == 0:
+            await self._report(id)
+
+    async def _report(self, id: str) -> None:
+        """An outcome of an answer, which must be stored."""
+        reply = await self.http.post("/v1/outcomes", json={"id": id, "index": 0, "correct": True})
+        if reply.status_code != 200 or reply.json()["data"][0]["status"] != "stored":
+            self.report.wrong.append(f"outcome of {id}: {reply.status_code} {reply.text}")
+        self.report.outcomes += 1
+
+    async def _scrape(self) -> None:
+        """The metrics, as Prometheus asks for them."""
+        while not self.stop:
+            if (reply := await self.http.get("/metrics")).status_code != 200:
+                self.report.wrong.append(f"/metrics: {reply.status_code} {reply.text[:500]}")
+            await asyncio.sleep(5)
 
     async def _settled(self) -> int:
         """How many adapters there are, once what was unloaded is forgotten, or has not been for long."""
@@ -183,19 +206,34 @@ class Crowd:
         return int(listed["room"]["adapters"])
 
 
-def _read(kind: str, reply: httpx.Response) -> tuple[str, list[float]]:
-    """The posterior that an answer names, and its numbers: probabilities, or a text as its log-probability."""
+def _request(kind: str) -> tuple[str, dict[str, Any]]:
+    """The path and body of a request, without its model."""
     if kind == "choice":
-        whole = reply.json()
-        return whole["posterior"], [answer["probability"] for item in whole["data"] for answer in item["answers"]]
-    if kind == "text":
-        said = reply.json()["choices"][0]["uncertainty"]
-    else:
+        return "/v1/predictive", {"inputs": INPUTS, "predictive": "mixture"}
+    if kind == "decision":
+        question = {"input": INPUTS[0]["text"], "questions": [QUESTION]}
+        return "/v1/decisions", question | {"uncertainty": {"predictive": "mixture"}}
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "stream": kind == "stream"}
+    return "/v1/completions", body | ({"uncertainty": {"samples": 3, "return": "greedy"}} if kind == "samples" else {})
+
+
+def _read(kind: str, reply: httpx.Response) -> tuple[str, str, list[float]]:
+    """The id, the posterior that an answer names, and its numbers: probabilities, or a text as its log-probability."""
+    if kind == "stream":
         chunks = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
         if any("error" in chunk for chunk in chunks):
-            return "an error", []
+            return "", "an error", []
         said = [choice["uncertainty"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]][-1]
-    return said["posterior"], [said["logprob"]]
+        return chunks[0]["id"], said["posterior"], [said["logprob"]]
+    whole = reply.json()
+    if kind == "choice":
+        numbers = [answer["probability"] for item in whole["data"] for answer in item["answers"]]
+        return whole["id"], whole["posterior"], numbers
+    if kind == "decision":
+        (answer,) = whole["answers"]
+        return whole["id"], whole["model"], [each["probability"] for each in answer["probabilities"]]
+    said = whole["choices"][0]["uncertainty"]
+    return whole["id"], said["posterior"], [said["logprob"]]
 
 
 def _far(found: list[float], expected: list[float]) -> bool:
@@ -205,9 +243,10 @@ def _far(found: list[float], expected: list[float]) -> bool:
     )
 
 
-def memory() -> float:
-    """MiB of the processes that this one has started."""
-    return sum(each.memory_info().rss / 2**20 for each in psutil.Process().children(recursive=True))
+def size() -> tuple[float, int]:
+    """MiB and open files of the processes that this one has started."""
+    all = psutil.Process().children(recursive=True)
+    return sum(each.memory_info().rss / 2**20 for each in all), sum(each.num_fds() for each in all)
 
 
 def reload(folder: Path, base: Base, seconds: float, clients: int, every: float) -> Report:
@@ -222,7 +261,7 @@ def reload(folder: Path, base: Base, seconds: float, clients: int, every: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between changes")
     parser.add_argument("--whole", action="store_true", help="the whole base, not its first layers")

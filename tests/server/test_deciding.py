@@ -73,6 +73,7 @@ def test_the_stock_client_reads_the_reply(sdk: openai.OpenAI, server: Running) -
     assert low <= late.probability <= high
 
 
+@pytest.mark.long
 def test_the_async_client_reads_the_same(sdk: openai.OpenAI, server: Running) -> None:
     async def decide() -> Decision:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:

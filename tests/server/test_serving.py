@@ -359,6 +359,7 @@ def test_log_probabilities_beside_candidate_scores(client: openai.OpenAI, server
         assert rows == [pytest.approx(row, abs=1e-3) for row in alone]
 
 
+@pytest.mark.long
 def test_a_seeded_long_prompt_does_not_kill_the_engine(client: openai.OpenAI) -> None:
     options: Any = {"model": "mood", "max_tokens": 2, "seed": 1, "temperature": 1.0}
     with ThreadPoolExecutor(3) as pool:

@@ -21,6 +21,7 @@ from tests.killing import leftovers, snapshot
 FORMAT_1 = Path(__file__).parents[1] / "format1"
 
 
+@pytest.mark.long
 def test_a_writer_killed_after_any_step_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     """tests/posterior/storage/steps.py: posteriors (new, replaced, by two renames), calibrations, draws."""
     program = [sys.executable, "-m", "tests.posterior.storage.steps", str(tmp_path / "work")]

@@ -55,6 +55,7 @@ def test_no_width_is_nearer_to_the_linearised_predictive(model, tokens):
     assert brute_force(model, law, rows, chosen) <= 1.01 * min(grid)
 
 
+@pytest.mark.long
 def test_a_linear_network_s_draws_keep_their_width(model, monkeypatch):
     """With the scores replaced by their linearisation (torch.func) and 256 draws: w within .1 of 1."""
     examples = make_examples(6)

@@ -18,7 +18,7 @@ from server.services.predictive import Service
 from tests.server import fuzzing
 from tests.server.running import KEY, Running, free_port
 
-CASES = int(os.environ.get("CASES", "60"))
+CASES = int(os.environ.get("CASES", "30"))
 
 
 @contextmanager

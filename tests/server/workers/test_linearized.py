@@ -283,6 +283,7 @@ async def test_a_full_queue_refuses_at_once(light: Linearizer, monkeypatch: pyte
     assert len(await light.moments("mood", PROMPTS[:2], CANDIDATES)) == 2
 
 
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_a_worker_that_cannot_load_says_why(
     tiny: tuple[Base, Posterior], metrics: Metrics, tmp_path: Path
