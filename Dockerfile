@@ -16,16 +16,19 @@ FROM ${CUDA} AS base-cuda
 RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 python3-dev python3-venv && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 posterior && install -d -o posterior /cache
 
-# The same tools/setup as on any machine, without checks and tests.
+# The same tools/setup as on any machine, without checks and tests; all byte code, as a container cannot write it later. Some
+# packages carry templates that are no Python.
 FROM base-cpu AS build-cpu
 WORKDIR /app
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip STACK=cpu DEV=0 tools/setup
+RUN --mount=type=cache,target=/root/.cache/pip STACK=cpu DEV=0 tools/setup \
+    && { .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true; }
 
 FROM base-cuda AS build-cuda
 WORKDIR /app
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip STACK=cuda DEV=0 tools/setup
+RUN --mount=type=cache,target=/root/.cache/pip STACK=cuda DEV=0 tools/setup \
+    && { .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true; }
 
 FROM base-cpu AS cpu
 COPY --from=build-cpu /app /app

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from posterior.errors import PosteriorError, first_line
 from posterior.files import objects
-from posterior.models import lora
+from posterior.models import devices, lora
 from posterior.models.base import Base, cache_folder, load_tokenizer, resolve
+from posterior.settings import SettingError
 from server import logs, tracing
 from server.access.exposure import check_exposure
 from server.access.keys import Keys, secret
@@ -93,9 +94,10 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
             stack.callback(tracing.start(traces).shutdown)
         device = checked_device(settings.device)
         set_environment(device, cache_folder() / "compiled" if settings.compile else None)
+        linearized = checked_linearized(settings.linearized, device)
         base = resolve(settings.base)
-        say(f"base {base.id} on {device}")
-        source = Source(settings.posteriors, base, settings.particles, cache_folder())
+        say(f"base {base.id} on {device}, linearised predictive {f'on {linearized}' if linearized else 'off'}")
+        source = Source(settings.posteriors, base, settings.particles, cache_folder(), linearized is not None)
         served = source.all()
         calibrations, known = renewing.looks(served), served.refused
         _say_refused(known)
@@ -104,7 +106,7 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         store = _store(settings, metrics)
         if store is not None:
             stack.callback(store.close)
-        make = partial(Linearizer, base, device=device, metrics=metrics)
+        make = partial(Linearizer, base, device=linearized or device, metrics=metrics)
         linearizer, comparer = _workers(settings, make, served, metrics, stack)
         say("starting vLLM (up to a minute)")
         engine = await start_engine(settings, base, device, served, traces)
@@ -242,6 +244,17 @@ def checked_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise PosteriorError("--device cuda: torch sees no GPU here; use --device cpu")
     return wanted
+
+
+def checked_linearized(wanted: str, device: str) -> str | None:
+    """The device of the linearised predictive, of which vLLM's is `device`; None where it is off. Raises PosteriorError
+    for one that is not there."""
+    if wanted == "off":
+        return None
+    try:
+        return devices.check(device if wanted == "auto" else wanted)
+    except SettingError as error:
+        raise PosteriorError(error.named(lambda _: "--linearized")) from error
 
 
 def _own_length(base: Base) -> int:

@@ -38,6 +38,13 @@ class ServeSettings(Settings):
     )
     device: Device = setting("auto", "where models run (default: cuda if present)", group="Model")
     dtype: Dtype = setting("auto", "precision of vLLM (default: auto, the base's own)", group="Model")
+    linearized: str = setting(
+        "auto",
+        "where the linearised predictive runs, with its own copy of the base: cpu, cuda, one GPU such as cuda:1, or "
+        "off, and the mixture takes its place (default: where vLLM runs)",
+        group="Model",
+        metavar="DEVICE",
+    )
     max_model_len: int | None = setting(
         None,
         f"longest prompt plus answer in tokens (default: the base's own, at most {LONGEST_DEFAULT})",
@@ -223,6 +230,10 @@ class ServeSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"auto|off|cpu|cuda(:\d{1,3})?", self.linearized):
+            raise SettingError(
+                "{linearized} is {value!r}; it must be off, cpu, cuda, or one GPU such as cuda:1", value=self.linearized
+            )
         for origin in self.cors_origin or ():
             if not ORIGIN.fullmatch(origin):
                 raise SettingError(

@@ -25,6 +25,7 @@ CPU_KV_CACHE = 1.0  # GiB, as server/engine/config.py has it
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 FULL = 0.9  # of the free memory: more is a warning
 SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
+WORKER = {dtype: f"base of the linearised worker in {dtype}" for dtype in ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def lines(settings: ServeSettings) -> Iterator[Line]:
 
 def _on_cpu(settings: ServeSettings, base: Weights, config: Mapping[str, Any]) -> Iterator[Line]:
     kv = settings.kv_cache_gib or CPU_KV_CACHE
-    laplace = has_laplace(settings.posteriors)
+    worker = settings.linearized != "off" and has_laplace(settings.posteriors)
     parts = {
         "base in vLLM": _in_engine(settings, base),
         f"KV cache ({_tokens(kv * GIB, config, settings)})": kv * GIB,
         **_adapters(settings),
-        **({"base of the linearised worker in float32": 4.0 * base.count} if laplace else {}),
-        f"{3 if laplace else 2} processes": (3 if laplace else 2) * PROCESS,
+        **({WORKER["float32"]: 4.0 * base.count} if worker else {}),
+        f"{3 if worker else 2} processes": (3 if worker else 2) * PROCESS,
     }
     yield _sum("memory", parts, machine.free("cpu"), "free some, or give a smaller --kv-cache-gib or base")
 
@@ -96,9 +97,15 @@ def _on_gpu(
     kv = share - sum(own.values()) if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
     own[f"KV cache ({_tokens(max(kv, 0), config, settings)})"] = max(kv, 0)
     yield _sum("vLLM", own, min(share, free), "give a larger --gpu-memory-utilization, or a smaller base")
-    if has_laplace(settings.posteriors):
-        parts = {"base of the linearised worker in bfloat16": 2.0 * base.count}
-        yield _sum("worker", parts, max(free - share, 0), "give a smaller --gpu-memory-utilization")
+    if settings.linearized == "off" or not has_laplace(settings.posteriors):
+        return
+    if settings.linearized == "cpu":
+        yield _sum(
+            "worker", {WORKER["float32"]: 4.0 * base.count}, machine.free("cpu"), "free some, or give --linearized off"
+        )
+    elif settings.linearized in ("auto", "cuda", "cuda:0"):
+        do = "give a smaller --gpu-memory-utilization, or --linearized cpu or off"
+        yield _sum("worker", {WORKER["bfloat16"]: 2.0 * base.count}, max(free - share, 0), do)
 
 
 def _sum(check: str, parts: Mapping[str, float], free: float, do: str) -> Line:

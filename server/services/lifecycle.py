@@ -175,7 +175,7 @@ class Lifecycle:
     async def _linearize(self, one: Loaded) -> None:
         """Let the worker of the linearised predictive hold it, if it has that predictive."""
         posterior, service = one.mixture.posterior, self._service
-        if posterior is None or posterior.family != "laplace":
+        if posterior is None or "linearized" not in one.mixture.predictives:
             return
         folder = (posterior.path, posterior.hash)
         if service.linearizer is not None:
@@ -247,8 +247,7 @@ class Lifecycle:
         """Let the engine and the worker forget it. It does not matter if they have ended."""
         try:
             await self._service.engine.unload(one.adapters, one.public)
-            posterior = one.mixture.posterior
-            if self._service.linearizer is not None and posterior is not None and posterior.family == "laplace":
+            if self._service.linearizer is not None and "linearized" in one.mixture.predictives:
                 await self._service.linearizer.unload(one.label)
         except Unavailable as error:
             logger.error("%s could not be unloaded: %s", one.label, error)

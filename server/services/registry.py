@@ -56,7 +56,8 @@ class Served:
     """One model name of the API, which may be an alias.
 
     `posterior` and `map` are None for the bare base; `particles`, the heaviest first, is empty for it and for
-    "<name>/map". `users`: of the posterior, whatever it is called.
+    "<name>/map". `linearized`: whether a worker computes that predictive. `users`: of the posterior, whatever it is
+    called.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Served:
     map: Adapter | None = None
     particles: tuple[Adapter, ...] = ()
     weights: tuple[float, ...] = ()
+    linearized: bool = True
     users: Users = field(default_factory=Users, compare=False, repr=False)
 
     @property
@@ -98,7 +100,7 @@ class Served:
         """The predictives this name can give for candidate answers, its default first."""
         if self.posterior is None or not self.particles:
             return ("map",)
-        return self.posterior.predictives
+        return tuple(name for name in self.posterior.predictives if self.linearized or name != "linearized")
 
     @property
     def scoring(self) -> Scoring:
@@ -149,11 +151,11 @@ class Registry:
 
     @property
     def laplace(self) -> dict[str, tuple[Path, str]]:
-        """Folder and hash of each Laplace posterior, by the engine's name of it."""
+        """Folder and hash of each posterior that the linearised predictive is served of, by the engine's name of it."""
         return {
             each.key: (each.posterior.path, each.posterior.hash)
             for each in self.entries
-            if each.particles and each.posterior is not None and each.posterior.family == "laplace"
+            if each.posterior is not None and "linearized" in each.predictives
         }
 
     @property
@@ -249,12 +251,14 @@ def composed(
 @dataclass(frozen=True)
 class Source:
     """Where posteriors come from: the folders in `root`, of one base, with `particles` samples of each Laplace
-    posterior in `cache`. numbers: of adapters; none is given twice, since vLLM knows an adapter by its number."""
+    posterior in `cache`. linearized: whether a worker computes that predictive. numbers: of adapters; none is given
+    twice, since vLLM knows an adapter by its number."""
 
     root: Path
     base: Base
     particles: int
     cache: Path
+    linearized: bool = True
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
     def all(self, only: str | None = None) -> Registry:
@@ -292,7 +296,7 @@ class Source:
         label, users = _label(posterior), Users()
         theta = Adapter(label, posterior.map_dir, next(self.numbers))
         particles = tuple(Adapter(f"{label}/{path.name}", path, next(self.numbers)) for path in paths)
-        mixture = Served(name, posterior, theta, particles, posterior.mixture(wanted), users)
+        mixture = Served(name, posterior, theta, particles, posterior.mixture(wanted), self.linearized, users)
         return mixture, Served(f"{name}{MAP}", posterior, theta, users=users)
 
 

@@ -231,7 +231,8 @@ def _read(kind: str, reply: httpx.Response) -> tuple[str, str, list[float]]:
         return whole["id"], whole["posterior"], numbers
     if kind == "decision":
         (answer,) = whole["answers"]
-        return whole["id"], whole["model"], [each["probability"] for each in answer["probabilities"]]
+        numbers = [each["probability"] for each in answer["probabilities"]]
+        return whole["id"], answer["uncertainty"]["posterior"], numbers
     said = whole["choices"][0]["uncertainty"]
     return whole["id"], said["posterior"], [said["logprob"]]
 

@@ -87,6 +87,8 @@ def test_a_mistake_is_called_what_its_user_called_it(file: Path) -> None:
     assert refused(POSTERIOR_PORT="99999").startswith("POSTERIOR_PORT is 99999; it must be")
     assert refused(POSTERIOR_PORT="many").startswith("POSTERIOR_PORT is many; it must be")
     assert refused(POSTERIOR_COMPILE="maybe") == "POSTERIOR_COMPILE is maybe; it must be true or false"
+    for where in ("tpu", "cuda:", "cuda:x", "OFF", "cpu\n"):
+        assert refused("--linearized", where).endswith("it must be off, cpu, cuda, or one GPU such as cuda:1")
     file.write_text("port = 99999\n")
     assert refused("--config", str(file)).startswith(f"{file}: port is 99999; it must be")
     file.write_text('device = "tpu"\n')

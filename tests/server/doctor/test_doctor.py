@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,11 @@ def test_the_sum_of_the_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "10 adapters" in line.what, "four particles and theta* of each posterior"
     assert "base of the linearised worker in float32" in line.what and "3 processes" in line.what
     assert line.what.endswith("= 4.12 of 64.00 GiB")
+    _, line = memory.lines(replace(settings, linearized="off"))
+    assert "worker" not in line.what and line.what.endswith("= 3.42 of 64.00 GiB"), "a process and a copy less"
+
+
+WHERE = ("off", "cpu", "cuda", "cuda:0", "cuda:1")
 
 
 def test_memory_of_a_gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +190,10 @@ def test_memory_of_a_gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("base", "ok"), ("gpu", "ok"), ("vLLM", "warn"), ("worker", "ok"),
     ]  # fmt: skip
     assert lines[1].what == "H200, 139.0 of 140.0 GiB free"
+    checks = {where: [line.check for line in memory.lines(replace(settings, linearized=where))] for where in WHERE}
+    assert checks == {"off": ["base", "gpu", "vLLM"], "cuda:1": ["base", "gpu", "vLLM"]} | {
+        where: ["base", "gpu", "vLLM", "worker"] for where in ("cpu", "cuda", "cuda:0")
+    }
     monkeypatch.setattr(memory, "_gpus", list)
     _, line = memory.lines(ServeSettings(base=settings.base, device="cuda"))
     assert line.status == "fail" and "no GPU" in line.what

@@ -55,6 +55,14 @@ def test_names_adapters_and_weights(root: Path, base: Base) -> None:
     }
 
 
+def test_without_the_linearised_predictive_the_mixture_takes_its_place(root: Path, base: Base) -> None:
+    mood = load(root, base).served["mood"]
+    assert mood.predictives == ("linearized", "mixture", "map") and set(load(root, base).laplace) == {mood.label}
+    served = registry.Source(root, base, 4, root.parent / "cache", linearized=False).all()
+    assert served.served["mood"].predictives == ("mixture", "map") and not served.laplace
+    assert served.served["mood"].weights == mood.weights
+
+
 def test_the_heaviest_particles_come_first(root: Path, base: Base) -> None:
     """A request for fewer takes those; of equal ones the first. Weights sum to one; one of weight zero comes last."""
     weights = (0.0, 0.25, 0.5, 0.25)
