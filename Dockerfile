@@ -44,7 +44,8 @@ CMD ["serve", "--host", "0.0.0.0"]
 
 FROM base-cuda AS cuda
 COPY --from=build-cuda /app /app
-ENV PATH=/app/.venv/bin:$PATH POSTERIOR_CACHE=/cache HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1
+ENV PATH=/app/.venv/bin:$PATH POSTERIOR_CACHE=/cache HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1 \
+    VLLM_CACHE_ROOT=/cache/vllm TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 USER posterior
 WORKDIR /home/posterior
 VOLUME /cache

@@ -92,7 +92,7 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         traces = tracing.collector(settings.otlp_endpoint)
         if traces is not None:
             stack.callback(tracing.start(traces).shutdown)
-        device = checked_device(settings.device)
+        device = checked_device(settings.device, settings.dtype)
         set_environment(device, cache_folder() / "compiled" if settings.compile else None)
         linearized = checked_linearized(settings.linearized, device)
         base = resolve(settings.base)
@@ -107,7 +107,12 @@ async def _serve(settings: ServeSettings, keys: Keys, lobby: Lobby) -> None:
         if store is not None:
             stack.callback(store.close)
         make = partial(Linearizer, base, device=linearized or device, metrics=metrics)
-        linearizer, comparer = _workers(settings, make, served, metrics, stack)
+        shared = device == "cuda" and linearized in ("cuda", "cuda:0")
+        promised = settings.gpu_memory_utilization if shared else 0.0
+        linearizer, comparer = _workers(settings, partial(make, promised=promised), served, metrics, stack)
+        if shared and linearizer is not None:
+            say("loading the base for the linearised predictive")
+            await linearizer.start()  # first: vLLM takes what vanishes while it measures for its own
         say("starting vLLM (up to a minute)")
         engine = await start_engine(settings, base, device, served, traces)
         stack.callback(engine.stop)
@@ -199,7 +204,7 @@ async def start_engine(
         lora_rank=served.rank,
         targets=lora_targets(served.modules),
         max_model_len=settings.max_model_len or min(_own_length(base), LONGEST_DEFAULT),
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=settings.max_num_seqs or (64 if device == "cpu" else 256),
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_bytes=None if settings.kv_cache_gib is None else int(settings.kv_cache_gib * 2**30),
         compiled=settings.compile,
@@ -235,15 +240,16 @@ def _store(settings: ServeSettings, metrics: Metrics) -> Store | None:
     return store
 
 
-def checked_device(wanted: str) -> str:
-    """ "cpu" or "cuda". Raises PosteriorError for one that is not there."""
+def checked_device(wanted: str, dtype: str = "auto") -> str:
+    """ "cpu" or "cuda". Raises PosteriorError for one that is not there, or does not serve adapters of this dtype."""
     import torch
 
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise PosteriorError("--device cuda: torch sees no GPU here; use --device cpu")
-    return wanted
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if found == "cuda" and dtype == "float32":
+        raise PosteriorError("--dtype float32: vLLM's adapters on a GPU are bfloat16 or float16; use one of these")
+    return found
 
 
 def checked_linearized(wanted: str, device: str) -> str | None:

@@ -200,8 +200,11 @@ class ServeSettings(Settings):
         metavar="URL",
     )
 
-    max_num_seqs: int = setting(
-        64, "sequences in one batch of vLLM; a mixture takes one a particle", Range(1, 2**16), group="Engine"
+    max_num_seqs: int | None = setting(
+        None,
+        "sequences in one batch of vLLM; a mixture takes one a particle (default: 64 on a CPU, 256 on a GPU)",
+        Range(1, 2**16),
+        group="Engine",
     )
     kv_cache_gib: float | None = setting(
         None,

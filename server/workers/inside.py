@@ -40,6 +40,13 @@ def load(base: Base, folders: Mapping[str, Folder], device: str) -> Loaded:
     return _model.footprints, refused
 
 
+def limit(device: str, room: float) -> None:
+    """From now on take no more of a GPU than what is held now and `room` bytes: more would be vLLM's."""
+    _, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + room) / total), device)
+
+
 def _readable(folders: Mapping[str, Folder]) -> tuple[dict[str, artefact.Posterior], dict[str, str]]:
     """The posteriors, and why others cannot be read. Raises PosteriorError where none of them can."""
     posteriors, refused = {}, {}

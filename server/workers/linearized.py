@@ -54,11 +54,14 @@ class _Item:
 class Linearizer:
     """The server's end of the worker process."""
 
-    def __init__(self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics) -> None:
+    def __init__(
+        self, base: Base, folders: Mapping[str, Folder], device: str, metrics: Metrics, promised: float = 0.0
+    ) -> None:
+        """promised: the share of this GPU that vLLM will take, if it has not started yet."""
         self.dtype = dtype_on(device)
         self._base, self._folders = base, dict(folders)
         self._metrics = metrics
-        self._device = device
+        self._device, self._promised = device, promised
         self._waiting: list[_Item] = []
         self._suspects = Suspects()
         self._drain: asyncio.Task[None] | None = None
@@ -84,7 +87,10 @@ class Linearizer:
         self._metrics.unreadable.set(len(self._refused))
         for name, why in self._refused.items():
             logger.error("the linearised predictive is without %s: %s", name, why)
-        self._room = SHARE * await self._worker.run(memory.free, self._device)
+        self._room = SHARE * await self._worker.run(memory.free, self._device, self._promised)
+        self._promised = 0.0  # another worker finds vLLM in place
+        if self._device != "cpu":
+            await self._worker.run(inside.limit, self._device, self._room)
 
     def _parts(self) -> tuple[Base, dict[str, Folder], str]:
         """What a worker is loaded with."""

@@ -10,12 +10,14 @@ CGROUPS = (  # of both versions: the hierarchy's root, the file of the limit, th
 )
 
 
-def free(device: str) -> float:
-    """Bytes that are free on "cpu" or a CUDA device. On a CPU a container's limit counts."""
+def free(device: str, promised: float = 0.0) -> float:
+    """Bytes that are free on "cpu" or a CUDA device. On a CPU a container's limit counts; `promised` is the share of
+    the GPU that another process will take."""
     if device != "cpu":
         import torch
 
-        return float(torch.cuda.mem_get_info(device)[0])
+        left, total = torch.cuda.mem_get_info(device)
+        return max(0.0, left - promised * total)
     lines = Path("/proc/meminfo").read_text().splitlines()
     (kibibytes,) = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return min([1024.0 * kibibytes, *_below_limits(Path("/proc/self/cgroup").read_text())])

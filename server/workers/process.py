@@ -61,9 +61,11 @@ class Worker(Generic[Loaded]):
         (self.process,) = self._pool._processes.values()
 
     async def start(self) -> None:
-        """Wait until the process holds its models, and keep one from then on; raises what kept it from loading."""
-        await self._finish()
-        self._keeper = asyncio.create_task(self._keep())
+        """Wait until the process holds its models, and keep one from then on; raises what kept it from loading. Once
+        is enough."""
+        if self._keeper is None:
+            await self._finish()
+            self._keeper = asyncio.create_task(self._keep())
 
     async def _finish(self) -> None:
         await self._loaded(await asyncio.wrap_future(self._loading))

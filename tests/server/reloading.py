@@ -91,7 +91,7 @@ class Crowd:
         while (passed := time.monotonic() - start) < seconds and not self.report.wrong:
             if passed > len(sizes) * min(60, seconds / 4):
                 sizes.append(size())
-                print(f"{passed:.0f} s: {sizes[-1][0]:.0f} MiB, {sizes[-1][1]} open files", flush=True)
+                print(f"{passed:.0f} s: {', '.join(f'{n} {m:.0f} MiB' for n, m in memory().items())}", flush=True)
             await self._change()
             await asyncio.sleep(every)
         half, end = sizes[len(sizes) // 2], size()
@@ -246,8 +246,14 @@ def _far(found: list[float], expected: list[float]) -> bool:
 
 def size() -> tuple[float, int]:
     """MiB and open files of the processes that this one has started."""
-    all = psutil.Process().children(recursive=True)
-    return sum(each.memory_info().rss / 2**20 for each in all), sum(each.num_fds() for each in all)
+    every = psutil.Process().children(recursive=True)
+    return sum(memory().values()), sum(each.num_fds() for each in every)
+
+
+def memory() -> dict[str, float]:
+    """MiB of each of them."""
+    every = psutil.Process().children(recursive=True)
+    return {f"{each.name()} {number}": each.memory_info().rss / 2**20 for number, each in enumerate(every)}
 
 
 def reload(folder: Path, base: Base, seconds: float, clients: int, every: float) -> Report:
