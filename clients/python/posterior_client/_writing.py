@@ -38,9 +38,9 @@ def write(chunks: Iterable[ChatCompletionChunk], console: Console, doubt: Doubt)
             for choice in chunk.choices:
                 for record in uncertainty_of(chunk):
                     entropies += [token.entropy for token in record.tokens] if isinstance(record, TextPart) else []
-                if not written and entropies and console.color_system:
-                    console.print(legend(doubt), end="\n\n")
                 for piece in _pieces(choice):
+                    if not written and entropies and console.color_system:
+                        console.print(legend(doubt), end="\n\n")
                     level = _level(entropies[written], doubt) if written < len(entropies) else 0
                     console.print(Line(_printable(piece), LEVELS[level]), end="", soft_wrap=True)
                     written += 1

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             from posterior_client import _asking
         except ModuleNotFoundError as error:
-            if error.name != "rich":
+            if (error.name or "").partition(".")[0] != "rich":
                 raise
             sys.exit(_complain("the library rich is missing; install it: pip install 'posterior-client[ask]'"))
         _asking.ask(text, args)
