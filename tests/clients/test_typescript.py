@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from fastapi.testclient import TestClient
-
-from server.http.app import create_app
-from server.services.predictive import Service
 from tests.clients.conftest import ROOT
-from tests.clients.typescript.document import comparable, document, sha256
+from tests.clients.typescript.document import document, sha256
 
 CLIENT = ROOT / "clients/typescript"
 EXAMPLE = (CLIENT / "src/example.ts").read_text().replace('"./index.js"', '"posterior-client"').strip()
@@ -19,11 +15,6 @@ EXAMPLE = (CLIENT / "src/example.ts").read_text().replace('"./index.js"', '"post
 def test_the_types_are_those_of_the_openapi_document() -> None:
     first = (CLIENT / "src/openapi.ts").read_text().partition("\n")[0]
     assert first.endswith(f"{sha256(document())}."), "the API has changed: `npm run types` in clients/typescript"
-
-
-def test_that_document_is_what_the_server_shows(service: Service) -> None:
-    with TestClient(create_app(service, None)) as client:
-        assert comparable(client.get("/openapi.json").json()) == document()
 
 
 def test_the_pages_show_the_example_that_is_run() -> None:
