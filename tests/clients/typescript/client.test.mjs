@@ -109,7 +109,7 @@ test("decisions, a refusal, and what turned out to be true", async () => {
 test("errors are the SDK's, with the server's message", async () => {
   const body = { model: "sentiment", inputs: [{ review: MEAL }] };
   await assert.rejects(client.predictive(body), (/** @type {any} */ error) => error instanceof PosteriorClient.BadRequestError
-    && error.message.includes("review"));
+    && error.message.includes("field 'text' is missing"));
   const other = new PosteriorClient({ baseURL: `${server.url}/v1`, apiKey: "wrong" });
   await assert.rejects(other.predictive(body), PosteriorClient.AuthenticationError);
 });
