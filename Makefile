@@ -11,10 +11,11 @@
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make replicas  two servers behind one address, on Ray Serve in .venv-replicas    make replicas-test  kill one, check the Helm chart
 # make page-test   the page at / in Chromium: against canned replies, then against a real server
+# make typescript-test   the TypeScript client: its types, and against a real server
 # make docs    the pages of docs/, into site/    make test-docs   minutes: every command of README.md and docs/, run
 # make test-long   minutes: the tests that `make test` leaves out, which keep real engines busy for long
 # make soak    hours: many random loads, text under load against the same alone, memory over 10,000 requests
-.PHONY: serve test test-long oracles clients replicas replicas-test page-test docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
+.PHONY: serve test test-long oracles clients replicas replicas-test page-test typescript-test docs test-docs check bench grid soak fuzz reload fit fit-check answers crash setup clean
 .DEFAULT_GOAL := serve
 
 BIN := .venv/bin
@@ -58,6 +59,10 @@ replicas-test: setup
 page-test: setup # needs node 20, npm, and Debian's package chromium
 	cd tests/web && npm ci --no-audit --no-fund
 	PYTHON=$(CURDIR)/$(BIN)/python node --test tests/web/*.test.js
+
+typescript-test: setup # needs node 20 and npm
+	cd clients/typescript && npm ci --no-audit --no-fund && npm run check
+	PYTHON=$(CURDIR)/$(BIN)/python node --test tests/clients/typescript/*.test.mjs
 
 docs:
 	@DOCS=1 $(SETUP)

@@ -201,13 +201,55 @@ class FieldRecord(BaseModel):
     alternatives: list[ValueProbability] | None = None
 
 
+class ParticleRecord(BaseModel):
+    """By particle: its log-probability of the token or text, and its weight before the token or after the text."""
+
+    logprob: list[float]
+    weight: list[float]
+
+
+class TokenRecord(BaseModel):
+    """One token under the mixture. `entropy`: of its distribution over the whole vocabulary; `epistemic_variance`: of
+    its probability over the particles; `effective_particles`: before it."""
+
+    logprob: float
+    entropy: Entropy
+    epistemic_variance: float
+    effective_particles: float
+    per_particle: ParticleRecord | None = None
+
+
+class PromptRecord(BaseModel):
+    """A prompt that was scored: log p(prompt) = expected_logprob + information."""
+
+    mean_token_probability: float
+    logprob: float
+    expected_logprob: float
+    information: float
+    entropy: Entropy
+    effective_particles: float
+    mc_error: float
+
+
 class TextRecord(_Reply):
-    """The uncertainty of a text; of a mixture also logprob, entropy, effective_particles and more. `confidence`: the
-    probability that it is right, where a calibration tells; `abstain`, `reason`: with max_risk; `label`: whether the
-    server asks for its outcome."""
+    """The uncertainty of a text. What is from `mixing` to `tokens` is of text under a mixture; a chunk of a stream has
+    the `tokens` since the one before, and the last one the rest. `confidence`: the probability that it is right, where
+    a calibration tells; `abstain`, `reason`: with max_risk; `label`: whether the server asks for its outcome."""
 
     posterior: str | None
     predictive: PredictiveName
+    mixing: Mixing | None = None
+    particles: int | None = None
+    mean_token_probability: float | None = None
+    logprob: float | None = None
+    expected_logprob: float | None = None
+    information: float | None = None
+    entropy: Entropy | None = None
+    effective_particles: float | None = None
+    mc_error: float | None = None
+    prompt: PromptRecord | None = None
+    per_particle: ParticleRecord | None = None
+    tokens: list[TokenRecord] | None = None
     confidence: float | None
     calibrated: bool
     calibration: dict[str, Any] | None
@@ -235,7 +277,6 @@ class TextItem(TextRecord):
     text: str
     mixing: Mixing
     particles: int
-    confidence: float
     logprob: float
     expected_logprob: float
     information: float

@@ -1,10 +1,12 @@
 """A small server that answers like Posterior Server, on a real socket, for what is the client's own."""
 
+import io
 import json
 import os
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from tests.clients.asked import INPUT, KEY, QUESTIONS
 
 ROOT = Path(__file__).parents[2]
+STREAM = (ROOT / "tests/web/replies/chat.sse").read_text()  # of a real server, asked for "support"
+Ask = Callable[..., tuple[object, str, str]]
 POSTERIOR = "sentiment@0123456789ab"
 RECORD: dict[str, Any] = {
     "answer": " positive",
@@ -53,6 +57,7 @@ class Stub:
 
     url: str = ""
     key: str | None = None
+    stream: str = STREAM
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
@@ -124,6 +129,9 @@ def build(stub: Stub) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
         body = await request.json()
+        if body["model"] == "support":
+            stub.bodies.append(body)
+            return StreamingResponse(iter([stub.stream]), media_type="text/event-stream")
         head = {"id": "chatcmpl-1", "created": 1, "model": body["model"]}
         message = {"role": "assistant", "content": " positive"}
         base = {"index": 0, "logprobs": None}
@@ -198,6 +206,23 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     running = Stub()
     with serving(build(running)) as running.url:
         yield running
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Runs `posterior ask`, as its console script does: (status, stdout, stderr)."""
+    from server.cli import main  # the environment of other people's clients cannot
+
+    def run(*arguments: str, url: str = "http://127.0.0.1:9/v1", stdin: bytes = b"") -> tuple[object, str, str]:
+        monkeypatch.setenv("POSTERIOR_BASE_URL", url)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            status: object = main(["ask", *arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

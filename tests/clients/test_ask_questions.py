@@ -6,16 +6,15 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from posterior_client import DecisionResponse
 from posterior_client._bars import of_decisions
 from posterior_client._uncertainty import decision_response
+from rich.console import Console
 
-from server.cli import main
-from tests.clients.conftest import DECISION_USAGE, decided
+from tests.clients.conftest import DECISION_USAGE, Ask, decided
 
 TEXT = "My card is lost."
 CHOICE = ("--choice", "Which department?", "cards, lost", "a=b")
@@ -30,8 +29,8 @@ Which department?
 not answered, unfamiliar: the posterior knows too little about such inputs, and more training rows would help
 it would be: a=b  (confidence 0.50, not calibrated)
 
-  cards, lost  0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
-  a=b          0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
+  cards, lost  0.500  [0.125, 0.500]
+  a=b          0.500  [0.125, 0.500]
 
 familiarity 0.010: 99% of the held-out rows are less strange
 entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
@@ -39,8 +38,8 @@ entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
 The customer is in a hurry.
 no  (confidence 0.50, not calibrated)
 
-  yes  0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
-  no   0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
+  yes  0.500  [0.125, 0.500]
+  no   0.500  [0.125, 0.500]
 
 entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
 
@@ -48,32 +47,13 @@ How urgent?
 not answered, ambiguous: the question itself leaves it open, and more training rows would not help
 it would be: high  (confidence 0.50, not calibrated)
 
-  low   0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
-  high  0.500  ████▓▓▓▓▓▓▓▓▓▓▓▓················  [0.125, 0.500]
+  low   0.500  [0.125, 0.500]
+  high  0.500  [0.125, 0.500]
 
 entropy 0.562 nats = 0.500 aleatoric + 0.062 epistemic (11% epistemic)
 
 sentiment@0123456789ab, linearized predictive
 """
-
-
-Ask = Callable[..., tuple[object, str, str]]
-
-
-@pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Runs the command, as its console script does: (status, stdout, stderr)."""
-
-    def run(*arguments: str, url: str = "http://127.0.0.1:9/v1", stdin: bytes = b"") -> tuple[object, str, str]:
-        monkeypatch.setenv("POSTERIOR_BASE_URL", url)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        try:
-            status: object = main(["ask", *arguments])
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_questions_are_asked_and_shown_in_their_order(ask: Ask, stub: Any) -> None:
@@ -113,6 +93,12 @@ def test_the_text_may_come_from_standard_input(ask: Ask, stub: Any, given: tuple
         ((TEXT, "--max-risk", ".1"), "--max-risk belongs to questions; ask one with --choice"),
         ((TEXT, "--orders", "2"), "--orders belongs to questions"),
         ((TEXT, *CHOICE, "--field", "text"), "--field belongs to the posterior's own task"),
+        ((TEXT, *CHOICE, "--write"), "--write and questions exclude each other"),
+        ((TEXT, "--write", "--field", "text"), "--field belongs to the posterior's own task"),
+        ((TEXT, "--write", "--coverage", ".5"), "--coverage belongs to intervals"),
+        ((TEXT, "--doubt", "total"), "--doubt belongs to a text; add --write"),
+        ((TEXT, *CHOICE, "--max-tokens", "0"), "--max-tokens belongs to a text"),
+        ((TEXT, "--temperature", "0"), "--temperature belongs to a text"),
         ((TEXT, *CHOICE, "--max-risk", "five"), "invalid float value: 'five'"),
         ((TEXT, *CHOICE, "--max-risk", "nan"), "nan; give a finite number"),
         ((TEXT, *CHOICE, ""), "it is empty"),
@@ -144,9 +130,15 @@ def response(question: Any, **record: Any) -> DecisionResponse:
     return decision_response({"id": "", "created": 1, "model": "m", "answers": [answer], "usage": DECISION_USAGE}, 1)
 
 
+def plain(shown: Any) -> str:
+    file = io.StringIO()
+    Console(file=file, width=200, force_terminal=False).print(shown)
+    return file.getvalue()
+
+
 def test_a_calibrated_answer_in_several_orders() -> None:
     record = {"calibrated": True, "prediction_set": [1, 0], "orders": {"n": 2, "total_variation": 0.125}}
-    lines = of_decisions([ASKED[2]], response(ASKED[2], **record)).splitlines()
+    lines = plain(of_decisions([ASKED[2]], response(ASKED[2], **record))).splitlines()
     assert lines[1] == "high  (confidence 0.50, level 0.50 of 0 to 1, calibrated)"
     assert "prediction set: high, low" in lines
     assert "asked in 2 orders: total variation from their average up to 0.125" in lines
@@ -154,7 +146,7 @@ def test_a_calibrated_answer_in_several_orders() -> None:
 
 def test_what_could_drive_the_terminal_is_not_shown() -> None:
     question: Any = {"type": "choice", "instructions": "\x1b[2J", "choices": [{"value": "a\x07"}, {"value": "b"}]}
-    shown = of_decisions([question], response(question))
+    shown = plain(of_decisions([question], response(question)))
     assert "\x1b" not in shown and "\x07" not in shown
 
 

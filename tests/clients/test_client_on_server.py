@@ -33,7 +33,7 @@ from server.metrics import Metrics
 from server.services.monitor import Monitor
 from server.services.predictive import Service
 from server.store.store import Store
-from tests.clients.conftest import serving
+from tests.clients.conftest import Ask, serving
 from tests.server import fakes
 from tests.server.http.test_refusals import with_risk
 
@@ -164,6 +164,14 @@ def test_the_values_of_a_text_in_json(client: PosteriorClient, app: Any, monkeyp
     assert ok.alternatives is not None and [each.value for each in ok.alternatives] == [True, False]
     assert ok.certainty == ok.alternatives[0].probability and ok.information is None
     assert name.alternatives is None and name.information is not None and name.logprob == pytest.approx(-1)
+
+
+def test_ask_writes_a_text(url: str, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTERIOR_API_KEY", "right")
+    status, shown, said = ask("was it good?", "--write", "--model", "gang", "--max-tokens", "4", url=url)
+    text, numbers = shown.split("\n\n")
+    assert (status, said) == (0, "") and text
+    assert "mean probability of a token" in numbers and "gang@" in numbers and "mixture predictive" in numbers
 
 
 def test_text_by_the_map(client: PosteriorClient) -> None:

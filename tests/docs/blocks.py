@@ -5,6 +5,7 @@
 | `sh`, `python`   | `make test-docs` runs it, in the order of the page, where the block before left off        |
 | `json`           | shown output: it parses, and the answer of the `sh` block before it holds the same values  |
 | `yaml`           | a configuration of another program, which tests/clients/run_litellm.py runs                |
+| `typescript`     | the example of clients/typescript, which `make typescript-test` runs                       |
 | `text`           | a formula, a tree, a picture: no line of it is a command                                   |
 
 A comment on the line above a block changes that:
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-RUN, SHOWN = ("sh", "python"), ("json", "yaml", "text")
+RUN, SHOWN = ("sh", "python"), ("json", "yaml", "typescript", "text")
 FENCE = re.compile(r" *```(\w*)")
 MARK = re.compile(r"<!-- (server|not run)(?:: (.+))? -->")
 

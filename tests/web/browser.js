@@ -1,9 +1,7 @@
-// Debian's Chromium, the servers to open in it, and what every test of a page looks at.
+// Debian's Chromium, and what every test of a page looks at.
 
-import { spawn } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { createInterface } from "node:readline";
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
@@ -14,18 +12,7 @@ export const KEY = "test-key";
 export const WIDE = { width: 1280, height: 900 };
 export const PHONE = { width: 360, height: 740 };
 
-/** Starts `python -m module`, which prints its URL. {url, stop} */
-export async function serve(module) {
-  const root = new URL("../../", import.meta.url).pathname;
-  const process_ = spawn(process.env.PYTHON ?? `${root}.venv/bin/python`, ["-m", module], { cwd: root, stdio: ["pipe", "pipe", "inherit"] });
-  const lines = createInterface({ input: process_.stdout });
-  const ended = new Promise((resolve) => process_.once("exit", resolve));
-  const url = await Promise.race([
-    new Promise((resolve) => lines.once("line", resolve)),
-    ended.then((status) => { throw new Error(`${module} ended with ${status}`); }),
-  ]);
-  return { url, stop: () => { process_.stdin.end(); return ended; } };
-}
+export { serve } from "./serve.js";
 
 export const launch = () => chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
 

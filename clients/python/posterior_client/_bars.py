@@ -1,62 +1,99 @@
-"""Distributions as lines of text: a bar for each answer, and where the doubt comes from."""
+"""Distributions at the terminal: a bar with an interval for each answer, and where the doubt comes from."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from openai.types.decision_create_params import Question
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from posterior_client._decisions import DecisionAnswer, DecisionResponse, DecisionUncertainty, Refusal, ScoreAnswer
-from posterior_client._types import Entropy, Prediction, Predictive, Probable
+from posterior_client._types import Entropy, Prediction, Predictive, Probable, Uncertainty
 
-WIDTH = 32  # cells of a bar from probability 0 to 1
-UNICODE = "█▓░·"  # below the interval; interval up to the mean; interval above the mean; beyond
-ASCII = "#=-."
+NARROW, WIDE = 8, 32  # cells of a bar from probability 0 to 1: at least, and where there is room
+UNICODE, ASCII = "█▓░·", "#=-."  # below the interval; interval up to the mean; interval above the mean; beyond
+STYLES = ("#0072b2", "#56b4e9", "#56b4e9", "dim")
+REFUSED = "bold #d55e00"
 REASONS = {
     "ambiguous": "the question itself leaves it open, and more training rows would not help",
     "unfamiliar": "the posterior knows too little about such inputs, and more training rows would help",
 }
 
 
-def of_prediction(prediction: Prediction, glyphs: str = UNICODE) -> str:
-    """The answer, a bar with its interval for every candidate, and where the doubt comes from."""
+def of_prediction(prediction: Prediction) -> Group:
+    """The answer, a row for every candidate, and where the doubt comes from."""
     ranked = sorted(prediction.answers, key=lambda one: -one.probability)
-    return "\n".join(
-        [
-            f"{printable(prediction.answer)}  ({_confidence(prediction)}, {_calibration(prediction)})",
-            "",
-            *_rows([printable(one.answer) for one in ranked], ranked, glyphs),
-            "",
-            *_set(prediction.prediction_set, str),
-            *_familiarity(prediction),
-            doubt(prediction.entropy),
-            _source(prediction),
-        ]
+    return Group(
+        Text(f"{printable(prediction.answer)}  ({_confidence(prediction)}, {calibration(prediction)})", "bold"),
+        Text(),
+        Rows([printable(one.answer) for one in ranked], ranked),
+        Text(),
+        *_set(prediction.prediction_set, str),
+        *_familiarity(prediction),
+        Text(doubt(prediction.entropy)),
+        Text(source(prediction), "dim"),
     )
 
 
-def of_decisions(questions: Sequence[Question], response: DecisionResponse, glyphs: str = UNICODE) -> str:
+def of_decisions(questions: Sequence[Question], response: DecisionResponse) -> Group:
     """As `of_prediction`, for each question; one that is not answered says why.
 
     Args:
         questions: as they were asked.
     """
-    parts = [_decided(*each, glyphs) for each in zip(questions, response.answers, strict=True)]
-    return "\n\n".join([*parts, _source(response.answers[0].uncertainty)])
+    parts: list[RenderableType] = []
+    for question, answer in zip(questions, response.answers, strict=True):
+        parts += [*_decided(question, answer), Text()]
+    return Group(*parts, Text(source(response.answers[0].uncertainty), "dim"))
 
 
-def bar(answer: Probable, glyphs: str) -> str:
-    """WIDTH cells: solid below the interval, two shades inside it that meet at the mean, dots beyond.
+@dataclass(frozen=True)
+class Rows:
+    """A line for each answer: its name, its probability, on a terminal its bar, and its interval."""
 
-    >>> bar(Probable(probability=.5, variance=.01, std=.1, interval=(.25, .75)), "#=-.")
-    '########========--------........'
-    """
-    low, high = answer.interval
-    edges = [round(WIDTH * value) for value in (low, answer.probability, high, 1.0)]
-    cells, start = "", 0
-    for glyph, end in zip(glyphs, edges, strict=True):
-        cells += glyph * (end - start)
-        start = max(start, end)
-    return cells
+    names: Sequence[str]
+    answers: Sequence[Probable]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(overflow="fold")
+        table.add_column(no_wrap=True)
+        if options.is_terminal:
+            table.add_column()
+        table.add_column(no_wrap=True)
+        best = max(one.probability for one in self.answers)
+        for name, one in zip(self.names, self.answers, strict=True):
+            style = "bold" if one.probability == best else ""
+            low, high = one.interval
+            bar = [Bar(one)] if options.is_terminal else []
+            table.add_row(
+                Text(name), Text(f"{one.probability:.3f}"), *bar, Text(f"[{low:.3f}, {high:.3f}]"), style=style
+            )
+        yield Padding.indent(table, 2)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A probability: solid below its interval, two shades inside the interval that meet at the mean, dots beyond."""
+
+    answer: Probable
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(NARROW, WIDE).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(WIDE, options.max_width)
+        low, high = self.answer.interval
+        edges = [round(width * value) for value in (low, self.answer.probability, high, 1.0)]
+        bar, start = Text(), 0
+        for glyph, style, end in zip(ASCII if options.ascii_only else UNICODE, STYLES, edges, strict=True):
+            bar.append(glyph * (end - start), style)
+            start = max(start, end)
+        yield bar
 
 
 def doubt(entropy: Entropy) -> str:
@@ -73,28 +110,45 @@ def printable(answer: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in answer.strip()) or repr(answer)
 
 
-def _decided(question: Question, answer: DecisionAnswer, glyphs: str) -> str:
+def calibration(found: Uncertainty) -> str:
+    """Whether the confidence is calibrated, in words."""
+    return "calibrated" if found.calibrated else "not calibrated"
+
+
+def source(found: Uncertainty) -> str:
+    """The posterior and how it was averaged, in one line."""
+    return f"{found.posterior or 'base model'}, {found.predictive} predictive"
+
+
+def _decided(question: Question, answer: DecisionAnswer) -> list[RenderableType]:
     """One question with its answer."""
     found = answer.uncertainty
     options = found.answers
     if question["type"] == "choice":
         options = tuple(sorted(options, key=lambda one: -one.probability))
-    lines = [printable(str(question["instructions"])), *_verdict(question, answer), ""]
-    lines += _rows([_named(question, one.answer) for one in options], options, glyphs)
-    lines += ["", *_set(found.prediction_set, lambda value: _named(question, value)), *_orders(found)]
-    lines += _familiarity(found)
-    return "\n".join([*lines, doubt(found.entropy)])
+    return [
+        Text(printable(str(question["instructions"]))),
+        *_verdict(question, answer),
+        Text(),
+        Rows([_named(question, one.answer) for one in options], options),
+        Text(),
+        *_set(found.prediction_set, lambda value: _named(question, value)),
+        *_orders(found),
+        *_familiarity(found),
+        Text(doubt(found.entropy)),
+    ]
 
 
-def _verdict(question: Question, answer: DecisionAnswer) -> list[str]:
+def _verdict(question: Question, answer: DecisionAnswer) -> list[Text]:
     """The answer in one line, or why there is none and what it would have been."""
     found = answer.uncertainty
     level = f", level {answer.score:.2f} of 0 to {len(found.answers) - 1}" if isinstance(answer, ScoreAnswer) else ""
-    line = f"{_named(question, found.answer)}  ({_confidence(found)}{level}, {_calibration(found)})"
+    line = f"{_named(question, found.answer)}  ({_confidence(found)}{level}, {calibration(found)})"
     if not isinstance(answer, Refusal):
-        return [line]
+        return [Text(line, "bold")]
     reason = found.reason or "unknown"
-    return [f"not answered, {reason}: {REASONS.get(reason, 'the server does not say why')}", f"it would be: {line}"]
+    said = f"not answered, {reason}: {REASONS.get(reason, 'the server does not say why')}"
+    return [Text(said, REFUSED), Text(f"it would be: {line}")]
 
 
 def _named(question: Question, value: object) -> str:
@@ -106,41 +160,23 @@ def _named(question: Question, value: object) -> str:
     return printable(str(value))
 
 
-def _rows(names: Sequence[str], answers: Sequence[Probable], glyphs: str) -> list[str]:
-    """A line for each answer."""
-    width = max(map(len, names))
-    pairs = zip(names, answers, strict=True)
-    return [
-        f"  {name:<{width}}  {one.probability:.3f}  {bar(one, glyphs)}  [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
-        for name, one in pairs
-    ]
+def _set(inside: Sequence[Any] | None, named: Callable[[Any], str]) -> list[Text]:
+    return [] if inside is None else [Text(f"prediction set: {', '.join(printable(named(each)) for each in inside)}")]
 
 
-def _set(inside: Sequence[Any] | None, named: Callable[[Any], str]) -> list[str]:
-    return [] if inside is None else [f"prediction set: {', '.join(printable(named(each)) for each in inside)}"]
-
-
-def _orders(found: DecisionUncertainty) -> list[str]:
+def _orders(found: DecisionUncertainty) -> list[Text]:
     if found.orders is None:
         return []
-    return [
-        f"asked in {found.orders.n} orders: total variation from their average up to {found.orders.total_variation:.3f}"
-    ]
+    n, farthest = found.orders.n, found.orders.total_variation
+    return [Text(f"asked in {n} orders: total variation from their average up to {farthest:.3f}")]
 
 
-def _familiarity(found: Predictive) -> list[str]:
+def _familiarity(found: Predictive) -> list[Text]:
     if found.familiarity is None:
         return []
-    return [f"familiarity {found.familiarity:.3f}: {1 - found.familiarity:.0%} of the held-out rows are less strange"]
+    stranger = f"{1 - found.familiarity:.0%} of the held-out rows are less strange"
+    return [Text(f"familiarity {found.familiarity:.3f}: {stranger}")]
 
 
 def _confidence(found: Predictive) -> str:
     return f"confidence {found.confidence:.2f}"
-
-
-def _calibration(found: Predictive) -> str:
-    return "calibrated" if found.calibrated else "not calibrated"
-
-
-def _source(found: Predictive) -> str:
-    return f"{found.posterior or 'base model'}, {found.predictive} predictive"

@@ -3,7 +3,7 @@
 PosteriorClientError
 ├── InputError                  the request cannot be sent: a text, number, base URL, key or proxy that is none
 ├── UnreachableError            nothing answers at the base URL, or not in time
-├── ResponseError               an answer came, but not one with the fields this client reads
+├── ResponseError               an answer came, but not a whole one with the fields this client reads
 └── StatusError                 the server refused; the message is the server's own, unchanged
     ├── AuthenticationError     401: missing or wrong API key
     ├── ModelNotFoundError      404: no such model or posterior
@@ -32,7 +32,7 @@ class UnreachableError(PosteriorClientError):
 
 
 class ResponseError(PosteriorClientError):
-    """An answer came, but not one with the fields this client reads."""
+    """An answer came, but not a whole one with the fields this client reads."""
 
 
 class StatusError(PosteriorClientError):
@@ -81,6 +81,8 @@ def translated(base_url: str) -> Iterator[None]:
         raise UnreachableError(f"the server at {base_url} did not answer in time") from error
     except openai.APIConnectionError as error:
         raise UnreachableError(f"no server answers at {base_url}") from error
+    except openai.APIError as error:  # in the midst of a stream
+        raise ResponseError(f"the server broke off its answer: {error.message}") from error
     except PosteriorClientError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # what reading another server's answer leads to

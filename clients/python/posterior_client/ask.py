@@ -1,22 +1,26 @@
-"""`posterior ask`: questions at the terminal, answered with their distributions as bars."""
+"""`posterior ask`: questions at the terminal, answered with their distributions as bars, or by a text."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from io import TextIOWrapper
 from typing import Any, get_args
 
 from openai.types.decision_create_params import Question
 
-from posterior_client import _bars as bars
-from posterior_client._client import PosteriorClient
-from posterior_client._exceptions import InputError, PosteriorClientError, UnreachableError, translated
-from posterior_client._request import body
+from posterior_client._exceptions import InputError, PosteriorClientError, UnreachableError
 from posterior_client._types import PredictiveName
-from posterior_client._uncertainty import decision_response
 
-BOTH, OWN = ("predictive", "coverage"), ("max_risk", "orders")  # options of every question, and of decisions only
+# Options that not every way to ask has: which ways have it, and what to do elsewhere.
+BELONGS = {
+    "field": ({"task"}, "the posterior's own task; leave it out beside questions and --write"),
+    "coverage": ({"task", "questions"}, "intervals, and a text has none; leave it out beside --write"),
+    "max_risk": ({"questions", "text"}, "questions; ask one with --choice, --predicate or --score, or add --write"),
+    "orders": ({"questions"}, "questions; ask one with --choice, --predicate or --score"),
+    "doubt": ({"text"}, "a text; add --write"),
+    "max_tokens": ({"text"}, "a text; add --write"),
+    "temperature": ({"text"}, "a text; add --write"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a posterior's name (default: the first one served)")
     parser.add_argument("--field", help="without questions: the task's field the text goes to (default: text)")
     parser.add_argument("--base-url", help="default: $POSTERIOR_BASE_URL, else http://127.0.0.1:8000/v1")
-    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    parser.add_argument("--json", action="store_true", help="print the reply as it is, a stream's chunks line by line")
     parser.add_argument("--predictive", choices=get_args(PredictiveName), help="how the posterior is averaged")
     parser.add_argument("--coverage", type=float, metavar="P", help="of intervals and prediction sets (default: 0.9)")
     _add_questions(parser)
+    _add_text(parser)
 
 
 EPILOG = """\
@@ -40,7 +45,12 @@ options are arguments of their own, so that an option may hold commas, = or, in 
   posterior ask "My card is lost." --choice "Which department?" cards loans "bank transfers" \\
       --predicate "The customer is in a hurry." --score "How urgent?" low medium high
 
-In a bar, the interval of the probability has two shades, which meet at the probability.
+In a bar, the interval of the probability has two shades, which meet at the probability. With --write an answer is
+written, and each token is coloured by its doubt:
+
+  posterior ask "What is the capital of Australia?" --write --doubt epistemic
+
+Where the output is no terminal it has no bars and no colours. NO_COLOR=1 leaves out the colours alone.
 The API key, if the server needs one, is $POSTERIOR_API_KEY."""
 
 
@@ -55,10 +65,23 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     add("--score", _score, ("QUESTION", "LEVEL"), "which of the levels it has: 2 or more, the lowest first")
     group.add_argument(
         "--max-risk", type=float, metavar="P",
-        help="answer only where answers like it are wrong at most this often, else say why not; needs a calibration",
+        help="answer only where answers like it are wrong at most this often, else say why not; needs a calibration; "
+        "of a text: say where it is too unsure",
     )  # fmt: skip
     group.add_argument(
         "--orders", type=int, metavar="N", help="ask in so many orders of the options, and average (default: 1)"
+    )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument("--write", action="store_true", help="write an answer to the text, token by token")
+    group.add_argument(
+        "--doubt", choices=("total", "aleatoric", "epistemic"), help="which doubt colours the tokens (default: total)"
+    )
+    group.add_argument("--max-tokens", type=int, metavar="N", help="tokens of the answer at most (default: 256)")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0: the most probable tokens (default: the server's)"
     )
 
 
@@ -101,30 +124,30 @@ def _asked(words: Sequence[str], what: str) -> tuple[str, Sequence[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Ask the server and print. The API key, if any, is $POSTERIOR_API_KEY. Exits 2 with one line on an error."""
-    encoding = sys.stdout.encoding or "ascii"
-    glyphs = bars.UNICODE if encoding.lower().replace("-", "") == "utf8" else bars.ASCII
     try:
         _check(args)
         text = _text(args.text)
-        with PosteriorClient(args.base_url) as client:
-            model = args.model or _first_posterior(client)
-            shown = (_decisions if args.questions else _prediction)(client, model, text, args, glyphs)
+        try:
+            from posterior_client import _asking
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "rich":
+                raise
+            sys.exit(_complain("the library rich is missing; install it: pip install 'posterior-client[ask]'"))
+        _asking.ask(text, args)
     except UnreachableError as error:
         sys.exit(_complain(f"{error}: start one with `posterior serve`, or `make serve` in the project's folder"))
     except PosteriorClientError as error:
         sys.exit(_complain(str(error)))
-    print(shown.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _check(args: argparse.Namespace) -> None:
     """No option that was given is ignored. Raises InputError."""
-    if args.questions and args.field:
-        raise InputError("--field belongs to the posterior's own task; leave it out beside questions")
-    for name in OWN:
-        if getattr(args, name) is not None and not args.questions:
-            raise InputError(
-                f"--{name.replace('_', '-')} belongs to questions; ask one with --choice, --predicate or --score"
-            )
+    if args.write and args.questions:
+        raise InputError("--write and questions exclude each other; leave out one of them")
+    way = "text" if args.write else "questions" if args.questions else "task"
+    for name, (ways, what) in BELONGS.items():
+        if getattr(args, name) is not None and way not in ways:
+            raise InputError(f"--{name.replace('_', '-')} belongs to {what}")
 
 
 def _text(given: str | None) -> str:
@@ -142,30 +165,6 @@ def _text(given: str | None) -> str:
     return text
 
 
-def _prediction(client: PosteriorClient, model: str, text: str, args: argparse.Namespace, glyphs: str) -> str:
-    options: dict[str, Any] = {name: getattr(args, name) for name in BOTH}
-    response = client.predictive(model=model, inputs=[{args.field or "text": text}], **options)
-    return json.dumps(asdict(response)) if args.json else bars.of_prediction(response.data[0], glyphs)
-
-
-def _decisions(client: PosteriorClient, model: str, text: str, args: argparse.Namespace, glyphs: str) -> str:
-    options = {name: getattr(args, name) for name in (*BOTH, *OWN) if getattr(args, name) is not None}
-    sent = body({"model": model, "input": text, "questions": args.questions, "uncertainty": options or None})
-    with translated(client.base_url):
-        reply = client.openai.post("/decisions", cast_to=object, body=sent)
-        response = decision_response(reply, len(args.questions))
-    return json.dumps(reply) if args.json else bars.of_decisions(args.questions, response, glyphs)
-
-
-def _first_posterior(client: PosteriorClient) -> str:
-    with translated(client.base_url):
-        names = [str(model.id) for model in client.openai.models.list().data if getattr(model, "parent", None)]
-    for name in names:
-        if not name.endswith("/map"):
-            return name
-    raise PosteriorClientError(f"the server at {client.base_url} serves no posterior")
-
-
 def _complain(message: str) -> int:
     print(f"posterior: {message}", file=sys.stderr)
     return 2
@@ -175,6 +174,8 @@ def main() -> None:
     """The same verb without the server's distribution: `python -m posterior_client.ask`."""
     parser = argparse.ArgumentParser(prog="python -m posterior_client.ask", description=__doc__)
     add_arguments(parser)
+    if isinstance(sys.stdout, TextIOWrapper):  # a character that the terminal does not know is written as its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     run(parser.parse_args())
 
 
