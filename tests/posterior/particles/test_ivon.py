@@ -70,37 +70,35 @@ def test_no_estimate_makes_a_variance_negative():
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_a_linear_gaussian_model_s_optimum_is_reached(temperature):
     """y = X theta + noise: the best diagonal Gaussian has the posterior's mean, and variances T / P_ii of its precision
-    P = X^T X / s^2 + Lambda. Means within .03 standard deviations, variances within 3 %, over the last half of the
-    steps."""
+    P = X^T X / s^2 + Lambda. Means within .03 standard deviations, variances within 2 %: averages over 64 runs and the
+    last half of their steps."""
     generator = torch.Generator().manual_seed(1)
-    rows, noise = 40, 0.5
-    x = torch.randn(rows, 4, generator=generator, dtype=torch.float64) @ torch.tensor(
-        [[1.0, 0.5, 0, 0], [0, 1, 0.4, 0], [0, 0, 0.3, 0], [0, 0, 0, 0.05]], dtype=torch.float64
-    )
+    rows, runs, count, noise = 40, 64, 2000, 0.5
+    mixing = torch.tensor([[1, 0.5, 0, 0], [0, 1, 0.4, 0], [0, 0, 0.3, 0], [0, 0, 0, 0.05]], dtype=torch.float64)
+    x = torch.randn(rows, 4, generator=generator, dtype=torch.float64) @ mixing
     y = x @ torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
     y += noise * torch.randn(rows, generator=generator, dtype=torch.float64)
     prior, origin = 3.0, torch.tensor([0.2, 0.0, -0.2, 1.0], dtype=torch.float64)
     precision = x.T @ x / noise**2 + prior * torch.eye(4, dtype=torch.float64)
     best = torch.linalg.solve(precision, x.T @ y / noise**2 + prior * origin)
     variance = temperature / precision.diagonal()
+    assert float(variance.max() / variance.min()) > 10  # the entries differ
 
-    mean, delta, size = torch.zeros(4, dtype=torch.float64), prior / rows, rows / temperature
-    group = {"params": [mean], "origin": origin, "delta": delta}
-    optimizer = OnlineNewton([group], 0.3, memory=0.999, radius=10.0)
-    count, means, variances = 12_000, [], []
-    curvature, constant = x.T @ x / noise**2 / rows, x.T @ y / noise**2 / rows
-    draws = torch.randn(count, 4, generator=generator, dtype=torch.float64)
-    for step, eps in enumerate(draws):
-        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / count)
-        deviation = (size * (optimizer.state[mean]["hessian"] + delta)).rsqrt()
-        gradient = curvature @ (mean + deviation * eps) - constant
-        steps(optimizer, mean, [(gradient, gradient * eps / deviation)])
+    mean, delta, size = torch.zeros(runs, 4, dtype=torch.float64), prior / rows, rows / temperature
+    optimizer = OnlineNewton([{"params": [mean], "origin": origin, "delta": delta}], 1.0, memory=0.996, radius=10.0)
+    means, variances = [], []
+    for step in range(count):
+        optimizer.param_groups[0]["lr"] = 1 - step / count
+        found = (size * (optimizer.state[mean]["hessian"] + delta)).reciprocal()
         if step >= count / 2:
             means.append(mean.clone())
-            variances.append((size * (optimizer.state[mean]["hessian"] + delta)).reciprocal())
-    assert float(((torch.stack(means).mean(0) - best) / variance.sqrt()).abs().max()) < 0.03
-    assert float((torch.stack(variances).mean(0) / variance - 1).abs().max()) < 0.03
-    assert float(variance.max() / variance.min()) > 10  # the entries differ
+            variances.append(found)
+        eps = torch.randn(runs, 4, generator=generator, dtype=torch.float64)
+        residual = (mean + found.sqrt() * eps) @ x.T - y
+        gradient = residual @ x / noise**2 / rows
+        steps(optimizer, mean, [(gradient, gradient * eps / found.sqrt())])
+    assert float(((torch.stack(means).mean((0, 1)) - best) / variance.sqrt()).abs().max()) < 0.03
+    assert float((torch.stack(variances).mean((0, 1)) / variance - 1).abs().max()) < 0.02
 
 
 @pytest.fixture
@@ -150,7 +148,7 @@ def test_q_starts_as_the_tempered_prior(model):
 def test_without_evidence_the_mean_goes_back_to_the_prior_s(model, monkeypatch):
     """A likelihood that is flat: m ends within 1e-3 of theta_0, sigma stays the tempered prior's."""
     precision = {name: 3.0 + index for index, name in enumerate(lora.matrices(model))}
-    training = Training(learning_rate=5e-3, batch_size=6, steps=120)
+    training = Training(learning_rate=1e-2, batch_size=6, steps=60)
     run = IvonTrainer(model, EXAMPLES, precision, training, temperature=0.25)
     lora.put(model, {name: value + 0.1 for name, value in run.origin.items()})
     monkeypatch.setattr(run, "loss", lambda batch: sum(0 * p.sum() for p in run.parameters.values()))
