@@ -7,7 +7,7 @@
 # make fuzz    minutes: thousands of made-up requests, valid and not, with and without the key
 # make crash   kill -9 at 200 random moments of fit, import, calibrate and serve
 # make reload  30 minutes: a soak; posteriors loaded and unloaded every 5 s under 16 clients (RELOAD='--minutes 1')
-# make clean   remove the environments     make oracles  compare with laplace-torch and bayesian-lora, in .venv-oracles
+# make clean   remove the environments     make oracles  compare with laplace-torch, bayesian-lora, ivon-opt, in .venv-oracles
 # make clients LangChain and LiteLLM against a real server, in .venv-clients
 # make replicas  two servers behind one address, on Ray Serve in .venv-replicas    make replicas-test  kill one, check the Helm chart
 # make page-test   the page at / in Chromium: against canned replies, then against a real server

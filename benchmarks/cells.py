@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "swag": ("--method", "swag"),
     "tfb": ("--method", "tfb"),
     "blob": ("--method", "blob"),
+    "ivon": ("--method", "ivon"),
     "svgd": ("--method", "svgd"),
     "svgd-no-repulsion": ("--method", "svgd", "--no-repulsion"),
     "ensemble": ("--method", "ensemble"),

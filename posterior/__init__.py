@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from posterior.particles.blob import Blob
     from posterior.particles.dropout import Dropout
     from posterior.particles.ensemble import Ensemble
+    from posterior.particles.ivon import Ivon
     from posterior.particles.svgd import Svgd
     from posterior.particles.swag import Swag
     from posterior.particles.tfb import Tfb
@@ -39,6 +40,7 @@ _HOMES = {
     "Dropout": "particles.dropout",
     "Ensemble": "particles.ensemble",
     "Evaluation": "evaluation.evaluate",
+    "Ivon": "particles.ivon",
     "Laplace": "laplace.gaussian",
     "Posterior": "api",
     "PosteriorError": "errors",
@@ -59,6 +61,7 @@ __all__ = [
     "Dropout",
     "Ensemble",
     "Evaluation",
+    "Ivon",
     "Laplace",
     "Posterior",
     "PosteriorError",

@@ -14,6 +14,7 @@ from posterior.models import devices
 from posterior.particles.blob import Blob
 from posterior.particles.dropout import Dropout
 from posterior.particles.ensemble import Ensemble
+from posterior.particles.ivon import Ivon
 from posterior.particles.svgd import Svgd
 from posterior.particles.swag import Swag
 from posterior.particles.tfb import Tfb
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "dropout": Dropout,
     "swag": Swag,
     "blob": Blob,
+    "ivon": Ivon,
     "tfb": Tfb,
 }
 

@@ -7,8 +7,8 @@ the residual. Written as a difference to the base as it is, that is an ordinary 
 held, and the base keeps its own weights, which a residual in bfloat16 would round.
 
 The prior's mean is the start, (A_0, B_0), of all members of an ensemble too, which then differ by the order of the data
-only. Dropout's masks and SWAG's snapshots leave the held halves as they are; laplace, svgd and blob would spread those
-as if they were uncertain, and do not take part.
+only. Dropout's masks and SWAG's snapshots leave the held halves as they are; laplace, svgd, blob and ivon would spread
+those as if they were uncertain, and do not take part.
 """
 
 from __future__ import annotations

@@ -97,12 +97,13 @@ class Blob(TrainedParticles):
 
 
 def draw(mean: lora.Theta, deviation: lora.Theta, seed: int) -> lora.Theta:
-    """A particle: A from q, B as it is. Drawn on the CPU: the seed fixes it anywhere."""
+    """A particle: matrices with a deviation from q, the others as they are. Drawn on the CPU: the seed fixes it
+    anywhere."""
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in deviation.items()}
     return moved(mean, deviation, noise)
 
 
 def moved(mean: lora.Theta, deviation: lora.Theta, noise: lora.Theta) -> lora.Theta:
-    """M + Omega E for every A; B unchanged."""
+    """M + Omega E for every matrix with noise; the others unchanged."""
     return mean | {name: mean[name] + deviation[name] * each for name, each in noise.items()}

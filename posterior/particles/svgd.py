@@ -31,7 +31,7 @@ from posterior.likelihood.stacked import repeat, stack, stacked, unstack
 from posterior.models import lora
 from posterior.settings import POSITIVE, setting
 from posterior.training.map import Trainer, Training
-from posterior.training.method import PARTICLES, Job, Result, TrainedParticles
+from posterior.training.method import PARTICLES, TEMPERATURE, Job, Result, TrainedParticles
 from posterior.training.prior import groups, prior_precision
 
 Kernel = Literal["parameters", "layer", "product"]
@@ -178,7 +178,7 @@ class Svgd(TrainedParticles):
     """Adapters trained together, repelling each other."""
 
     kernel: Kernel = setting("layer", KERNEL, group=PARTICLES)
-    temperature: float = setting(1.0, "svgd: of the posterior, p^(1/T)", POSITIVE, PARTICLES)
+    temperature: float = setting(1.0, TEMPERATURE, POSITIVE, PARTICLES)
     repulsion: bool = setting(True, "svgd without the particles' repulsion, to see what it buys", group=PARTICLES)
 
     def fit(self, job: Job) -> Result:

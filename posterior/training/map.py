@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,13 +50,16 @@ class Training:
 class Trainer:
     """MAP training that can be advanced epoch by epoch, so that the prior precision can be updated in between."""
 
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # what the optimiser keeps of each parameter
+
     def __init__(self, model: nn.Module, examples: Examples, precision: Mapping[str, float], training: Training):
         self.model, self.examples, self.training = model, examples, training
         self.precision = dict(precision)
         self.matrices = lora.matrices(model)
         self.origin = lora.get(model)
         self.parameters: dict[str, Tensor] = {name: module.weight for name, module in self.matrices.items()}
-        self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=training.learning_rate)
+        adam = torch.optim.Adam(list(self.parameters.values()), lr=training.learning_rate)
+        self.optimizer: torch.optim.Optimizer = adam
         self.step = 0
         self.epoch = 0
         self.history: list[dict[str, float]] = []  # an entry each epoch
@@ -155,19 +159,20 @@ class Trainer:
         tensors |= {f"origin/{name}": value for name, value in self.origin.items()}
         tensors |= {f"spread/{i}": e.spread for i, e in enumerate(self.examples) if e.spread is not None}
         for name, parameter in self.parameters.items():
-            tensors |= {f"{key}/{name}": self.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{key}/{name}": self.optimizer.state[parameter][key] for key in self.moments}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; `step` is already the checkpoint's."""
-        self.origin = {name: tensors[f"origin/{name}"].to(value) for name, value in self.origin.items()}
+        for name, value in self.origin.items():
+            value.copy_(tensors[f"origin/{name}"])
         rows = [replace(e, spread=tensors.get(f"spread/{i}")) for i, e in enumerate(self.examples)]
         self.examples = replace(self.examples, rows=rows)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"theta/{name}"])
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.step)),
-                **{key: tensors[f"{key}/{name}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
+                **{key: tensors[f"{key}/{name}"].to(parameter) for key in self.moments},
             }
 
 

@@ -28,6 +28,7 @@ MEMBERS = 1000  # seeds set apart for the members of one fit: two fits with neig
 Family = Literal["laplace", "particles"]
 Prior = dict[str, Any]
 SCALE = "what a choice's scores are multiplied by before the softmax"
+TEMPERATURE = "svgd, ivon: of the posterior, p^(1/T) (default 1 for svgd, 0.01 for ivon)"
 ADAPTER = (
     "laplace or tfb of this trained PEFT adapter, LoRA or AdaLoRA, instead of training one (data: what it was trained "
     "on)"

@@ -21,7 +21,7 @@ ROWS = [{"text": f"row {index} is {('bad', 'good')[index % 2]}", "label": index 
 HELD = [{"text": f"held {index} is {('bad', 'good')[index % 2]}", "label": (index // 3) % 2} for index in range(80)]
 METHODS = (
     posterior.Laplace, posterior.Ensemble, posterior.Svgd, posterior.Dropout, posterior.Swag, posterior.Blob,
-    posterior.Tfb,
+    posterior.Ivon, posterior.Tfb,
 )  # fmt: skip
 
 

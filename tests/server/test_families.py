@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dropout": ("--method", "dropout", "--dropout", "0.1", *PARTICLES),
     "swag": ("--method", "swag", "--epochs", "2", *PARTICLES),  # moments of several epochs
     "blob": ("--method", "blob", *PARTICLES),
+    "ivon": ("--method", "ivon", *PARTICLES),
     "svgd": ("--method", "svgd", *PARTICLES),
     "tfb": ("--method", "tfb", *PARTICLES),
 }

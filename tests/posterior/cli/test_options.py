@@ -31,6 +31,7 @@ REFUSED = {
     "dropout --dropout 0.1": ["--label-samples 1", "--temperature 1", "--last-layer"],
     "swag": ["--structure diagonal", "--no-repulsion", "--grouping scalar"],
     "blob": ["--init pissa", "--tolerance 0.1", "--kernel layer", "--sharing reduce"],
+    "ivon": ["--init pissa", "--no-repulsion", "--structure diagonal"],
     "tfb --adapter a": [
         "--rank 8",
         "--rslora",
@@ -55,6 +56,7 @@ ACCEPTED = {
     "dropout --dropout 0.1": ["--particles 3 --init pissa --targets q_proj"],
     "swag": ["--init pissa --epochs 3 --learning-rate 0.1"],
     "blob": ["--particles 3 --prior-precision 3 --epochs 3"],
+    "ivon": ["--temperature 0.1 --learning-rate 0.003", "--particles 3 --prior-precision 3 --epochs 3"],
     "tfb --adapter a": ["--tolerance 0.1 --particles 3 --seed 3 --batch-size 2"],
 }
 
