@@ -118,15 +118,12 @@ def cut(checkpoint: Checkpoint, modules: Sequence[str], rank: int) -> Cut:
     left, size = {}, {}
     for module in tqdm(modules, desc=f"cutting {checkpoint.folder.name}", unit="matrix", leave=False):
         difference = checkpoint.difference(module)
-        try:
-            a, b = nearest(difference, rank)
-        except torch.linalg.LinAlgError as error:
-            raise PosteriorError(
-                f"the change of {module} in {checkpoint.folder} has no singular values ({first_line(error)}); train it "
-                "again, without that module"
-            ) from None
+        size[module] = _norm(difference)
+        if size[module] > torch.finfo(torch.float32).max:
+            raise PosteriorError(f"{checkpoint.folder} changes {module} by more than float32 holds; train it again")
+        a, b = nearest(difference, rank)
         theta |= {f"{module}.A": a, f"{module}.B": b}
-        left[module], size[module] = _norm(difference - b @ a), _norm(difference)
+        left[module] = _norm(difference - b @ a)
     return Cut(theta, left, size)
 
 
