@@ -128,8 +128,8 @@ def cut(checkpoint: Checkpoint, modules: Sequence[str], rank: int) -> Cut:
 
 
 def nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in float32 whose product B A is the nearest to a matrix M [out, in] of all that have this
-    rank. Where the matrix has fewer singular values, the rest is zero.
+    """A [r, in] and B [out, r] in float32, whose product B A is the nearest to a matrix M [out, in] of all that have
+    this rank. Where the matrix has fewer singular values, the rest is zero.
 
     U are the eigenvectors of M M^T, or V those of M^T M if that is smaller: a fifth of the time of M's own
     decomposition, and in float64 the squares lose less than float32 does of M.
