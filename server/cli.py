@@ -25,7 +25,7 @@ from server import logs
 
 VERBS = {
     "fit": ("posterior.cli.fit", "fit a posterior on LoRA weights to your data"),
-    "import": ("posterior.cli.imported", "make a posterior of PEFT adapters that were trained elsewhere"),
+    "import": ("posterior.cli.imported", "make a posterior of adapters or whole models that were trained elsewhere"),
     "evaluate": ("posterior.cli.evaluate", "accuracy and calibration of the MAP beside the posterior"),
     "calibrate": ("server.calibrate.verb", "fit calibrated probabilities and prediction sets on held-out rows"),
     "probe": ("posterior.cli.probe", "keep what a posterior says of a few rows, for servers to compare"),

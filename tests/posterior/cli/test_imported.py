@@ -310,7 +310,7 @@ def test_adapters_of_another_base_are_refused(peft_folder, collect):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"weights": [1]}, "1 weights for 2 adapters"),
+        ({"weights": [1]}, "1 weights for 2 particles"),
         ({"weights": [1, -1]}, "must be numbers >= 0"),
         ({"weights": [0, 0]}, "not all zero"),
         ({"weights": ["nan", 1]}, "must be numbers >= 0"),

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from posterior import fitting, importing
+from posterior import fitting
 from posterior.cli import imported
 from posterior.errors import PosteriorError
+from posterior.importing import adapters
 from posterior.models import lora
 from posterior.storage import artefact
 from posterior.storage.destination import destination
@@ -141,7 +142,7 @@ def test_fit_and_import_refuse_before_any_work(
 ) -> None:
     two(tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    for module in (fitting, importing):
+    for module in (fitting, adapters):
         monkeypatch.setattr(module, "resolve", lambda *_: pytest.fail("the base was looked for"))
     with pytest.raises(PosteriorError, match="choose another folder"):
         run_fit(tmp_path / "out")

@@ -148,6 +148,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "all linear layers": {"target_modules": "all-linear"},
     "a pattern": {"target_modules": r".*\.(q_proj|down_proj)"},
     "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "whole names": {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"]},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},

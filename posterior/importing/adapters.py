@@ -69,7 +69,7 @@ def collect(
 def normalised(weights: Sequence[float], count: int) -> list[float]:
     """Weights that sum to one."""
     if len(weights) != count:
-        raise PosteriorError(f"{len(weights)} weights for {count} adapters; give one for each, or none")
+        raise PosteriorError(f"{len(weights)} weights for {count} particles; give one for each, or none")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
         raise PosteriorError(f"the weights {list(weights)} must be numbers >= 0, not all zero")
     return [weight / sum(weights) for weight in weights]
