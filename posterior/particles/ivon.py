@@ -68,7 +68,7 @@ class OnlineNewton(torch.optim.Optimizer):
             self.state[mean] = {"step": torch.zeros(()), "momentum": torch.zeros_like(mean), "hessian": hessian}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Move every m against its `grad`, and every h towards the "estimate" that the caller left in its state."""
         for group in self.param_groups:
             (mean,) = group["params"]
